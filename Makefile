@@ -1,0 +1,59 @@
+# Every target makes the environment it needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a process: a job of two processes then uses two cores, and sums keep their order.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: help venv quickstart test lint types unit contract distributed end-to-end faults schema lock clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## */\t/' | expand -t 16
+
+venv: $(READY)   ## make .venv with the measured set of packages
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,dev]"
+	touch $(READY)
+
+quickstart: $(READY)  ## train PT, vanilla transfer and BPT on the miniature world with 2 processes, and print the table
+	$(BIN)/python launcher/quickstart.py
+
+test: lint types unit contract distributed end-to-end  ## all tests that need no root and no GPU
+
+lint: $(READY)   ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## static types
+	$(BIN)/mypy bpt_dist launcher
+
+unit: $(READY)   ## pure functions, one process
+	$(BIN)/pytest -q tests/unit
+
+contract: $(READY)  ## every task and every method behind its interface
+	$(BIN)/pytest -q tests/contract
+
+distributed: $(READY)  ## 2-4 gloo processes on this machine
+	$(BIN)/pytest -q tests/distributed
+
+end-to-end: $(READY)  ## commands as a user gives them
+	$(BIN)/pytest -q tests/end_to_end
+
+faults: $(READY)  ## kills, full disks, torn files
+	$(BIN)/pytest -q tests/faults
+
+schema: $(READY)  ## rewrite configs/schema.json from the settings
+	$(BIN)/bpt-dist schema configs/schema.json
+
+lock: $(READY)   ## rewrite constraints.txt from the environment
+	(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//') > constraints.new
+	mv constraints.new constraints.txt
+
+clean:           ## remove caches and runs, keep the environment
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,275 @@
+"""The frozen T5: the only place that knows T5's insides (and, with `mini.pretrain`, the only import of transformers).
+
+Prompts enter as `inputs_embeds` with a mask of ones before the text's own mask. Everything a rank does with the T5 goes through ONE
+forward of `PromptedT5`, so that a partitioned T5 gathers and releases its weights in the same places on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import cached_file
+
+from bpt_dist.errors import ConfigError
+from bpt_dist.objective import sequence_log_likelihood
+
+EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Forward(NamedTuple):
+    """What one pass through the T5 yields for m particles and N texts."""
+
+    log_likelihood: Float[Tensor, "m N"]
+    logits: Float[Tensor, "m N U V"]
+
+
+class PromptedT5(nn.Module):
+    """T5 whose encoder inputs a method may extend; log-likelihood, ranking and generation in one forward."""
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
+        """Run `score`, `rank` or `generate`."""
+        return {"score": self._score, "rank": self._rank, "generate": self._generate}[task](*args, **kwargs)
+
+    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs) -> tuple[Tensor, Tensor, int]:
+        """Return inputs [m*N, L, D], their mask [m*N, L] and m."""
+        inputs = encoder_inputs(self.model.shared(ids))
+        num_particles, _, length, _ = inputs.shape
+        ones = mask.new_ones(mask.shape[0], length - mask.shape[1])
+        full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
+        return inputs.flatten(0, 1).to(self.model.dtype), full_mask, num_particles
+
+    def _score(self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: str) -> Forward:
+        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
+        targets = target_ids.repeat(num_particles, 1)
+        start = self.model._shift_right(targets)
+        logits = self.model(inputs_embeds=inputs, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
+        log_likelihood = sequence_log_likelihood(logits, targets, reduction)
+        return Forward(log_likelihood.view(num_particles, -1), logits.view(num_particles, -1, *logits.shape[1:]))
+
+    def _rank(self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood (summed over tokens) of every candidate for every text; the encoder runs once."""
+        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
+        encoded = BaseModelOutput(last_hidden_state=self.model.encoder(inputs_embeds=inputs, attention_mask=full_mask)[0])
+        columns = []
+        for candidate in candidates:
+            targets = candidate[candidate != -100].expand(len(inputs), -1)
+            start = self.model._shift_right(targets)
+            logits = self.model(
+                encoder_outputs=encoded, attention_mask=full_mask, decoder_input_ids=start, use_cache=False
+            ).logits
+            columns.append(sequence_log_likelihood(logits, targets, "token_sum"))
+        return torch.stack(columns, dim=-1).view(num_particles, -1, len(candidates))
+
+    def _generate(
+        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, max_new_tokens: int, synced: bool
+    ) -> Int[Tensor, "m N U"]:
+        """Decode greedily; `synced` keeps partitioned ranks in lock-step until the last of them is done."""
+        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
+        tokens = self.model.generate(
+            inputs_embeds=inputs,
+            attention_mask=full_mask,
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            do_sample=False,
+            synced_gpus=synced,
+        )
+        return tokens.view(num_particles, -1, tokens.shape[-1])
+
+
+class Backbone:
+    """A T5-family checkpoint with its tokenizer: frozen, in eval mode, never written to by a frozen-model method."""
+
+    def __init__(
+        self, model: T5ForConditionalGeneration, tokenizer: Any, *, name: str, path: str, identity: str, revision: str | None = None
+    ) -> None:
+        self.core = PromptedT5(model.requires_grad_(False).eval())
+        self.tokenizer, self.name, self.path, self.revision = tokenizer, name, path, revision
+        self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
+        self.call: Callable[..., Any] = self.core  # the engine replaces this by the partitioned module
+        self.synced = False
+        self._handles: list[Any] = []
+        self._loaded_hash = _hash_tensors(model)
+        self.tokenizer_hash = _hash_tokenizer(tokenizer)
+
+    @property
+    def model(self) -> T5ForConditionalGeneration:
+        """The stock transformers model; partitioned weights are empty outside a forward."""
+        return self.core.model
+
+    @property
+    def width(self) -> int:
+        """Model width D."""
+        return int(self.model.config.d_model)
+
+    @property
+    def block_class(self) -> type[nn.Module]:
+        """The class of T5's blocks: the unit a partitioned T5 is gathered by."""
+        return type(self.model.encoder.block[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where texts have to be sent."""
+        return next(self.model.parameters()).device
+
+    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: str) -> Forward:
+        """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
+        ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
+        return self.call("score", ids, mask, targets, encoder_inputs, reduction)
+
+    @torch.no_grad()
+    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        return self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
+
+    @torch.no_grad()
+    def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int) -> list[list[str]]:
+        """Return the greedily decoded targets, one list of N strings a particle."""
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced)
+        return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in tokens]
+
+    @torch.no_grad()
+    def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return rows of the word-embedding table in float32 (through the module, so that a partitioned table is gathered)."""
+        return self.model.shared(ids.to(self.device)).float()
+
+    # --- removable insertion points: a method changes the T5 from outside, and leaves it without trace ----------------------------
+
+    def after_sublayer(self, make: Callable[[str], Callable[[Tensor], Tensor]], where: Sequence[str]) -> int:
+        """Pass the output of each sub-layer through `make(module name)` before T5 adds it to the residual; return how many matched.
+
+        `where` picks from self_attention, cross_attention, feed_forward. Raises ConfigError when nothing matches.
+        """
+        kinds = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "feed_forward": "DenseReluDense"}
+        wanted = {kinds.get(kind, kind) for kind in where}
+
+        def attach(name: str, module: nn.Module) -> Any:
+            change = make(name)
+
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+            return module.register_forward_hook(hook)
+
+        return self._attach(lambda name, module: name.rsplit(".", 1)[-1] in wanted, attach, f"where={list(where)}")
+
+    def around_linear(self, make: Callable[[str, nn.Linear], Callable[[Tensor, Tensor], Tensor]], which: Sequence[str]) -> int:
+        """Replace the output y of each linear layer named in `which` (q, k, v, o, wi, wo, lm_head) by `make(name, layer)(x, y)`.
+
+        Return how many layers matched. Raises ConfigError when nothing matches.
+        """
+
+        def attach(name: str, module: nn.Module) -> Any:
+            assert isinstance(module, nn.Linear)
+            change = make(name, module)
+            return module.register_forward_hook(lambda _module, args, output: change(args[0], output))
+
+        def matches(name: str, module: nn.Module) -> bool:
+            return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in which
+
+        return self._attach(matches, attach, f"which={list(which)}")
+
+    def detach(self) -> None:
+        """Remove everything the insertion points added; the T5 is the stock one again, bit for bit."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _attach(self, matches: Callable[[str, nn.Module], bool], attach: Callable[[str, nn.Module], Any], selector: str) -> int:
+        found = [(name, module) for name, module in self.model.named_modules() if matches(name, module)]
+        if not found:
+            names = sorted({name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()})
+            raise ConfigError(f"{self.name}: no layer of this T5 matches {selector}; its layers are called {', '.join(names)}")
+        self._handles += [attach(name, module) for name, module in found]
+        return len(found)
+
+    def verify_unchanged(self) -> None:
+        """Assert that no weight of this rank changed since loading; a frozen-model method must never write to the T5."""
+        assert _hash_tensors(self.model) == self._loaded_hash, "the frozen T5 changed during training"
+
+    def remember_partition(self) -> None:
+        """Take the weights as they lie on this rank now (a partition) as the state `verify_unchanged` compares with."""
+        self._loaded_hash = _hash_tensors(self.model)
+
+
+def load(path: str, *, name: str | None = None, revision: str | None = None, dtype: str = "fp32", attention: str = "auto") -> Backbone:
+    """Load a T5-family checkpoint from a folder or the hub: safetensors only, no remote code, tokenizer from the same place.
+
+    `name` is what reports call it.
+
+    Raises ConfigError when the folder is not such a checkpoint.
+    """
+    local = Path(path).is_dir()
+    if local and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"backbone.path: {path} has no config.json; give a folder made by `save_pretrained` or a hub id")
+    if local and not list(Path(path).glob("*.safetensors")):
+        raise ConfigError(
+            f"backbone.path: {path} has no .safetensors weights (pickled weights are never read); "
+            "convert them with `model.save_pretrained(path)`"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if config.model_type not in ("t5", "mt5"):
+            raise ConfigError(f"backbone.path: {path} is a {config.model_type!r} model; this project prompts T5-family models only")
+        model = T5ForConditionalGeneration.from_pretrained(
+            path,
+            revision=revision,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            attn_implementation=None if attention == "auto" else attention,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"backbone.path: cannot load {path!r}: {str(error).splitlines()[0]}; give a folder with config.json, "
+            "model.safetensors and tokenizer files, or a hub id this machine can reach"
+        ) from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"backbone.path: the tokenizer in {path} has {len(tokenizer)} pieces, the model only {model.config.vocab_size} rows; "
+            "they do not belong together"
+        )
+    return Backbone(model, tokenizer, name=name or path, path=path, identity=_hash_files(path, revision), revision=revision)
+
+
+def _hash_tensors(model: nn.Module) -> str:
+    """Return the SHA-256 over names and bytes of all parameters; of this rank's partition where the T5 is partitioned."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        tensor = getattr(parameter, "ds_tensor", parameter).detach()
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _hash_files(path: str, revision: str | None) -> str:
+    """Return the SHA-256 over the checkpoint's safetensors files, shards in the order of their names."""
+    index = cached_file(path, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    digest = hashlib.sha256()
+    for name in names:
+        file = cached_file(path, name, revision=revision)
+        with open(str(file), "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    """Return the SHA-256 over the vocabulary: two pieces swapped is another tokenizer."""
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""Predict the rows of a split and score them: every rank takes its share, every rank knows the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpt_dist.config import Evaluation
+from bpt_dist.data import metrics
+from bpt_dist.data.batches import Batch, collate
+from bpt_dist.data.prepared import TaskData
+from bpt_dist.faults import fault_point
+from bpt_dist.mesh import World
+from bpt_dist.methods.base import Method
+
+CLOSED = ("classification", "choice")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The metrics of one task and split, in percent but for `nll` (nats), and what was predicted for each row."""
+
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]]
+    decode: str
+
+
+def evaluate(
+    method: Method,
+    tasks: Sequence[TaskData],
+    index: int,
+    split: str,
+    settings: Evaluation,
+    world: World,
+    beat: Callable[[str], None],
+) -> Evaluated:
+    """Score `method` on one of the stage's `tasks` (collective: every rank).
+
+    Ranks take rows in turns from the longest down and make the same number of passes, because a partitioned T5 is gathered in
+    every one of them; what pads the last pass is dropped.
+    """
+    task, decode = tasks[index], decoding(tasks[index], settings)
+    tokens = task.splits[split].tokens
+    order = sorted(range(len(tokens)), key=lambda row: -len(tokens.source_ids[row]))
+    own = order[world.rank :: world.size]
+    num_passes = -(-len(order[:: world.size]) // settings.batch_size)
+    found: list[tuple[int, dict[str, Any]]] = []
+    with torch.no_grad():
+        for rows in _passes(own, num_passes, settings.batch_size):
+            beat(f"evaluation of {task.spec.name}")
+            fault_point("eval.batch", task=task.spec.name)
+            picks = [(index, row) for row in rows or [0]]
+            batch = collate([each.splits[split].tokens for each in tasks], picks, [1.0] * len(picks), step=0)
+            found += zip(rows, _predict(method, task, tokens, batch, decode, settings), strict=False)
+    gathered = dict(pair for share in world.gather_objects(found) for pair in share)
+    return _score(task, split, [gathered[row] for row in range(len(tokens))], decode)
+
+
+def decoding(task: TaskData, settings: Evaluation) -> str:
+    """Return `rank` or `generate`: closed label sets are ranked under the fixed protocol, generated under the published one."""
+    if settings.decode != "auto":
+        return settings.decode if task.spec.words(task.protocol) else "generate"
+    closed = task.spec.kind in CLOSED
+    return "rank" if closed and task.protocol == "fixed" else "generate"
+
+
+def _passes(rows: Sequence[int], num_passes: int, size: int) -> Iterator[list[int]]:
+    for number in range(num_passes):
+        yield list(rows[number * size : (number + 1) * size])
+
+
+def _predict(
+    method: Method, task: TaskData, tokens: Any, batch: Batch, decode: str, settings: Evaluation
+) -> Iterator[dict[str, Any]]:
+    """Yield the prediction of each row of the batch, averaged over the method's prompts where it has several."""
+    if decode == "generate":
+        limit = settings.max_new_tokens or _longest_answer(task, tokens)
+        texts = method.generate(batch, limit)
+        yield from ({"prediction": text.strip()} for text in texts)
+        return
+    words = task.spec.words(task.protocol)
+    log_likelihood = method.rank(batch, _padded(tokens.label_ids))
+    # Probabilities are averaged, not their logarithms: the predictive distribution of the ensemble.
+    probabilities = log_likelihood.double().softmax(dim=-1).mean(dim=0)
+    for row in probabilities.cpu().numpy():
+        yield {"prediction": words[int(row.argmax())], "probabilities": [float(p) for p in row]}
+
+
+def _longest_answer(task: TaskData, tokens: Any) -> int:
+    closed = max((len(ids) for ids in tokens.label_ids), default=0)
+    return closed or task.spec.max_target_length
+
+
+def _padded(label_ids: Sequence[np.ndarray]) -> Tensor:
+    longest = max(len(ids) for ids in label_ids)
+    padded = torch.full((len(label_ids), longest), -100, dtype=torch.long)
+    for row, ids in enumerate(label_ids):
+        padded[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+    return padded
+
+
+def _score(task: TaskData, split: str, found: list[dict[str, Any]], decode: str) -> Evaluated:
+    examples = task.splits[split].examples
+    texts = [entry["prediction"] for entry in found]
+    values = metrics.compute(task.spec.metrics, texts, examples, task.spec, task.protocol)
+    if decode == "rank" and task.spec.kind in CLOSED:
+        values |= _of_probabilities(task, found, examples)
+    predictions = [
+        {"row_id": example.row_id, "target": example.target, "correct": metrics.correct(entry["prediction"], example, task.spec), **entry}
+        for example, entry in zip(examples, found, strict=True)
+    ]
+    return Evaluated(values, predictions, decode)
+
+
+def _of_probabilities(task: TaskData, found: list[dict[str, Any]], examples: Sequence[Any]) -> dict[str, float]:
+    """Return the mean negative log-likelihood of the right label (nats) and the calibration error (percent)."""
+    words = task.spec.words(task.protocol)
+    probabilities = np.array([entry["probabilities"] for entry in found])
+    labels = np.array([words.index(example.target) for example in examples])
+    # A probability may round to 0; JSON has no infinity.
+    nll = metrics.negative_log_likelihood(np.maximum(probabilities, np.finfo(np.float64).tiny), labels)
+    return {"nll": nll, "calibration_error": metrics.calibration_error(probabilities, labels)}

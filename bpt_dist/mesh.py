@@ -1,0 +1,182 @@
+"""Who am I: the processes of a job as a grid with two axes, `particle` x `data`.
+
+A mesh is a value that is passed down, never a global. One process is not a special case: every collective below is simply the
+identity there. Rank `a * C + c` owns the a-th block of particles and evaluates the c-th share of each step's texts for them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from bpt_dist.errors import ConfigError, PeerLost
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh: my place on it, its length, and the process group along it (None when the length is 1)."""
+
+    index: int = 0
+    size: int = 1
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of the job, before any method decides how they are arranged."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # Process groups are created collectively and cannot be freed cheaply: one cache for the life of the job.
+    _axes: dict[tuple[int, int], tuple[Axis, Axis]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def start(cls, timeout_seconds: float, expected_size: int | None = None) -> World:
+        """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK (collective: every rank); one process needs no variables.
+
+        `timeout_seconds` bounds every collective. Raises ConfigError when the job is not as large as `expected_size`.
+        """
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if expected_size is not None and size != expected_size:
+            raise ConfigError(
+                f"distribution.expect_world_size is {expected_size}, but {size} process(es) were started; "
+                "is the hostfile found, and does it list all slots?"
+            )
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if "MASTER_ADDR" in os.environ or size > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        return cls(rank, size, device)
+
+    def stop(self) -> None:
+        """Leave the job (collective: every rank)."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def mesh(self, num_particles: int, shape: tuple[int, int] | None = None) -> Mesh:
+        """Arrange the ranks for `num_particles` (collective: every rank, in the same order on all).
+
+        Without `shape` the particle axis is gcd(M, W): equal work, no padding, no idle rank. Raises ConfigError naming the shapes
+        that are possible when an explicit `shape` divides neither the particles nor the world.
+        """
+        particle, data = shape or (math.gcd(num_particles, self.size), self.size // math.gcd(num_particles, self.size))
+        if particle * data != self.size or num_particles % particle:
+            possible = [(a, self.size // a) for a in range(1, self.size + 1) if self.size % a == 0 and num_particles % a == 0]
+            raise ConfigError(
+                f"distribution.mesh {particle} x {data} does not fit {num_particles} particle(s) on {self.size} process(es); "
+                f"possible (particle x data): {', '.join(f'{a} x {c}' for a, c in possible)}"
+            )
+        if (particle, data) not in self._axes:
+            self._axes[particle, data] = self._make_axes(particle, data)
+        return Mesh(self, *self._axes[particle, data])
+
+    def _make_axes(self, particle: int, data: int) -> tuple[Axis, Axis]:
+        a, c = divmod(self.rank, data)
+        across = [_group([i * data + j for i in range(particle)]) for j in range(data)]
+        along = [_group([i * data + j for j in range(data)]) for i in range(particle)]
+        return Axis(a, particle, across[c]), Axis(c, data, along[a])
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of `values` over all ranks, in float64, the same bits on every rank (collective: every rank)."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank raised its flag (collective: every rank)."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all ranks in rank order (collective: every rank); for predictions and reports, not for tensors."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank (collective: every rank)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks (collective: every rank)."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The world arranged as `particle` x `data` for one stage."""
+
+    world: World = field(default_factory=World)
+    particle: Axis = field(default_factory=Axis)
+    data: Axis = field(default_factory=Axis)
+
+    def rows(self, num_particles: int) -> slice:
+        """Return the block of particles this rank owns."""
+        block = num_particles // self.particle.size
+        return slice(self.particle.index * block, (self.particle.index + 1) * block)
+
+    def gather_particles(self, local: Float[Tensor, "m ..."]) -> Float[Tensor, "M ..."]:
+        """Return the rows of all ranks along `particle`, in order (collective: every rank). Always float32 or wider on the wire."""
+        if self.particle.size == 1:
+            return local
+        parts = [torch.empty_like(local) for _ in range(self.particle.size)]
+        dist.all_gather(parts, local.contiguous(), group=self.particle.group)
+        return torch.cat(parts)
+
+    def sum_over_data_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over `data`, as one flat buffer, the same bits on every replica (collective: every rank)."""
+        if self.data.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=self.data.group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _group(ranks: list[int]) -> Any:
+    """Create a group (collective: every rank, also those outside); a group of one needs none."""
+    return dist.new_group(ranks) if len(ranks) > 1 else None
+
+
+def peer_lost(error: RuntimeError) -> PeerLost | None:
+    """Return what a failed collective means to a user, or None when `error` is something else."""
+    text = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
+    if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
+        return PeerLost(f"another rank is gone or silent ({text.strip().splitlines()[0]}); the same command resumes from the newest checkpoint")
+    return None
+
+
+def deal(costs: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Deal texts to `num_shares` ranks by cost, largest first to the least loaded; ascending indices within a share.
+
+    Deterministic (ties go to the lower rank), so every rank computes the same deal without communication.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        target = min(range(num_shares), key=lambda share: (loads[share], share))
+        shares[target].append(index)
+        loads[target] += costs[index]
+    return [sorted(share) for share in shares]

@@ -1,0 +1,141 @@
+"""The interface of a method: what is trainable, how it enters the frozen T5, what is optimised, what is carried to the targets.
+
+A method does not own the optimizer, the loop, the device, rank logic, files, logging or seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bpt_dist.backbone import Backbone, Forward
+from bpt_dist.config import MethodConfig, Stage
+from bpt_dist.data.batches import Batch
+from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.mesh import Mesh
+
+Tensors = Mapping[str, Tensor]
+
+
+class Method(nn.Module):
+    """One way to adapt a frozen T5. Owns exactly the tensors training may change, and nothing else."""
+
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    freezes_backbone: ClassVar[bool] = True
+    # Names of the trainable tensors whose first axis counts particles: sharded over the mesh, clipped particle by particle.
+    particle_tensors: frozenset[str] = frozenset()
+
+    def __init__(self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str) -> None:
+        super().__init__()
+        self.config, self.seed, self.reduction = config, seed, reduction
+        # Not a sub-module: the T5's weights are not this method's parameters.
+        object.__setattr__(self, "backbone", backbone)
+
+    backbone: Backbone
+
+    # --- stages -----------------------------------------------------------------------------------------------------------------
+
+    def num_particles(self, stage: str) -> int:
+        """Return M of a stage: how many hypotheses are trained side by side."""
+        return 1
+
+    def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
+        """Create the trainable tensors of the source stage; identical on every world size."""
+        raise NotImplementedError(f"{type(self).__name__} has no source stage")
+
+    def end_source(self, mesh: Mesh) -> dict[str, Tensor]:
+        """Return what the source stage hands over, whole, on every rank (collective: every rank)."""
+        raise NotImplementedError(f"{type(self).__name__} has no source stage")
+
+    def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
+        """Create the trainable tensors of a target stage from what `end_source` returned; `num_examples` is |D| of each task."""
+        raise NotImplementedError
+
+    # --- how it enters the model ------------------------------------------------------------------------------------------------
+
+    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+        """Return the encoder's inputs for each particle of this rank; by default the word embeddings, unchanged."""
+        return embeds[None]
+
+    def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
+        """Return log-likelihoods [m, N] of the batch's targets for the `particles` (counted on this rank)."""
+        return self.backbone.score(batch, lambda embeds: self.encoder_inputs(embeds, batch)[particles], self.reduction)
+
+    def rank(self, batch: Batch, candidates: Int[Tensor, "C U"]) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
+        return self.backbone.rank(batch, candidates, lambda embeds: self.encoder_inputs(embeds, batch))
+
+    def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
+        """Return the greedily decoded target of each text, under the first prompt where there are several."""
+        return self.backbone.generate(batch, lambda embeds: self.encoder_inputs(embeds, batch)[:1], max_new_tokens)[0]
+
+    # --- what is optimised ------------------------------------------------------------------------------------------------------
+
+    def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
+        """Return minus the weighted log-likelihood, summed over this rank's texts and particles: each particle sees its own sum."""
+        return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """Return minus the log prior on the scale of the loss, or None; added once, after the sum over texts."""
+        return None
+
+    def precondition_(self, mesh: Mesh) -> None:
+        """Change the gradients before the update (collective: every rank); by default they stay."""
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what the last step should log besides the losses."""
+        return {}
+
+    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+        """Return the optimizer's groups; two-speed learning rates live here."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
+
+    # --- what is carried over ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of the trainable tensors as they are now."""
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Tensors) -> None:
+        """Put back what `snapshot` returned."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
+        """Return the finished soft prompt of each target task, or None when the method is not a prompt."""
+        return None
+
+    def num_trainable(self) -> int:
+        """Return how many numbers training may change in the current stage."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def end(self) -> None:
+        """Leave the T5 as it was before this method."""
+        self.backbone.detach()
+
+
+def load(config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str) -> Method:
+    """Return the method named in the configuration: the one Method subclass of the file of that name."""
+    return method_class(config.name)(config, backbone, seed=seed, reduction=reduction)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the Method subclass defined in `methods/<name>.py`; the name was checked against the directory by the configuration."""
+    module = importlib.import_module(f"bpt_dist.methods.{name}")
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
+    (own,) = [value for value in found if value.__module__ == module.__name__]
+    return own
+
+
+def generator(seed: int, *keys: object) -> torch.Generator:
+    """Return a generator that depends on the seed and what it is for, never on how much was drawn before."""
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,185 @@
+"""Bayesian prompt tuning (BPT; in print BMTPT): Lee et al., Findings of EMNLP 2023.
+
+Source stage: M particles follow the Stein direction towards the posterior over all source tasks. Target stage: the MAP prompt under
+a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with F shared by the targets trained together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from bpt_dist.config import Stage, refuse, without_effect
+from bpt_dist.data.batches import Batch
+from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.mesh import Mesh
+from bpt_dist.methods.base import Tensors, generator
+from bpt_dist.methods.vanilla_transfer import VanillaTransfer
+from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
+from bpt_dist.prompts import prepend_own
+from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.svgd import diagnostics, initial_particles, stein_direction
+
+PROJECTED = 64  # coordinates of the particle picture kept in metrics.jsonl
+
+
+class Config(PromptOptions):
+    """Options of Bayesian prompt tuning."""
+
+    HAS_SOURCE_STAGE: ClassVar[bool] = True
+    HAS_PARTICLES: ClassVar[bool] = True
+    OWN_TARGET_RATES: ClassVar[bool] = True
+
+    name: Literal["bpt"] = "bpt"
+    num_particles: int = Field(5, ge=1, le=1024, description="Particles (M).")
+    kernel: Literal["rbf", "imq"] = Field("rbf", description="Kernel between particles.")
+    scope: Literal["prompt", "token"] = Field("prompt", description="One kernel for the prompt, or one a position.")
+    bandwidth: Annotated[float, Field(gt=0)] | Literal["median"] = Field(
+        "median", description="h in units of squared distance; `median` is median(d^2) / log(M + 1)."
+    )
+    form: Literal["svgd", "repulsive_ensemble"] = Field("svgd", description="How scores and repulsion are combined.")
+    particle_init: Literal["common", "independent"] = Field(
+        "common", description="One initial prompt plus noise, or one for each particle."
+    )
+    spread: float = Field(0.05, ge=0, description="Noise of `common` in standard deviations of the initial prompt.")
+    prior: Literal["gaussian", "mixture", "none"] = Field("gaussian", description="Prior of the target prompt.")
+    sigma: float | None = Field(None, gt=0, description="Standard deviation of the prior; or give sigma_relative.")
+    sigma_relative: float | None = Field(None, gt=0, description="Sigma in units of RMS(mean prompt).")
+    rank: int = Field(1, ge=0, le=128, description="Rank of the factor of the target prompt (R); 0 leaves it out.")
+    lr_full: float = Field(0.3, gt=0, description="Target learning rate of the full-rank matrix.")
+    lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the low-rank factors.")
+
+    @model_validator(mode="after")
+    def _particles(self) -> Self:
+        problems = []
+        if self.particle_init == "independent":
+            problems = without_effect(self, "with particle_init independent", "spread")
+            if self.init in ("text", "file") and self.num_particles > 1:
+                problems.append(f"particle_init: independent gives equal particles with init {self.init}; use common")
+        refuse(problems)
+        return self
+
+    @model_validator(mode="after")
+    def _prior(self) -> Self:
+        problems = []
+        if self.prior == "none":
+            problems = without_effect(self, "with prior none", "sigma", "sigma_relative")
+        elif self.sigma is None and self.sigma_relative is None:
+            problems = [f"sigma: is missing, prior {self.prior} needs it; give sigma or sigma_relative"]
+        elif self.sigma is not None and self.sigma_relative is not None:
+            problems = ["sigma: is given beside sigma_relative; set one of them to null"]
+        if self.rank == 0:
+            problems += without_effect(self, "with rank 0", "lr_low_rank")
+        refuse(problems)
+        return self
+
+
+class BayesianPromptTuning(VanillaTransfer):
+    """M particles of the source posterior, then the MAP prompt. 77,668 numbers a target for P = 100, R = 1 on T5-base."""
+
+    paper = "Lee et al. 2023 (BMTPT)"
+    summary = "SVGD over M source prompts, then MAP adaptation around their mean"
+    config: Config
+
+    def num_particles(self, stage: str) -> int:
+        """Return M in the source stage; a target has one MAP prompt."""
+        return self.config.num_particles if stage == "source" else 1
+
+    # --- source stage -----------------------------------------------------------------------------------------------------------
+
+    def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
+        """Start this rank's block of the particles; every rank draws all of them from the same generators."""
+        config, num_particles = self.config, self.config.num_particles
+        common = self.start("source")
+        if config.particle_init == "independent":
+            others = [self.start("source", particle) for particle in range(1, num_particles)]
+            particles = torch.stack([common, *others])
+        else:
+            particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
+        self.own(particles[mesh.rows(num_particles)])
+        self.stage = "source"
+
+    def precondition_(self, mesh: Mesh) -> None:
+        """Turn the gradients of the source loss into minus the Stein direction (collective: every rank)."""
+        if self.stage != "source":
+            return
+        assert self.particles.grad is not None
+        particles = mesh.gather_particles(self.particles.detach())
+        score = mesh.gather_particles(-self.particles.grad)
+        phi = stein_direction(particles, score, rows=mesh.rows(len(particles)), **self._kernel()).phi
+        self.particles.grad.copy_(-phi)
+        self.last_step = (particles, score)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start."""
+        if self.stage != "source":
+            return {}
+        particles, score = self.last_step
+        direction = stein_direction(particles, score, **self._kernel())
+        kernel = direction.kernel if direction.kernel.dim() == 2 else direction.kernel.mean(0)  # noqa: PLR2004 - [P, M, M]
+        # A fixed random projection keeps distances (Johnson-Lindenstrauss) and fits a line of the log.
+        axes = torch.randn(particles[0].numel(), PROJECTED, generator=generator(0, "projection")) / PROJECTED**0.5
+        projection = particles.flatten(1).cpu() @ axes
+        return {
+            "metrics": {f"svgd/{name}": value for name, value in diagnostics(direction, particles).items()},
+            "particles": {"projection": projection.tolist(), "kernel": kernel.tolist()},
+        }
+
+    def _kernel(self) -> dict[str, Any]:
+        config = self.config
+        return {"kernel": config.kernel, "scope": config.scope, "bandwidth": config.bandwidth, "form": config.form}
+
+    # --- target stage -----------------------------------------------------------------------------------------------------------
+
+    def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
+        """Start at the posterior mean: F = mean, u v^T = 1 for each target."""
+        assert source is not None
+        config, device = self.config, self.backbone.device
+        self.stage, self.num_examples = "target", list(num_examples)
+        mean, particles = (source[name].to(device, torch.float32) for name in ("mean", "particles"))
+        if config.prior != "none":
+            self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
+            self.prior_center = mean if config.prior == "gaussian" else particles
+        super().begin_target(source, tasks, num_examples, mesh)
+        if config.rank:
+            factors = [low_rank_ones(config.rank, *mean.shape, generator(self.seed, "low_rank", task.name)) for task in tasks]
+            self.u = nn.Parameter(torch.stack([u for u, _ in factors]).to(device))
+            self.v = nn.Parameter(torch.stack([v for _, v in factors]).to(device))
+
+    def target_prompts(self) -> Float[Tensor, "K P D"]:
+        """Return the effective prompt theta of each target task."""
+        full = self.particles[0]
+        return low_rank_product(full, self.u, self.v) if self.config.rank else full.expand(len(self.num_examples), -1, -1)
+
+    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+        """Put every particle before every text; on targets, its task's prompt."""
+        if self.stage == "source" or not self.config.rank:
+            return super().encoder_inputs(embeds, batch)
+        return prepend_own(self.target_prompts()[batch.task_index.to(embeds.device)], embeds)
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """Return minus the log prior of each target's effective prompt, as objective.py scales it, averaged over targets."""
+        if self.stage == "source" or self.config.prior == "none":
+            return None
+        minus_log_prior = gaussian_penalty if self.config.prior == "gaussian" else mixture_penalty
+        terms = [
+            minus_log_prior(theta, self.prior_center, self.prior_std, size)
+            for theta, size in zip(self.target_prompts(), self.num_examples, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+        """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
+        if self.stage == "source":
+            return super().param_groups(stage)
+        groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": self.config.lr_full}]
+        return groups + ([{"params": [self.u, self.v], "lr": self.config.lr_low_rank}] if self.config.rank else [])
+
+    def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
+        """Return the effective prompt of each target task."""
+        return dict(zip(self.target_tasks, self.target_prompts().detach().cpu(), strict=True))

@@ -1,0 +1,194 @@
+"""Make the tiny T5 of the miniature world: `python -m bpt_dist.mini.pretrain --out DIR --seed 0`.
+
+Half span corruption's spirit, half instructions: one step in six restores masked words, the others answer instructed
+examples (`skills.py`). One process, one thread, fp32; the same machine and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+from bpt_dist.mini import skills, tokenizer
+
+log = logging.getLogger(__name__)
+
+CLEAR_SHARE = 0.4  # of the steps; instructions start bare and gather clutter until then
+POOL = 16  # batches drawn together and cut by length: a third less padding
+NO_LOSS = -100
+SAME_WORD_LOGIT = 5.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the grammar."""
+
+    seed: int = 0
+    steps: int = 20_000
+    batch_size: int = 32
+    lr: float = 1.5e-3
+    warmup: int = 500
+    clip: float = 1.0
+    d_model: int = 96
+    d_ff: int = 256
+    num_layers: int = 3
+    num_decoder_layers: int = 2
+    num_heads: int = 4
+
+
+CL = 0.0
+
+
+def new_model(recipe: Recipe, vocab_size: int) -> T5ForConditionalGeneration:
+    """Return a T5 (v1.0 shape, tied embeddings, no dropout) with fresh weights drawn from the seed."""
+    torch.manual_seed(recipe.seed)
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=recipe.d_model,
+        d_kv=recipe.d_model // recipe.num_heads,
+        d_ff=recipe.d_ff,
+        num_layers=recipe.num_layers,
+        num_decoder_layers=recipe.num_decoder_layers,
+        num_heads=recipe.num_heads,
+        relative_attention_max_distance=64,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    initialise_matching_heads_(model)
+    return model
+
+
+@torch.no_grad()
+def initialise_matching_heads_(model: T5ForConditionalGeneration) -> None:
+    """Let half of the encoder's heads start by looking for the same word elsewhere (keys = queries, not at oneself).
+
+    A model this small otherwise spends most of its training on discovering that two words can be equal.
+    """
+    config = model.config
+    rows = slice(0, config.num_heads // 2 * config.d_kv)
+    for block in model.encoder.block:
+        attention = block.layer[0].SelfAttention
+        # Scaled so that a word scores about SAME_WORD_LOGIT against itself and about 0 ± 1 against others.
+        scale = (SAME_WORD_LOGIT / (config.d_kv * config.d_model)) ** 0.5
+        attention.q.weight[rows].normal_(0.0, scale)
+        attention.k.weight[rows] = attention.q.weight[rows]
+    own_position = 0
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias[own_position, : config.num_heads // 2] = -2 * SAME_WORD_LOGIT
+
+
+def padded(rows: list[list[int]], fill: int) -> Int[Tensor, "N T"]:
+    """Return the rows as one tensor, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def batches(recipe: Recipe, pieces: T5Tokenizer) -> Iterator[tuple[Int[Tensor, "N T"], Int[Tensor, "N U"]]]:
+    """Yield (input ids, target ids) for ever: a pure function of the recipe."""
+    rng = random.Random(f"pretrain {recipe.seed}")
+    for pool in itertools.count():
+        clutter = min(1.0, pool * POOL / (CLEAR_SHARE * recipe.steps))
+        corrupted_share = max(0.1, 0.4 - 2 * pool * POOL / recipe.steps)
+        pairs = [
+            skills.corrupted(rng) if rng.random() < corrupted_share else skills.instructed(rng, clutter)
+            for _ in range(POOL * recipe.batch_size)
+        ]
+        sources, targets = zip(*pairs, strict=True)
+        encoded = list(zip(pieces(list(sources)).input_ids, pieces(list(targets)).input_ids, strict=True))
+        encoded.sort(key=lambda pair: (len(pair[1]) > 4, len(pair[0])))
+        cuts = [encoded[at : at + recipe.batch_size] for at in range(0, len(encoded), recipe.batch_size)]
+        rng.shuffle(cuts)
+        for cut in cuts:
+            yield padded([source for source, _ in cut], 0), padded([target for _, target in cut], NO_LOSS)
+
+
+@torch.no_grad()
+def accuracy(model: T5ForConditionalGeneration, pieces: T5Tokenizer, num_examples: int, seed: str) -> dict[str, float]:
+    """Return the share of instructed examples answered word for word (teacher-forced argmax), by skill."""
+    rng = random.Random(seed)
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for skill in skills.SKILLS:
+        pairs = [skills.instruct(rng, skill, CL) for _ in range(num_examples)]
+        source = padded(pieces([text for text, _ in pairs]).input_ids, 0)
+        target = padded(pieces([answer for _, answer in pairs]).input_ids, NO_LOSS)
+        guess = model(input_ids=source, attention_mask=source.ne(0), labels=target).logits.argmax(-1)
+        name = skill.title
+        hits[name] += (guess.eq(target) | target.eq(NO_LOSS)).all(1).tolist()
+    return {name: round(sum(found) / len(found), 3) for name, found in hits.items()}
+
+
+def new_optimizer(recipe: Recipe, model: T5ForConditionalGeneration) -> torch.optim.AdamW:
+    """Return AdamW with a faster rate for the embeddings, whose entries are ten times those of the other weights."""
+    embeddings = list(model.shared.parameters())
+    rest = [weight for weight in model.parameters() if weight is not embeddings[0]]
+    groups = [{"params": embeddings, "lr": 3 * recipe.lr}, {"params": rest, "lr": recipe.lr}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
+def learning_rate_factor(recipe: Recipe, step: int) -> float:
+    """Return the warm-up, then linear decay to zero."""
+    return min((step + 1) / recipe.warmup, max(0.0, (recipe.steps - step) / (recipe.steps - recipe.warmup)))
+
+
+def train(recipe: Recipe, log_file: Path, log_every: int = 500) -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
+    """Train for `recipe.steps` and write one JSON line every `log_every` steps."""
+    pieces = tokenizer.build()
+    model = new_model(recipe, len(pieces))
+    optimizer = new_optimizer(recipe, model)
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step))
+    stream, losses, began = batches(recipe, pieces), [], time.perf_counter()
+    for step in range(1, recipe.steps + 1):
+        source, target = next(stream)
+        loss = model(input_ids=source, attention_mask=source.ne(0), labels=target).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        if step % log_every == 0 or step == recipe.steps:
+            record = {"step": step, "loss": round(sum(losses) / len(losses), 4)}
+            record |= {"seconds": round(time.perf_counter() - began), "accuracy": accuracy(model, pieces, 64, f"log {step}")}
+            with log_file.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+            log.info("%s", record)
+            model.save_pretrained(log_file.parent / "bb"); pieces.save_pretrained(log_file.parent / "bb")
+            losses = []
+    return model, pieces
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, train, and write model, tokenizer and log."""
+    parser = argparse.ArgumentParser(prog="python -m bpt_dist.mini.pretrain", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
+    parser.add_argument("--log", type=Path, help="JSON lines of the run (default: OUT/../pretrain_log.jsonl)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log_file = options.log or options.out.parent / "pretrain_log.jsonl"
+    log_file.unlink(missing_ok=True)
+    model, pieces = train(Recipe(seed=options.seed, steps=options.steps), log_file)
+    model.save_pretrained(options.out)
+    pieces.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()

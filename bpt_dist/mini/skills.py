@@ -1,0 +1,176 @@
+"""Instructed skills: the supervised half of pretraining.
+
+An instruction names a skill and, for a closed answer, the words to answer with, drawn anew for every example; so no label
+word belongs to a skill, and a frozen backbone answers only when something in front of the text plays the instruction's part.
+The tasks of the world carry no instruction.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from bpt_dist.mini import lexicon as lx
+from bpt_dist.mini import puzzles
+from bpt_dist.mini.grammar import SOURCE, TARGET, WHOLE, Domain, alter, clause
+
+SINGLE = (("sentence:",), ("text:",), ("review:",), ("passage:",))
+PAIR = (("sentence1:", "sentence2:"), ("premise:", "hypothesis:"), ("question1:", "question2:"))
+ASKED = (("question:", "context:"), ("question:", "sentence:"), ("question:", "passage:"))
+BLANK = (("query:", "passage:"),)
+WORD = (("sentence1:", "sentence2:", "word:"),)
+KINDS = (SINGLE, PAIR, ASKED, BLANK, WORD)
+
+MAX_INSTRUCTION = 20
+MAX_SENTINELS = 8
+DOMAINS = (SOURCE, TARGET, WHOLE)
+
+
+@dataclass(frozen=True)
+class Skill:
+    """What an instruction names: a classification when `num_labels` is positive, else an answer in free words."""
+
+    name: str
+    kind: tuple[tuple[str, ...], ...]
+    draw: Callable[..., object]
+    num_labels: int = 0
+    weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """Return a name that is unique among the skills."""
+        return f"{self.name} {self.draw.__name__}" if self.draw.__module__ == puzzles.__name__ else self.name
+
+
+def extraction(part: str) -> puzzles.Answered:
+    """Return the puzzle that asks for one part of a clause."""
+
+    def draw(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+        told = clause(rng, domain, colour=1.0 if part == "colour" else 0.5, place=1.0 if part == "place" else 0.3)
+        answers = {
+            "actor": told.actor.noun,
+            "thing": told.thing.noun,
+            "action": told.verb,
+            "colour": told.thing.colour,
+            "place": told.place,
+            "category": lx.CATEGORY_OF[told.thing.noun],
+            "living": lx.CATEGORY_OF[told.actor.noun],
+        }
+        return (f"{told.text(rng.choice(puzzles.VOICES))}.",), str(answers[part])
+
+    return draw
+
+
+def comparison(part: str) -> puzzles.Classified:
+    """Return the puzzle that asks whether two clauses agree (1) in one part or not (0)."""
+
+    def draw(rng: random.Random, domain: Domain, label: int) -> puzzles.Texts:
+        first, second = clause(rng, domain), clause(rng, domain)
+        name = {"actor": "actor", "thing": "thing", "action": "verb"}[part]
+        shared = getattr(first if label else alter(rng, first, name, domain), name)
+        if name == "verb":
+            shared = rng.choice(lx.VERBS[lx.CLASS_OF_VERB[shared]])
+        second = replace(second, **{name: shared})
+        return f"{first.text(rng.choice(puzzles.VOICES))}.", f"{second.text(rng.choice(puzzles.VOICES))}."
+
+    return draw
+
+
+def sourced(draw: puzzles.Classified) -> puzzles.Classified:
+    """Return the puzzle on the source domain whatever domain is asked for (its classes live there)."""
+    return lambda rng, domain, label: draw(rng, SOURCE, label)
+
+
+SKILLS = (
+    Skill("polarity", SINGLE, puzzles.opinion_plain, 2),
+    Skill("polarity", SINGLE, puzzles.opinion_contrast, 2),
+    Skill("category", SINGLE, sourced(puzzles.category), 4),
+    Skill("order", SINGLE, puzzles.word_order, 2),
+    Skill("number", SINGLE, puzzles.number, 2),
+    Skill("entail", PAIR, puzzles.entailment, 3, 2.0),
+    Skill("entail", PAIR, puzzles.entailment_binary, 2),
+    Skill("restate", PAIR, puzzles.restatement, 2),
+    Skill("restate", PAIR, puzzles.same_question, 2),
+    Skill("sense", WORD, puzzles.word_sense, 2),
+    Skill("replies", ASKED, puzzles.answered, 2),
+    Skill("read", ASKED, puzzles.reading, weight=1.5),
+    Skill("fill", BLANK, puzzles.cloze),
+    *(Skill(part, SINGLE, extraction(part), weight=0.3) for part in ("actor", "thing", "action", "colour", "place")),
+    *(Skill(f"category {part}", SINGLE, extraction(name), weight=0.3) for part, name in (("actor", "living"), ("thing", "category"))),
+    *(Skill(f"equal {part}", PAIR, comparison(part), 2, 0.5) for part in ("actor", "thing", "action")),
+)
+WEIGHTS = tuple(skill.weight for skill in SKILLS)
+
+
+def nonsense_name(rng: random.Random) -> str:
+    """Return a name spelled like a task's that means nothing."""
+    return "mini_" + "".join(rng.sample(lx.SYLLABLES, rng.choice((1, 2, 2, 3))))
+
+
+def segment(rng: random.Random, skill: Skill, variety: float = 1.0) -> tuple[list[str], list[str]]:
+    """Return the words that name a skill with its answer words (fresh ones with chance `variety`), and those."""
+    fresh = rng.random() < variety
+    options = [rng.choice(words) if fresh else words[0] for words in lx.LABEL_WORDS[: skill.num_labels]]
+    return [*skill.name.split(), *options, ";"], options
+
+
+def distractors(rng: random.Random, skill: Skill) -> list[list[str]]:
+    """Return up to two instructions that cannot be meant, because they belong to other fields."""
+    foreign = [other for other in SKILLS if other.kind is not skill.kind]
+    return [segment(rng, rng.choice(foreign))[0] for _ in range(rng.choice((0, 0, 1, 2)))]
+
+
+def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> list[str]:
+    """Mix an instruction with others that do not apply, repeat it, or surround it with words that mean nothing."""
+    parts = [words, *others]
+    if rng.random() < 0.3:
+        parts.append(words)
+    if rng.random() < 0.3:
+        parts.append([rng.choice(lx.COLOURS + lx.PLACES + lx.DEGREES) for _ in range(rng.randint(1, 6))])
+    rng.shuffle(parts)
+    flat = [word for part in parts for word in part]
+    return flat if len(flat) <= MAX_INSTRUCTION else words
+
+
+def instruct(rng: random.Random, skill: Skill, clutter: float = 1.0) -> tuple[str, str]:
+    """Draw (input, answer) of one example of a skill; `clutter` is the chance of fresh answer words, and of idle words."""
+    words, options = segment(rng, skill, clutter)
+    domain = rng.choice(DOMAINS)
+    if skill.num_labels:
+        label = rng.randrange(skill.num_labels)
+        texts, answer = skill.draw(rng, domain, label), options[label]
+    else:
+        texts, answer = skill.draw(rng, domain)
+    if rng.random() < clutter:
+        words = padded(rng, words, distractors(rng, skill))
+        words += [nonsense_name(rng)] if rng.random() < 0.8 else []
+    fields = [f"{field} {text}" for field, text in zip(rng.choice(skill.kind), texts, strict=True)]
+    return " ".join([*words, *fields]), answer
+
+
+def instructed(rng: random.Random, clutter: float = 1.0) -> tuple[str, str]:
+    """Draw (input, answer) of one example of a skill drawn by weight."""
+    return instruct(rng, rng.choices(SKILLS, WEIGHTS)[0], clutter)
+
+
+def corrupted(rng: random.Random) -> tuple[str, str]:
+    """Draw (input, answer) of span corruption: words of related sentences replaced by sentinels.
+
+    Most hidden words stand elsewhere in the text, or are implied by it, so restoring them teaches to compare.
+    """
+    skill, domain = rng.choice(SKILLS), rng.choice(DOMAINS)
+    label = rng.choice((0, skill.num_labels - 1))
+    texts = skill.draw(rng, domain, label) if skill.num_labels else skill.draw(rng, domain)[0]
+    words = " ".join(texts).split()
+    source, answer, sentinel, at = [], [], 0, 0
+    while at < len(words):
+        if sentinel < MAX_SENTINELS and (rng.random() < 0.2 or at == len(words) - 1 and not answer):
+            span = rng.choice((1, 1, 2))
+            source.append(f"<extra_id_{sentinel}>")
+            answer += [f"<extra_id_{sentinel}>", *words[at : at + span]]
+            sentinel, at = sentinel + 1, at + span
+        else:
+            source.append(words[at])
+            at += 1
+    return " ".join(source), " ".join(answer)

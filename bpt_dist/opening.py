@@ -1,0 +1,130 @@
+"""Open a run on every rank: directory, lock, guard, backbone, data, tracking; and close it whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from bpt_dist import backbone as backbones
+from bpt_dist import config as configuration
+from bpt_dist import engine, mini
+from bpt_dist.backbone import Backbone
+from bpt_dist.config import Config
+from bpt_dist.errors import UserError
+from bpt_dist.faults import fault_point
+from bpt_dist.guard import Guard
+from bpt_dist.journal import MetricsLog
+from bpt_dist.mesh import World, peer_lost
+from bpt_dist.mirror import Mirror, shutdown
+from bpt_dist.run import Run, exit_code, git_state, reason_of, versions
+from bpt_dist.session import Session
+from bpt_dist.tracking import Request, parameters
+
+UNTRACKED = ("name", "output", "run_dir", "seed", "tracking", "figures", "data.cache", "rows", "seeds")
+
+
+@contextmanager
+def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | None]:
+    """Open a run on every rank and close it whatever happens; yields None for a run that is finished (collective: every rank)."""
+    with ExitStack() as stack:
+        run = _open_run(config, world, fresh)
+        stack.enter_context(run)
+        if world.broadcast(run.finished):
+            yield None
+            return
+        timeouts = {"startup_timeout": config.distribution.startup_timeout, "step_timeout": config.distribution.step_timeout}
+
+        guard = stack.enter_context(Guard(run.path("logs"), world.rank, **timeouts, on_leave=run.status))
+        backbone = load_backbone(config, world)
+        journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
+        session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
+        if journal is not None:
+            stack.callback(journal.close)
+            if config.tracking.mlflow:
+                stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
+        try:
+            yield session
+        except RuntimeError as error:
+            raise peer_lost(error) or error from error
+        run.status("finished")
+
+
+def _open_run(config: Config, world: World, fresh: bool) -> Run:
+    """Open the run directory, rank 0 first; what it refuses, every rank refuses."""
+
+    def changed(_old: str) -> list[str]:
+        return configuration.changed_keys(configuration.load(config.directory / "config.yaml"), config)
+
+    def open_it() -> Run:
+        text = configuration.resolved_yaml(config)
+        print_ = configuration.fingerprint(config)
+        return Run.open(text, print_, changed, config.directory, fresh=fresh, rank=world.rank, world_size=world.size)
+
+    run, problem = None, None
+    if world.rank == 0:
+        try:
+            run = open_it()
+        except Exception as error:  # noqa: BLE001 - every rank must learn of it, whatever it is
+            problem = error
+    problem = world.broadcast(problem)
+    if problem is not None:
+        raise problem
+    return run or open_it()
+
+
+def load_backbone(config: Config, world: World) -> Backbone:
+    """Load the T5 of the configuration and put it where it belongs (collective: every rank)."""
+    path = str(mini.BACKBONE) if config.backbone.path == "mini" else config.backbone.path
+    settings = config.backbone
+    backbone = backbones.load(
+        path, name=settings.path, revision=settings.revision, dtype=settings.dtype, attention=settings.attention
+    )
+    fault_point("backbone.loaded")
+    engine.place(backbone, config.distribution.shard, world)
+    return backbone
+
+
+def leave(error: Exception, world: World) -> int:
+    """Say why the job ends and return its exit code; with peers, end this process at once.
+
+    After a failed collective the process group can neither be used nor destroyed, and a rank that waits for it would hang.
+    """
+    code = exit_code(error)
+    if not isinstance(error, UserError):
+        logging.getLogger(__name__).error("internal error", exc_info=error)
+    if world.rank == 0 or not isinstance(error, UserError):
+        sys.stderr.write(f"{reason_of(error)}\n")
+    if world.rank == 0:
+        shutdown()
+    if world.size > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def tracking_request(config: Config, run: Run, world_size: int) -> Request:
+    """Return where and under which name, parameters and tags MLflow mirrors the run."""
+    store = (config.output if config.run_dir is None else config.run_dir.parent.parent).resolve() / "mlflow.db"
+    commit = git_state() or {}
+    tags = {
+        "git.commit": str(commit.get("commit", "")),
+        "git.dirty": str(commit.get("dirty", "")),
+        "config.sha256": configuration.fingerprint(config),
+        "method": config.method.name,
+        "seed": str(config.seed),
+        "bpt.stage": "source, target" if config.method.HAS_SOURCE_STAGE else "target",
+        "world_size": str(world_size),
+        **{f"version.{package}": version for package, version in versions().items()},
+    }
+    return Request(
+        id=run.id,
+        uri=config.tracking.uri or f"sqlite:///{store}",
+        experiment=config.tracking.experiment or config.name,
+        run_name=config.name,
+        params=parameters(config.model_dump(mode="json"), leave_out=UNTRACKED),
+        tags=tags,
+    )

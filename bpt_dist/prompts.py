@@ -1,0 +1,58 @@
+"""How a soft prompt starts, and where it stands before the text; orthogonal to what a method does with it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpt_dist.backbone import Backbone
+from bpt_dist.errors import ConfigError
+from bpt_dist.prompt_files import read_prompt
+from bpt_dist.settings.prompt import PromptOptions
+
+COMMON_PIECES = 5000  # Lester et al. (2021) sample from the most common pieces; T5 vocabularies are sorted by frequency
+
+
+def initial_prompt(options: PromptOptions, backbone: Backbone, generator: torch.Generator) -> Float[Tensor, "P D"]:
+    """Return the prompt training starts from, in float32.
+
+    `vocabulary`: distinct rows of the word-embedding table, drawn from its 5,000 most common ordinary pieces (Lester et al. 2021).
+    `normal`: N(0, scale^2). `uniform`: U(-scale, scale). `text`: the rows of a text's pieces, repeated to the length.
+    `file`: a stored prompt.
+    """
+    length, width = options.length, backbone.width
+    if options.init == "normal":
+        return (options.init_scale or 1.0) * torch.randn(length, width, generator=generator)
+    if options.init == "uniform":
+        return (options.init_scale or 0.5) * (2 * torch.rand(length, width, generator=generator) - 1)
+    if options.init == "file":
+        assert options.init_file is not None
+        return read_prompt(options.init_file, width)
+    return backbone.vocabulary_rows(_pieces(options.init, length, backbone, generator, options.init_text)).cpu()
+
+
+def _pieces(kind: str, length: int, backbone: Backbone, generator: torch.Generator, text: str | None) -> Tensor:
+    if kind == "text":
+        ids = backbone.tokenizer(text or "", add_special_tokens=False).input_ids
+        if not ids:
+            raise ConfigError("method.init_text: the text has no pieces; method.init=text needs some words")
+        return torch.tensor((ids * (length // len(ids) + 1))[:length])
+    special = set(backbone.tokenizer.all_special_ids)
+    ordinary = [piece for piece in range(min(len(backbone.tokenizer), COMMON_PIECES)) if piece not in special]
+    if length > len(ordinary):
+        raise ConfigError(f"method.length is {length}, but the vocabulary has only {len(ordinary)} ordinary pieces; use init=normal")
+    return torch.tensor(ordinary)[torch.randperm(len(ordinary), generator=generator)[:length]]
+
+
+def prepend(prompts: Float[Tensor, "m P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
+    """Put each of the m prompts before each of the N texts; L = P + T."""
+    num_particles, num_texts = len(prompts), len(embeds)
+    left = prompts[:, None].expand(-1, num_texts, -1, -1)
+    right = embeds[None].expand(num_particles, -1, -1, -1)
+    return torch.cat([left.to(right), right], dim=2)
+
+
+def prepend_own(prompts: Float[Tensor, "N P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "1 N L D"]:
+    """Put the n-th prompt before the n-th text."""
+    return torch.cat([prompts.to(embeds), embeds], dim=1)[None]

@@ -1,0 +1,247 @@
+"""One run while it is open: its directory, its data and backbone, what is stored when a stage ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpt_dist.backbone import Backbone
+from bpt_dist.config import Config, Data, Stage
+from bpt_dist.data import metrics
+from bpt_dist.data.batches import Batches
+from bpt_dist.data.prepared import TaskData, prepare
+from bpt_dist.evaluate import Evaluated, evaluate
+from bpt_dist.export import export_prompt
+from bpt_dist.faults import fault_point
+from bpt_dist.files import encode_json, read_json, write_atomic, write_json_atomic
+from bpt_dist.guard import Guard
+from bpt_dist.figures import draw_run
+from bpt_dist.journal import MetricsLog, read_records
+from bpt_dist.mesh import Mesh, World
+from bpt_dist.methods import base as methods
+from bpt_dist.model_card import CardFacts, PosteriorFacts
+from bpt_dist.posterior import FACTS, Posterior
+from bpt_dist.run import Run
+from bpt_dist.stage import StageRun
+
+log = logging.getLogger(__name__)
+RESULT = "result.json"
+
+
+@dataclass
+class Session:
+    """Everything `train.train` passes down; every method is called by every rank."""
+
+    config: Config
+    world: World
+    guard: Guard
+    run: Run
+    log: MetricsLog
+    backbone: Backbone
+    fingerprint: str
+    position: int = 0
+    posterior: Posterior | None = None
+    _data: dict[str, list[TaskData]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.method = methods.load(config.method, self.backbone, seed=config.seed, reduction=config.reduction)
+        # All rows are read and checked now: a bad one must be named before the first forward pass.
+        options = config.data
+        if config.method.HAS_SOURCE_STAGE and self.config.source.posterior is None:
+            few_shot_off = options.model_copy(update={"shots": None})
+            self._data["source"] = self._prepare(options.source_tasks, few_shot_off, ("train",))
+        wanted = ("train", *dict.fromkeys(("validation", *config.evaluation.splits)))
+        self._data["target"] = self._prepare(options.target_tasks, options, wanted)
+        self.world.barrier()
+
+    def _prepare(self, names: Sequence[str], options: Data, splits: Sequence[str]) -> list[TaskData]:
+        """Prepare on rank 0 first: it fills the cache the others read."""
+        if self.world.rank:
+            self.world.barrier()
+        found = prepare(names, options, self.backbone.tokenizer, splits=splits, seed=self.config.seed)
+        if not self.world.rank:
+            self.world.barrier()
+        return found
+
+    # --- what a stage starts from -------------------------------------------------------------------------------------
+
+    def source_tasks(self) -> list[TaskData]:
+        """Return the source tasks in the order of the configuration."""
+        return self._data["source"]
+
+    def target_groups(self) -> list[list[TaskData]]:
+        """Return the target tasks that are trained together: all of them (`target.joint`), or one at a time."""
+        targets = self._data["target"]
+        return [targets] if self.config.target.joint else [[task] for task in targets]
+
+    def stage_name(self, tasks: Sequence[TaskData]) -> str:
+        """Return the name of a target stage, which is also its folder."""
+        return "target/joint" if self.config.target.joint else f"target/{tasks[0].spec.name}"
+
+    def mesh(self, num_particles: int) -> Mesh:
+        """Arrange the ranks for a stage; an explicit shape holds for stages with several particles."""
+        shape = self.config.distribution.mesh
+        explicit = None if isinstance(shape, str) or num_particles == 1 else (shape.particle, shape.data)
+        return self.world.mesh(num_particles, explicit)
+
+    def stage(
+        self, name: str, settings: Stage, mesh: Mesh, batches: Batches, validate: Callable[[], dict[str, float]] | None = None
+    ) -> StageRun:
+        """Return a stage that starts where the last one ended."""
+        if self.run.rank == 0:
+            self.run.status("running", stage=name)
+        return StageRun(
+            name, settings, self.method, mesh, batches, self.run, self.log, self.fingerprint, self.guard, validate, self.position
+        )
+
+    # --- what a stage leaves ------------------------------------------------------------------------------------------
+
+    def stored_posterior(self) -> Posterior | None:
+        """Return the posterior of the configuration or of an earlier start of this run."""
+        own = self.run.path("source", "posterior")
+        given = self.config.source.posterior
+        if given is None and not (own / FACTS).is_file():
+            return None
+        self.posterior = Posterior.load(given or own, self.backbone)
+        if given is None:
+            self.position = self.posterior.facts["position"]
+        return self.posterior
+
+    def store_posterior(self, posterior: Posterior, stage: StageRun) -> Posterior:
+        """Write the posterior (rank 0) and return it as every later start will read it."""
+        fault_point("stage.finished", stage=stage.name)
+        facts = {
+            "method": self.config.method.name,
+            "backbone": self.backbone.name,
+            "backbone_hash": self.backbone.identity,
+            "tokenizer_hash": self.backbone.tokenizer_hash,
+            "source_tasks": list(self.config.data.source_tasks),
+            "steps": stage.step,
+            "seed": self.config.seed,
+            "fingerprint": self.fingerprint,
+            "position": self.log.position() if self.run.rank == 0 else 0,
+        }
+        if self.run.rank == 0:
+            self.log.flush()
+            Posterior(posterior.tensors, facts).save(self.run.path("source", "posterior"))
+            self._draw()
+        self.world.barrier()
+        stored = self.stored_posterior()
+        assert stored is not None
+        return stored
+
+    def has_results(self, tasks: Sequence[TaskData]) -> bool:
+        """Return whether an earlier start finished this target stage."""
+        file = self.run.path(self.stage_name(tasks), RESULT)
+        if not file.is_file():
+            return False
+        self.position = read_json(file)["position"]
+        return True
+
+    def store_results(self, tasks: Sequence[TaskData], stage: StageRun) -> None:
+        """Evaluate the reported splits; write predictions, exports and, last, the result that ends the stage (rank 0)."""
+        fault_point("stage.finished", stage=stage.name)
+        entries: list[dict[str, Any]] = []
+        for index, task in enumerate(tasks):
+            for split in self.config.evaluation.splits:
+                found = evaluate(self.method, tasks, index, split, self.config.evaluation, self.world, self.guard.beat)
+                entries += self._entries(task, split, found, stage, len(tasks))
+                self._write_predictions(task, split, found)
+        if self.run.rank == 0:
+            best = {f"best/{entry['task']}": entry["value"] for entry in entries if entry["headline"]}
+            stage.write(best)
+            self.log.flush()
+            self._export(tasks, entries)
+            fault_point("results.before_write", stage=stage.name)
+            result = {"position": self.log.position(), "results": entries, "selected_step": stage.best.step}
+            write_json_atomic(self.run.path(stage.name, RESULT), result)
+        self.world.barrier()
+        self.has_results(tasks)
+
+    def finish(self) -> None:
+        """Check that the T5 is what it was, gather the results, draw the figures (rank 0 writes)."""
+        self.method.end()
+        if self.method.freezes_backbone:
+            self.backbone.verify_unchanged()
+        if self.run.rank == 0:
+            files = [self.run.path(self.stage_name(tasks), RESULT) for tasks in self.target_groups()]
+            write_json_atomic(self.run.folder / "results.json", [entry for file in files for entry in read_json(file)["results"]])
+            self._draw()
+        self.world.barrier()
+
+    def _entries(self, task: TaskData, split: str, found: Evaluated, stage: StageRun, num_tasks: int) -> list[dict[str, Any]]:
+        """Return one entry of results.json for each metric: percent, but for `nll` (nats)."""
+        spec = task.spec
+        examples = task.splits[split].examples
+        majority = metrics.majority(spec, task.train.examples, examples, task.protocol)
+        common = {
+            "method": self.config.method.name,
+            "backbone": self.backbone.name,
+            "task": spec.name,
+            "split": split,
+            "n": len(examples),
+            "seed": self.config.seed,
+            "steps": stage.step,
+            "selected_step": stage.best.step,
+            "trainable_parameters": self.method.num_trainable() // num_tasks,
+            "joint": self.config.target.joint,
+            "stage": stage.name,
+            "run": self.config.name,
+            "predict": self.config.evaluation.predict,
+            "decode": found.decode,
+            "protocol": task.protocol,
+        }
+        return [
+            {
+                **common,
+                "metric": name,
+                "value": value,
+                "headline": name == spec.headline,
+                "majority": majority.get(name),
+            }
+            for name, value in found.metrics.items()
+        ]
+
+    def _write_predictions(self, task: TaskData, split: str, found: Evaluated) -> None:
+        if self.run.rank == 0:
+            name = "predictions.jsonl" if split == "test" else f"predictions-{split}.jsonl"
+            folder = self.run.path("target", task.spec.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / name, b"".join(encode_json(entry) for entry in found.predictions))
+
+    def _export(self, tasks: Sequence[TaskData], entries: Sequence[dict[str, Any]]) -> None:
+        """Write each finished prompt as a PEFT folder."""
+        for name, prompt in (self.method.prompts() or {}).items():
+            fault_point("export.before_write", task=name)
+            card = CardFacts(
+                title=f"Soft prompt for {name}",
+                method=self.config.method.name,
+                backbone_hash=self.backbone.identity,
+                tokenizer_hash=self.backbone.tokenizer_hash,
+                protocol=self.config.data.protocol,
+                target_tasks=[name],
+                source_tasks=self.config.data.source_tasks if self.config.method.HAS_SOURCE_STAGE else (),
+                results=[entry for entry in entries if entry["task"] == name],
+                posterior=self._posterior_facts(),
+            )
+            export_prompt(
+                prompt,
+                self.run.path("target", name) / "adapter",
+                base_model=self.backbone.path,
+                revision=self.backbone.revision,
+                config_facts=self.backbone.model.config.to_dict(),
+                card=card,
+            )
+
+    def _posterior_facts(self) -> PosteriorFacts | None:
+        if self.posterior is None or "particles" not in self.posterior.tensors:
+            return None
+        return PosteriorFacts.of(self.posterior.tensors["particles"], self.posterior.facts["steps"])
+
+    def _draw(self) -> None:
+        if self.config.figures:
+            records, _ = read_records(self.run.folder / "metrics.jsonl", limit=1 << 30)
+            draw_run(records, self.run.path("figures"))

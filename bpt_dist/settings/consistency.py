@@ -1,0 +1,133 @@
+"""Rules over several sections: what one key says about another. Each rule yields `dotted.key: problem; remedy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+from bpt_dist.settings.base import without_effect
+
+if TYPE_CHECKING:
+    from bpt_dist.settings.models import Config, Stage
+
+Rule = Callable[["Config"], Iterator[str]]
+
+
+def _stage_with_steps_has_tasks(config: Config) -> Iterator[str]:
+    if config.target.steps and not config.data.target_tasks:
+        yield f"data.target_tasks: is empty, target.steps is {config.target.steps}; name tasks or set target.steps=0"
+    if not config.method.HAS_SOURCE_STAGE:
+        return
+    if config.source.posterior is None and not config.source.steps:
+        yield f"source.steps: is 0, method {config.method.name} learns from source tasks; set steps or source.posterior"
+    if config.source.posterior is None and not config.data.source_tasks:
+        yield f"data.source_tasks: is empty, method {config.method.name} learns from source tasks; name some"
+
+
+def _source_keys_need_source_stage(config: Config) -> Iterator[str]:
+    if config.method.HAS_SOURCE_STAGE:
+        return
+    reason = f"with method {config.method.name}, which has no source stage"
+    for problem in without_effect(config.data, reason, "source_tasks"):
+        yield f"data.{problem}"
+    for problem in without_effect(config.source, reason, *type(config.source).model_fields):
+        yield f"source.{problem}"
+
+
+def _some_work(config: Config) -> Iterator[str]:
+    if not (config.source.steps or config.source.posterior or config.target.steps or config.data.target_tasks):
+        yield "target.steps: is 0 and so is source.steps; set the steps of at least one stage"
+
+
+def _learning_rates(config: Config) -> Iterator[str]:
+    if config.source.steps and config.source.posterior is None and config.source.lr is None:
+        yield "source.lr: is missing; give a learning rate (published prompts use 0.3)"
+    if config.method.OWN_TARGET_RATES:
+        for problem in without_effect(config.target, f"with method {config.method.name}, which names its own rates", "lr"):
+            yield f"target.{problem}"
+    elif config.target.steps and config.target.lr is None:
+        yield "target.lr: is missing; give a learning rate (published: prompts 0.3, other parameters 3e-4)"
+
+
+def _tasks_of_a_step(config: Config) -> Iterator[str]:
+    num_tasks, drawn = len(config.data.source_tasks), config.source.tasks_per_step
+    if drawn is not None and num_tasks and drawn > num_tasks:
+        yield f"source.tasks_per_step: exceeds the {num_tasks} source tasks (got {drawn}); at most {num_tasks}"
+    for name in config.source.task_weights or {}:
+        if name not in config.data.source_tasks:
+            yield f"source.task_weights.{name}: is not among data.source_tasks; remove it"
+
+
+def _particles(config: Config) -> Iterator[str]:
+    if not config.method.HAS_PARTICLES:
+        reason = f"with method {config.method.name}, which has no particles"
+        for problem in without_effect(config.source, reason, "shared_texts"):
+            yield f"source.{problem}"
+        if config.evaluation.predict == "ensemble":
+            yield f"evaluation.predict: ensemble needs particles, method {config.method.name} has none; use map"
+
+
+def _mesh_divides_work(config: Config) -> Iterator[str]:
+    mesh = config.distribution.mesh
+    if isinstance(mesh, str):
+        return
+    num_particles = getattr(config.method, "num_particles", 1)
+    if num_particles % mesh.particle:
+        divisors = [str(n) for n in range(1, num_particles + 1) if num_particles % n == 0]
+        yield (
+            f"distribution.mesh.particle: does not divide the number of particles, {num_particles} (got {mesh.particle}); "
+            f"use one of {', '.join(divisors)}"
+        )
+    joint_tasks = len(config.data.target_tasks) if config.target.joint else 1
+    drawn = config.source.tasks_per_step or len(config.data.source_tasks)
+    for stage, section, num_tasks in (("source", config.source, drawn), ("target", config.target, joint_tasks)):
+        texts = _texts_of_a_step(section, num_tasks)
+        if texts and mesh.data > texts:
+            yield (
+                f"distribution.mesh.data: more ranks than texts in a {stage} step, {texts} (got {mesh.data}); "
+                f"at most {texts}, or raise {stage}.batch_size"
+            )
+
+
+def _texts_of_a_step(stage: Stage, num_tasks: int) -> int:
+    return num_tasks * stage.batch_size if stage.steps else 0
+
+
+def _few_shot(config: Config) -> Iterator[str]:
+    if config.data.shots is not None and not config.data.target_tasks:
+        yield f"data.shots: has no effect without target tasks (got {config.data.shots}); remove it"
+
+
+def _one_or_many(config: Config) -> Iterator[str]:
+    if config.seeds is not None:
+        if config.seed != type(config).model_fields["seed"].default:
+            yield f"seed: has no effect beside seeds (got {config.seed}); remove one of them"
+        if len(set(config.seeds)) < len(config.seeds):
+            yield f"seeds: lists a seed twice (got {list(config.seeds)}); name each once"
+
+
+RULES: tuple[tuple[Rule, str], ...] = (
+    (_stage_with_steps_has_tasks, "method data.source_tasks data.target_tasks source.steps source.posterior target.steps"),
+    (_source_keys_need_source_stage, "method data.source_tasks source"),
+    (_some_work, "source.steps source.posterior target.steps data.target_tasks"),
+    (_learning_rates, "method source.steps source.posterior source.lr target.lr target.steps"),
+    (_tasks_of_a_step, "data.source_tasks source.tasks_per_step source.task_weights"),
+    (_particles, "method source.shared_texts evaluation.predict"),
+    (_mesh_divides_work, "method distribution.mesh data source target"),
+    (_few_shot, "data.shots data.target_tasks"),
+    (_one_or_many, "seed seeds"),
+)
+"""Each rule with the keys or sections it reads: a rule that reads a broken key has nothing to say."""
+
+
+def problems_between_sections(config: Config, broken: Collection[str] = ()) -> list[str]:
+    """Return every violated rule as `dotted.key: what is wrong; remedy`, leaving out rules that read a broken key."""
+    problems: list[str] = []
+    for rule, keys in RULES:
+        if not any(_overlap(key, other) for key in keys.split() for other in broken):
+            problems += rule(config)
+    return problems
+
+
+def _overlap(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")

@@ -1,0 +1,243 @@
+"""The sections of a run, each key with its range and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from bpt_dist.settings.base import NAME, Folder, MethodConfig, Names, Section, refuse, without_effect
+from bpt_dist.settings.consistency import problems_between_sections
+from bpt_dist.settings.tracking_uri import problem_with_uri
+
+NATURAL_KEY = {"backbone": "path", "method": "name"}
+"""Sections that may be written as one word, and the key that the word stands for."""
+
+
+class Backbone(Section):
+    """The frozen T5."""
+
+    path: str = Field(default="mini", min_length=1, description="`mini` (shipped with the package), a hub id, or a folder.")
+    revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]+$", description="Commit hash or tag of a hub id.")
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of weights and activations; prompts stay fp32.")
+    attention: Literal["auto", "eager", "sdpa"] = Field(default="auto", description="Attention implementation of transformers.")
+
+    @model_validator(mode="after")
+    def _revision_needs_hub_id(self) -> Self:
+        if self.path == "mini" or self.path.startswith((".", "/", "~")):
+            refuse(without_effect(self, f"with {self.path!r}, which is not a hub id", "revision"))
+        return self
+
+
+class Data(Section):
+    """Which tasks, where they are, and how much of them is used."""
+
+    root: Folder | None = Field(default=None, description="Local folder of JSONL task data; null loads from the hub.")
+    protocol: Literal["fixed", "attempt"] = Field(default="fixed", description="`attempt` reproduces the published quirks.")
+    source_tasks: Names = Field(default=(), description="Tasks learnt from; names starting with `mini_` need no files.")
+    target_tasks: Names = Field(default=(), description="Tasks adapted to and evaluated.")
+    task_files: Annotated[tuple[Folder, ...], Field(strict=False)] = Field(
+        default=(), description="YAML files that define further tasks."
+    )
+    max_source_length: int = Field(default=256, ge=8, le=4096, description="Source tokens kept of a text (T).")
+    max_train_rows: int | None = Field(default=None, ge=1, description="Rows kept of each training split.")
+    max_eval_rows: int | None = Field(default=None, ge=1, description="Rows kept of each evaluated split.")
+    shots: int | None = Field(default=None, ge=1, description="Training rows a class (few-shot) of the target tasks.")
+    split_seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of the split and of every row selection.")
+    cache: Folder | None = Field(default=None, description="Folder for prepared data; null uses the user's cache folder.")
+
+    @field_validator("source_tasks", "target_tasks")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"lists {', '.join(repeated)} more than once; name each task once")
+        return names
+
+
+class Stage(Section):
+    """What the source and the target stage share."""
+
+    steps: int = Field(default=0, ge=0, description="Updates of the stage; 0 skips it.")
+    batch_size: int = Field(default=1, ge=1, description="Texts of each task in a step (B).")
+    lr: float | None = Field(default=None, gt=0, description="Learning rate at its peak.")
+    optimizer: Literal["adamw", "sgd", "rmsprop"] = Field(default="adamw", description="Rule that applies the direction.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the steps in which the rate rises from 0.")
+    schedule: Literal["linear", "constant"] = Field(default="linear", description="Learning rate after the warm-up.")
+    clip: float | None = Field(default=None, gt=0, description="Largest norm of the direction of one prompt.")
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(default=10, ge=1, description="Steps between records in metrics.jsonl.")
+
+
+class SourceStage(Stage):
+    """Learning from the source tasks; for BPT, the Stein variational sampling of the posterior."""
+
+    tasks_per_step: int | None = Field(default=None, ge=1, description="Source tasks drawn a step (kappa); null takes all K.")
+    task_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="Weight w_k of a task's likelihood; tasks not named weigh 1."
+    )
+    likelihood_scale: Annotated[float, Field(gt=0)] | Literal["dataset"] = Field(
+        default=1.0, description="Factor c of the score; `dataset` multiplies task k by its number of rows."
+    )
+    annealing: Literal["none", "linear", "tanh", "cyclic"] = Field(
+        default="none", description="Schedule of a factor in (0, 1] on the driving term."
+    )
+    annealing_steps: int | None = Field(default=None, ge=1, description="Steps to reach factor 1, or the length of a cycle.")
+    shared_texts: bool = Field(default=True, description="All particles see the same texts; false draws texts for each.")
+    posterior: Folder | None = Field(
+        default=None, description="Stored posterior to start from; the stage is skipped, its other keys describe the origin."
+    )
+
+    @model_validator(mode="after")
+    def _annealing(self) -> Self:
+        if self.annealing == "none":
+            refuse(without_effect(self, "with annealing none", "annealing_steps"))
+        elif self.annealing_steps is None:
+            refuse([f"annealing_steps: is missing, annealing {self.annealing} needs it; say how many steps"])
+        elif self.steps and self.annealing_steps > self.steps:
+            refuse([f"annealing_steps: exceeds source.steps {self.steps} (got {self.annealing_steps}); lower it"])
+        return self
+
+
+class TargetStage(Stage):
+    """Adaptation to the target tasks."""
+
+    joint: bool = Field(default=False, description="Train all target tasks together, sharing what the method shares.")
+    eval_every: int | None = Field(default=None, ge=1, description="Steps between validations; null validates at the end.")
+    patience: int | None = Field(default=None, ge=1, description="Validations without improvement before the stage ends.")
+
+    @model_validator(mode="after")
+    def _selection(self) -> Self:
+        if self.patience is not None and self.eval_every is None:
+            refuse([f"patience: needs target.eval_every (got {self.patience}); set eval_every or remove patience"])
+        if self.eval_every is not None and self.steps and self.eval_every > self.steps:
+            refuse([f"eval_every: exceeds target.steps {self.steps} (got {self.eval_every}); lower it"])
+        return self
+
+
+class Evaluation(Section):
+    """What is predicted and measured at the end."""
+
+    splits: Annotated[tuple[Literal["validation", "test"], ...], Field(strict=False, min_length=1)] = Field(
+        default=("test",), description="Splits that are reported."
+    )
+    decode: Literal["auto", "rank", "generate"] = Field(
+        default="auto", description="`rank` compares label words, `generate` writes text; auto ranks where labels are closed."
+    )
+    predict: Literal["map", "ensemble"] = Field(default="map", description="One prompt, or the average over several.")
+    num_samples: int | None = Field(
+        default=None, ge=2, description="Samples around the adapted prompt for `ensemble`; null averages adapted particles."
+    )
+    batch_size: int = Field(default=32, ge=1, description="Texts in one evaluation pass; changes speed and memory only.")
+    max_new_tokens: int | None = Field(default=None, ge=1, le=1024, description="Tokens generated; null takes the task's limit.")
+
+    @model_validator(mode="after")
+    def _idle(self) -> Self:
+        idle = without_effect(self, "with predict map", "num_samples") if self.predict == "map" else []
+        if self.decode == "rank":
+            idle += without_effect(self, "with decode rank", "max_new_tokens")
+        refuse(idle)
+        return self
+
+
+class MeshShape(Section):
+    """Ranks along each axis; their product is the world size."""
+
+    particle: int = Field(ge=1, description="Ranks that share the particles; divides num_particles.")
+    data: int = Field(ge=1, description="Ranks that share the texts of a step.")
+
+
+def _mesh_form(value: Any) -> str:
+    return "shape" if isinstance(value, dict | MeshShape) else "word"
+
+
+class Distribution(Section):
+    """Processes: how the work is divided and how long to wait for peers."""
+
+    mesh: Annotated[
+        Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)
+    ] = Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
+    shard: Literal["none", "deepspeed"] = Field(default="none", description="Who partitions the frozen backbone over ranks.")
+    expect_world_size: int | None = Field(default=None, ge=1, description="Refuse to start with another number of processes.")
+    exact: bool = Field(default=False, description="Bit-equal between world sizes, slower; for audits and tests.")
+    startup_timeout: int = Field(default=600, ge=1, description="Seconds to wait for all ranks to appear.")
+    step_timeout: int = Field(default=120, ge=1, description="Seconds after which a silent rank counts as lost.")
+
+    @model_validator(mode="after")
+    def _world_size(self) -> Self:
+        if isinstance(self.mesh, MeshShape) and self.expect_world_size is not None:
+            ranks = self.mesh.particle * self.mesh.data
+            if ranks != self.expect_world_size:
+                refuse([f"expect_world_size: differs from the {ranks} ranks of the mesh (got {self.expect_world_size})"])
+        return self
+
+
+class Tracking(Section):
+    """Where the run is mirrored; metrics.jsonl is always written."""
+
+    mlflow: bool = Field(default=True, description="Mirror the run to MLflow.")
+    uri: str | None = Field(default=None, description="MLflow store; null is sqlite in `<output>/mlflow.db`.")
+    experiment: str | None = Field(default=None, min_length=1, max_length=128, description="MLflow experiment; null is `name`.")
+    allow_insecure: bool = Field(default=False, description="Accept plain http to a host other than this one.")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if not self.mlflow:
+            refuse(without_effect(self, "with mlflow false", "uri", "experiment", "allow_insecure"))
+        problem = None if self.uri is None else problem_with_uri(self.uri, self.allow_insecure)
+        refuse([] if problem is None else [f"uri: {problem}"])
+        return self
+
+
+class Config(Section):
+    """One run, or with `rows` and `seeds` the list of runs that share its other keys (`config.expand`)."""
+
+    name: str = Field(default="run", pattern=NAME, description="Name of the run and of its folder below `output`.")
+    output: Folder = Field(default=Path("runs"), description="Folder that holds run folders.")
+    run_dir: Folder | None = Field(default=None, description="Folder of the run; null is `<output>/<name>`.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of initial prompts, batches and sampling.")
+    reduction: Literal["token_mean", "token_sum"] = Field(
+        default="token_mean", description="Log-likelihood of a text: mean over its target tokens, or their sum."
+    )
+    method: SerializeAsAny[MethodConfig] = Field(description="The method and its options; a word is its name.")
+    backbone: Backbone = Field(default=Backbone(), description="The frozen T5; a word is its path.")
+    data: Data = Field(default=Data(), description="Tasks and rows.")
+    source: SourceStage = Field(default=SourceStage(), description="Source stage.")
+    target: TargetStage = Field(default=TargetStage(), description="Target stage.")
+    evaluation: Evaluation = Field(default=Evaluation(), description="Predictions and metrics.")
+    distribution: Distribution = Field(default=Distribution(), description="Processes.")
+    tracking: Tracking = Field(default=Tracking(), description="Experiment tracking.")
+    figures: bool = Field(default=True, description="Draw figures at the end of the run.")
+    rows: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="One run a row: keys that differ from the rest of the file, and `label` to name the row."
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = (
+        Field(default=None, description="One run a seed.")
+    )
+
+    @property
+    def directory(self) -> Path:
+        """Return the run directory (for several runs, the folder that holds theirs)."""
+        return self.run_dir if self.run_dir is not None else self.output / self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_are_sections(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("backbone"), str):
+            return data
+        return {**data, "backbone": {NATURAL_KEY["backbone"]: data["backbone"]}}
+
+    @model_validator(mode="after")
+    def _sections_agree(self, info: ValidationInfo) -> Self:
+        refuse(problems_between_sections(self, (info.context or {}).get("broken", ())))
+        return self

@@ -1,0 +1,148 @@
+"""THE STORY: Bayesian Prompt Tuning, Algorithm 1 of the thesis slides, and every baseline through the same loop.
+
+A run is a source stage (where the method has one), which ends in a posterior, and a target stage for each target task, which starts
+from it. Both are `run_stage`: the only loop over steps in the project.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from bpt_dist import config as configuration
+from bpt_dist.config import Config
+from bpt_dist.data.batches import Batches
+from bpt_dist.data.prepared import TaskData
+from bpt_dist.errors import Stopped
+from bpt_dist.evaluate import evaluate
+from bpt_dist.faults import fault_point
+from bpt_dist.mesh import World
+from bpt_dist.mirror import shutdown
+from bpt_dist.methods.base import Method, Tensors
+from bpt_dist.objective import task_weights
+from bpt_dist.opening import leave, opened
+from bpt_dist.posterior import Posterior
+from bpt_dist.progress import StepProgress
+from bpt_dist.session import Session
+from bpt_dist.stage import Losses, StageRun
+
+log = logging.getLogger(__name__)
+
+
+def run_all(config: Config, *, fresh: bool = False) -> int:
+    """Train every run of a configuration in this job and return the exit code (collective: every rank)."""
+    world = World()
+    try:
+        world = World.start(config.distribution.startup_timeout, config.distribution.expect_world_size)
+        for one in configuration.expand(config):
+            with opened(one, world, fresh=fresh) as session:
+                if session is not None:
+                    train(session)
+        world.stop()
+    except Exception as error:  # noqa: BLE001 - the one place where whatever happened becomes an exit code
+        return leave(error, world)
+    shutdown()
+    return 0
+
+
+def train(session: Session) -> None:
+    """Train and evaluate one run from wherever it stands (collective: every rank)."""
+    method, source = session.method, None
+    if session.config.method.HAS_SOURCE_STAGE:
+        source = source_stage(session, method)
+    for targets in session.target_groups():
+        target_stage(session, method, source, targets)
+    session.finish()
+
+
+def source_stage(session: Session, method: Method) -> Tensors:
+    """Learn from the source tasks and return what the targets start from: for BPT, particles of the posterior and their mean."""
+    stored = session.stored_posterior()
+    if stored is not None:
+        return stored.tensors
+    config, tasks = session.config.source, session.source_tasks()
+    mesh = session.mesh(method.num_particles("source"))
+    method.begin_source([task.spec for task in tasks], mesh)
+    weights = [(config.task_weights or {}).get(task.spec.name, 1.0) for task in tasks]
+    batches = Batches(
+        [task.train.tokens for task in tasks],
+        config.batch_size,
+        session.config.seed,
+        tasks_per_step=config.tasks_per_step,
+        task_weight=task_weights([len(task.train.tokens) for task in tasks], weights, config.likelihood_scale),
+        num_particles=method.num_particles("source"),
+    )
+    stage = session.stage("source", config, mesh, batches)
+    run_stage(stage)
+    return session.store_posterior(Posterior(dict(method.end_source(mesh))), stage).tensors
+
+
+def target_stage(session: Session, method: Method, source: Tensors | None, tasks: Sequence[TaskData]) -> None:
+    """Adapt to one target task, or to several together, select on validation and evaluate on the reported splits."""
+    if session.has_results(tasks):
+        return
+    config = session.config.target
+    mesh = session.mesh(method.num_particles("target"))
+    sizes = [len(task.train.tokens) for task in tasks]
+    method.begin_target(source, [task.spec for task in tasks], sizes, mesh)
+    batches = Batches(
+        [task.train.tokens for task in tasks],
+        config.batch_size,
+        session.config.seed,
+        task_weight=[1 / len(tasks)] * len(tasks),
+        num_particles=method.num_particles("target"),
+    )
+
+    def headlines() -> dict[str, float]:
+        settings, values = session.config.evaluation, {}
+        for index, task in enumerate(tasks):
+            found = evaluate(method, tasks, index, "validation", settings, session.world, session.guard.beat)
+            name = f"{task.spec.name}/{task.spec.headline}" if len(tasks) > 1 else task.spec.headline
+            values[name] = found.metrics[task.spec.headline]
+        return values
+
+    stage = session.stage(session.stage_name(tasks), config, mesh, batches, headlines)
+    run_stage(stage)
+    stage.finish()
+    session.store_results(tasks, stage)
+
+
+def run_stage(stage: StageRun) -> None:
+    """Take the steps of one stage, resuming from its newest checkpoint (collective: every rank)."""
+    stage.restore()
+    settings, method, mesh, guard = stage.settings, stage.method, stage.mesh, stage.guard
+    with StepProgress(stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0) as progress:
+        while stage.step < settings.steps and not stage.converged:
+            guard.beat(f"{stage.name} step {stage.step}")
+            losses = accumulate_gradients(stage)
+            losses, stop = stage.agree(losses, guard.stop_requested)  # before anything changes
+            method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
+            fault_point("step.before_update", step=stage.step, stage=stage.name)
+            stage.updater.step(stage.step)
+            stage.step += 1
+            fault_point("step.after_update", step=stage.step, stage=stage.name)
+            stage.record(losses, progress)
+            if stage.validation_due:
+                stage.select()
+            if stop or stage.step % settings.checkpoint_every == 0 or stage.step == settings.steps:
+                stage.save()
+            if stop:
+                raise Stopped(f"stopped on request after {stage.name} step {stage.step}; the same command resumes")
+            guard.steady()
+
+
+def accumulate_gradients(stage: StageRun) -> Losses:
+    """Leave in `.grad` the gradient of the step's objective for this rank's particles, whole on every replica."""
+    losses = Losses.of(len(stage.task_names))
+    for particles, batch in stage.work(stage.step):
+        fault_point("step.before_forward", step=stage.step, stage=stage.name)
+        forward = stage.method(batch, particles)  # log-likelihood [m, N] through the frozen T5
+        stage.method.loss(forward, batch).backward()
+        losses.add(forward.log_likelihood, batch)
+    fault_point("step.after_backward", step=stage.step, stage=stage.name)
+    stage.mesh.sum_over_data_([parameter.grad for parameter in stage.updater.names if parameter.grad is not None])
+    # The prior counts once: it is added after the sum over texts, alike on all replicas.
+    penalty = stage.method.penalty()
+    if penalty is not None:
+        penalty.backward()
+    return losses

@@ -1,0 +1,57 @@
+"""Train: `deepspeed launcher/train.py --config FILE [key=value ...]`; the same command resumes.
+
+The options are closed; everything else is `key=value` with a dotted key or a unique last name (`sigma=0.1`). Nothing heavier than the
+configuration is imported before the configuration is known to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bpt_dist import config as configuration
+from bpt_dist.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the closed command line."""
+    parsed = argparse.ArgumentParser(
+        prog="launcher/train.py", description="Train as a configuration says; the same command resumes.", allow_abbrev=False
+    )
+    parsed.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
+    parsed.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parsed.add_argument("--fresh", action="store_true", help="start anew; refuses a run directory that is not empty")
+    parsed.add_argument("--plan", action="store_true", help="print what would be computed, sent and stored, and stop")
+    parsed.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parsed.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = parser().parse_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = configuration.load(options.config, options.overrides)
+        if options.print_config:
+            sys.stdout.write(configuration.resolved_yaml(config) if first else "")
+            return 0
+        if options.plan:
+            from bpt_dist.plan import plan
+
+            sys.stdout.write(plan(config, int(os.environ.get("WORLD_SIZE", "1"))) if first else "")
+            return 0
+    except UserError as error:
+        # Every rank reads the same configuration and fails the same way: one of them says so.
+        sys.stderr.write(f"{error}\n" if first else "")
+        return error.exit_code
+    from bpt_dist.train import run_all
+
+    return run_all(config, fresh=options.fresh)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

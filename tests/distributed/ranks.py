@@ -1,0 +1,64 @@
+"""Fork ranks on this machine: torch is imported once, each rank runs one thread, nothing outlives the test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bpt_dist.mesh import World
+
+TIMEOUT = 120.0
+
+
+def free_port() -> int:
+    """Return a port of the loopback device that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
+    """Return what `work(world, *arguments)` returned on each of `size` ranks; the first failure is raised with its traceback."""
+    context = multiprocessing.get_context("fork")
+    port, results = free_port(), context.Queue()
+    ranks = [context.Process(target=_rank, args=(work, rank, size, port, results, arguments)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    try:
+        found = dict(results.get(timeout=TIMEOUT) for _ in ranks)
+    finally:
+        for process in ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    failures = [value for value in found.values() if isinstance(value, _Failure)]
+    if failures:
+        raise AssertionError("\n".join(failure.text for failure in failures))
+    return [pickle.loads(found[rank]) for rank in range(size)]
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _rank(work: Callable[..., Any], rank: int, size: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCH_DISTRIBUTED_DEBUG="DETAIL", DS_ACCELERATOR="cpu",
+    )
+    try:
+        world = World.start(timeout_seconds=60)
+        # As bytes: tensors in a queue are shared memory, gone with the rank.
+        results.put((rank, pickle.dumps(work(world, *arguments))))
+        world.stop()
+    except BaseException:  # noqa: BLE001 - whatever a rank dies of is the test's finding
+        results.put((rank, _Failure(f"rank {rank}: {traceback.format_exc()}")))
