@@ -63,7 +63,7 @@ CHANGEABLE = frozenset({
     "data.cache",
     "source.checkpoint_every", "source.log_every", "target.checkpoint_every", "target.log_every",
     "evaluation.batch_size",
-    "distribution.mesh", "distribution.mesh.particle", "distribution.mesh.data", "distribution.shard",
+    "distribution.mesh", "distribution.mesh.particle", "distribution.mesh.data", "distribution.shard", "distribution.zero_config",
     "distribution.expect_world_size", "distribution.startup_timeout", "distribution.step_timeout",
     "tracking.mlflow", "tracking.uri", "tracking.experiment", "tracking.allow_insecure",
 })  # fmt: skip

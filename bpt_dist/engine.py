@@ -6,42 +6,62 @@ average their gradients over the ranks, and SVGD needs each particle's own.
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bpt_dist.backbone import Backbone
-from bpt_dist.config import Stage
+from bpt_dist.config import Distribution, Stage
 from bpt_dist.errors import ConfigError
 from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods.base import Method
 
+ZERO_INFERENCE_STAGE = 3
 # The leanest settings: T5-large has fewer parameters than the default of `stage3_max_live_parameters` (1e9), so with the defaults
-# nothing would ever be released between forward and backward.
+# nothing would ever be released between forward and backward. `distribution.zero_config` replaces them.
 ZERO_INFERENCE = {
-    "stage": 3,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-    "stage3_param_persistence_threshold": 1000,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 1000,
+    },
 }
 
 
-def place(backbone: Backbone, shard: str, world: World) -> None:
+def place(backbone: Backbone, distribution: Distribution, world: World) -> None:
     """Move the T5 to this rank's device, whole (`none`) or partitioned over all ranks (`deepspeed`); collective: every rank."""
-    if shard == "none":
-        backbone.core.to(world.device)
-        backbone.call = backbone.core
-        return
     backbone.core.to(world.device)
-    backbone.call = _partition_with_deepspeed(backbone)
+    if distribution.shard == "none":
+        return
+    given = distribution.zero_config
+    backbone.call = _partition_with_deepspeed(backbone, None if given is None else _read_zero_config(given))
     backbone.synced = world.size > 1
     backbone.remember_partition()
 
 
-def _partition_with_deepspeed(backbone: Backbone) -> nn.Module:
+def _read_zero_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; only stage 3 without an optimizer makes sense for a T5 that is not trained."""
+    try:
+        config = json.loads(path.read_text())
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"distribution.zero_config: {path} is no DeepSpeed JSON with zero_optimization.stage ({error}); "
+            "start from configs/deepspeed/zero3_inference.json"
+        ) from error
+    if stage != ZERO_INFERENCE_STAGE or "optimizer" in config:
+        raise ConfigError(f"distribution.zero_config: {path} must have zero_optimization.stage 3 and no optimizer: the T5 is frozen")
+    return dict(config)
+
+
+def _partition_with_deepspeed(backbone: Backbone, zero_config: dict[str, Any] | None) -> nn.Module:
     """Partition the T5 with ZeRO stage 3 and return the module to call.
 
     `engine.module` is called, never `engine(...)`: without an optimizer the engine refuses every backward, while the hooks that
@@ -58,11 +78,8 @@ def _partition_with_deepspeed(backbone: Backbone) -> nn.Module:
     # The shared-memory operator would be compiled at start-up, needs a compiler and leaves a file in /dev/shm; it serves
     # `inference_all_reduce` only, which is never called here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": backbone.model.dtype == torch.bfloat16},
-        "zero_optimization": ZERO_INFERENCE,
-    }
+    # Without this entry the partitions would be float32 whatever the weights are.
+    config = {**(zero_config or ZERO_INFERENCE), "bf16": {"enabled": backbone.model.dtype == torch.bfloat16}}
     # One gather a block instead of one a layer: 3-5 times fewer, larger messages.
     set_z3_leaf_modules(backbone.core, [backbone.block_class])
     engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
@@ -92,18 +109,17 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self, limit: float) -> None:
-        """Scale gradients to norm <= limit: each particle on its own, the remaining tensors together.
+        """Scale gradients to norm <= limit: each particle's tensors together, the remaining tensors together.
 
-        Particles are separate optimisation problems; a joint norm would also depend on how many of them this rank owns.
+        Particles are separate optimisation problems; one norm over all would also depend on how many of them this rank owns.
         """
-        rest = []
-        for parameter, name in self.names.items():
-            if name in self.method.particle_tensors and parameter.grad is not None:
-                norms = parameter.grad.flatten(1).norm(dim=1)
-                parameter.grad.mul_((limit / norms.clamp_min(limit)).view(-1, *[1] * (parameter.dim() - 1)))
-            elif parameter.grad is not None:
-                rest.append(parameter)
-        nn.utils.clip_grad_norm_(rest, limit)
+        trained = [(parameter, parameter.grad) for parameter in self.names if parameter.grad is not None]
+        rows = [grad for parameter, grad in trained if self.names[parameter] in self.method.particle_tensors]
+        nn.utils.clip_grad_norm_([p for p, _ in trained if self.names[p] not in self.method.particle_tensors], limit)
+        if rows:
+            norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in rows]).norm(dim=0)
+            for grad in rows:
+                grad.mul_((limit / norms.clamp_min(limit)).view(-1, *[1] * (grad.dim() - 1)))
 
     def tensors(self, mesh: Mesh) -> dict[str, Tensor]:
         """Return trainable tensors and optimizer state with all particles (collective: every rank)."""

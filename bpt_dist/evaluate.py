@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bpt_dist.config import Evaluation
 from bpt_dist.data import metrics
-from bpt_dist.data.batches import Batch, collate
+from bpt_dist.data.batches import Batch, TokenisedTask, collate
 from bpt_dist.data.prepared import TaskData
 from bpt_dist.faults import fault_point
 from bpt_dist.mesh import World
@@ -35,6 +35,7 @@ def evaluate(
     tasks: Sequence[TaskData],
     index: int,
     split: str,
+    predict: str,
     settings: Evaluation,
     world: World,
     beat: Callable[[str], None],
@@ -56,7 +57,7 @@ def evaluate(
             fault_point("eval.batch", task=task.spec.name)
             picks = [(index, row) for row in rows or [0]]
             batch = collate([each.splits[split].tokens for each in tasks], picks, [1.0] * len(picks), step=0)
-            found += zip(rows, _predict(method, task, tokens, batch, decode, settings), strict=False)
+            found += zip(rows, _predict(method, task, tokens, batch, decode, predict, settings), strict=False)
     gathered = dict(pair for share in world.gather_objects(found) for pair in share)
     return _score(task, split, [gathered[row] for row in range(len(tokens))], decode)
 
@@ -75,23 +76,23 @@ def _passes(rows: Sequence[int], num_passes: int, size: int) -> Iterator[list[in
 
 
 def _predict(
-    method: Method, task: TaskData, tokens: Any, batch: Batch, decode: str, settings: Evaluation
+    method: Method, task: TaskData, tokens: TokenisedTask, batch: Batch, decode: str, predict: str, settings: Evaluation
 ) -> Iterator[dict[str, Any]]:
-    """Yield the prediction of each row of the batch, averaged over the method's prompts where it has several."""
+    """Yield the prediction of each row of the batch."""
     if decode == "generate":
         limit = settings.max_new_tokens or _longest_answer(task, tokens)
         texts = method.generate(batch, limit)
         yield from ({"prediction": text.strip()} for text in texts)
         return
     words = task.spec.words(task.protocol)
-    log_likelihood = method.rank(batch, _padded(tokens.label_ids))
+    log_likelihood = method.rank(batch, _padded(tokens.label_ids), predict)
     # Probabilities are averaged, not their logarithms: the predictive distribution of the ensemble.
     probabilities = log_likelihood.double().softmax(dim=-1).mean(dim=0)
     for row in probabilities.cpu().numpy():
         yield {"prediction": words[int(row.argmax())], "probabilities": [float(p) for p in row]}
 
 
-def _longest_answer(task: TaskData, tokens: Any) -> int:
+def _longest_answer(task: TaskData, tokens: TokenisedTask) -> int:
     closed = max((len(ids) for ids in tokens.label_ids), default=0)
     return closed or task.spec.max_target_length
 

@@ -61,7 +61,8 @@ def fault_point(name: str, **context: object) -> bool:
 
 
 def _due(fault: str, name: str, context: dict[str, object]) -> bool:
-    point, *conditions, action = fault.strip().split(",")
+    point, _, rest = fault.strip().partition(",")
+    *conditions, action = rest.split(",")
     if point not in POINTS or action.partition(":")[0] not in ACTIONS:
         raise ConfigError(
             f"BPT_FAULT={fault!r}: write POINT[,key=value...],ACTION with an action of {', '.join(ACTIONS)}"

@@ -153,16 +153,20 @@ class Guard:
             self.request_stop(name)
 
     def _leave(self, state: str, reason: str, code: int, *, with_stacks: bool = True) -> None:
+        # In a thread of its own: a full disk or a lost mount must not keep this process here.
+        words = threading.Thread(target=self._say_why, args=(state, reason, with_stacks), daemon=True)
         try:
-            if with_stacks:
-                self._write_stacks(reason)
-            if self.on_leave is not None:
-                # In a thread of its own: a full disk or a lost mount must not keep this process here.
-                words = threading.Thread(target=self.on_leave, args=(state, reason), daemon=True)
-                words.start()
-                words.join(timeout=2)
+            faulthandler.cancel_dump_traceback_later()
+            words.start()
+            words.join(timeout=2)
         finally:
             os._exit(code)
+
+    def _say_why(self, state: str, reason: str, with_stacks: bool) -> None:
+        if with_stacks:
+            self._write_stacks(reason)
+        if self.on_leave is not None:
+            self.on_leave(state, reason)
 
     def _write_stacks(self, reason: str) -> None:
         header = f"rank {self.rank}, pid {os.getpid()}: {reason}\n"

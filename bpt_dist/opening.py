@@ -84,7 +84,7 @@ def load_backbone(config: Config, world: World) -> Backbone:
         path, name=settings.path, revision=settings.revision, dtype=settings.dtype, attention=settings.attention
     )
     fault_point("backbone.loaded")
-    engine.place(backbone, config.distribution.shard, world)
+    engine.place(backbone, config.distribution, world)
     return backbone
 
 

@@ -47,12 +47,9 @@ def _pieces(kind: str, length: int, backbone: Backbone, generator: torch.Generat
 
 def prepend(prompts: Float[Tensor, "m P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
     """Put each of the m prompts before each of the N texts; L = P + T."""
-    num_particles, num_texts = len(prompts), len(embeds)
-    left = prompts[:, None].expand(-1, num_texts, -1, -1)
-    right = embeds[None].expand(num_particles, -1, -1, -1)
-    return torch.cat([left.to(right), right], dim=2)
+    return prepend_own(prompts[:, None].expand(-1, len(embeds), -1, -1), embeds)
 
 
-def prepend_own(prompts: Float[Tensor, "N P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "1 N L D"]:
-    """Put the n-th prompt before the n-th text."""
-    return torch.cat([prompts.to(embeds), embeds], dim=1)[None]
+def prepend_own(prompts: Float[Tensor, "m N P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
+    """Put before the n-th text the n-th of each particle's prompts."""
+    return torch.cat([prompts.to(embeds), embeds[None].expand(len(prompts), -1, -1, -1)], dim=2)

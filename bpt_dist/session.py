@@ -47,7 +47,7 @@ class Session:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.method = methods.load(config.method, self.backbone, seed=config.seed, reduction=config.reduction)
+        self.method = methods.load(config, self.backbone)
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         options = config.data
         if config.method.HAS_SOURCE_STAGE and self.config.source.posterior is None:
@@ -81,11 +81,15 @@ class Session:
         """Return the name of a target stage, which is also its folder."""
         return "target/joint" if self.config.target.joint else f"target/{tasks[0].spec.name}"
 
-    def mesh(self, num_particles: int) -> Mesh:
-        """Arrange the ranks for a stage; an explicit shape holds for stages with several particles."""
+    def source_mesh(self) -> Mesh:
+        """Arrange the ranks for the source stage, as the configuration says."""
         shape = self.config.distribution.mesh
-        explicit = None if isinstance(shape, str) or num_particles == 1 else (shape.particle, shape.data)
-        return self.world.mesh(num_particles, explicit)
+        explicit = None if isinstance(shape, str) else (shape.particle, shape.data)
+        return self.world.mesh(self.method.num_particles, explicit)
+
+    def target_mesh(self) -> Mesh:
+        """Arrange the ranks for a target stage: all of them share the texts, since every rank predicts with every prompt."""
+        return self.world.mesh(1, (1, self.world.size))
 
     def stage(
         self, name: str, settings: Stage, mesh: Mesh, batches: Batches, validate: Callable[[], dict[str, float]] | None = None
@@ -147,11 +151,12 @@ class Session:
         entries: list[dict[str, Any]] = []
         for index, task in enumerate(tasks):
             for split in self.config.evaluation.splits:
-                found = evaluate(self.method, tasks, index, split, self.config.evaluation, self.world, self.guard.beat)
-                entries += self._entries(task, split, found, stage, len(tasks))
-                self._write_predictions(task, split, found)
+                for predict in dict.fromkeys(("map", self.config.evaluation.predict)):
+                    found = evaluate(self.method, tasks, index, split, predict, self.config.evaluation, self.world, self.guard.beat)
+                    entries += self._entries(task, split, predict, found, stage, len(tasks))
+                    self._write_predictions(task, split, predict, found)
         if self.run.rank == 0:
-            best = {f"best/{entry['task']}": entry["value"] for entry in entries if entry["headline"]}
+            best = {f"best/{entry['task']}": entry["value"] for entry in entries if entry["headline"] and entry["predict"] == "map"}
             stage.write(best)
             self.log.flush()
             self._export(tasks, entries)
@@ -172,7 +177,9 @@ class Session:
             self._draw()
         self.world.barrier()
 
-    def _entries(self, task: TaskData, split: str, found: Evaluated, stage: StageRun, num_tasks: int) -> list[dict[str, Any]]:
+    def _entries(
+        self, task: TaskData, split: str, predict: str, found: Evaluated, stage: StageRun, num_tasks: int
+    ) -> list[dict[str, Any]]:
         """Return one entry of results.json for each metric: percent, but for `nll` (nats)."""
         spec = task.spec
         examples = task.splits[split].examples
@@ -190,7 +197,7 @@ class Session:
             "joint": self.config.target.joint,
             "stage": stage.name,
             "run": self.config.name,
-            "predict": self.config.evaluation.predict,
+            "predict": predict,
             "decode": found.decode,
             "protocol": task.protocol,
         }
@@ -205,9 +212,10 @@ class Session:
             for name, value in found.metrics.items()
         ]
 
-    def _write_predictions(self, task: TaskData, split: str, found: Evaluated) -> None:
+    def _write_predictions(self, task: TaskData, split: str, predict: str, found: Evaluated) -> None:
         if self.run.rank == 0:
-            name = "predictions.jsonl" if split == "test" else f"predictions-{split}.jsonl"
+            parts = [part for part in (split, predict) if part not in ("test", "map")]
+            name = "-".join(["predictions", *parts]) + ".jsonl"
             folder = self.run.path("target", task.spec.name)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / name, b"".join(encode_json(entry) for entry in found.predictions))

@@ -100,7 +100,7 @@ class StageRun:
     def work(self, step: int) -> Iterator[tuple[slice, Batch]]:
         """Yield (particles of this rank, its share of their texts); every rank yields equally often."""
         share = self.mesh.data.index
-        own = range(self.method.num_particles(self.stage))[self.mesh.rows(self.method.num_particles(self.stage))]
+        own = range(self.method.num_particles)[self.mesh.rows(self.method.num_particles)]
         for particles, key in [(slice(None), None)] if self._shared_texts else [(slice(i, i + 1), m) for i, m in enumerate(own)]:
             batch = self.batches.at(step, particle=key)
             shares = deal(batch.costs().tolist(), self.mesh.data.size)

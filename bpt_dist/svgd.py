@@ -14,7 +14,7 @@ Both kernels satisfy grad_{x_j} k(x_j, x_i) = g_ij (x_i - x_j) with a non-negati
 
 Rows of the direction do not depend on how particles are split over ranks: every rank computes the whole M x M
 kernel from the whole particle set, and each row of phi is summed in the one order j = 0 .. M-1. Up to PAIRWISE_LIMIT
-particles every operation on the way is a single correctly rounded one, so this holds on any machine; above it matrix
+particles every operation on the way is a single correctly rounded one, so this asks nothing of a BLAS; above it matrix
 products run on aligned tiles of TILE_ROWS whole rows, so that a row always meets a product of the same shape.
 """
 

@@ -280,7 +280,7 @@ class Sender:
 
 
 def metric_key(stage: str, name: str) -> str:
-    """Return the name of a metric in MLflow: `target/loss` of stage `target/boolq` becomes `target/boolq/loss`.
+    """Return a metric's name in MLflow: `target/loss` of stage `target/boolq` becomes `target/boolq/loss`.
 
     Every other name must belong to one stage only, for its steps are the axis.
     """
@@ -293,7 +293,7 @@ def sync(folder: Path) -> Summary:
     """Send what the mirror of a run could not. Raises StorageError if the store fails."""
     if not (folder / "tracking.json").exists():
         raise ConfigError(
-            f"{folder}: has no tracking.json, so it was never mirrored; is it a run with tracking.mlflow?"
+            f"{folder}: has no tracking.json; only a run with tracking.mlflow: true can be sent"
         )
     sender = Sender(folder)
     try:

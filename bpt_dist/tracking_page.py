@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Page:
-    """A running MLflow page (`process` is None if the store is a server already) and one link per experiment."""
+    """A running MLflow page (`process` is None if the store is a server) and one link per experiment."""
 
     address: str
     links: dict[str, str]
@@ -46,10 +46,10 @@ class Page:
 def ui(
     uri: str, port: int | None = None, *, headline: str = HEADLINE, params: Sequence[str] = COLUMNS
 ) -> Page:
-    """Start the page of a sqlite store on 127.0.0.1 (a free port unless `port` is given) and wait for its answer.
+    """Start the page of a sqlite store on 127.0.0.1 (on a free port if None is given) and wait for it.
 
-    The links open on parallel coordinates of `params` and `headline`. Raises ConfigError for an occupied port,
-    StorageError if the server ends or does not answer within two minutes.
+    The links open on parallel coordinates of `params` and `headline`. Raises ConfigError for an occupied
+    port, StorageError if the server ends or is silent for two minutes.
     """
     client = connect(uri)
     experiments = {experiment.name: experiment.experiment_id for experiment in client.search_experiments()}
@@ -147,7 +147,7 @@ def _await_answer(address: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
+            with urllib.request.urlopen(f"{address}/health", timeout=2):  # noqa: S310  our own http address
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)

@@ -61,7 +61,7 @@ def source_stage(session: Session, method: Method) -> Tensors:
     if stored is not None:
         return stored.tensors
     config, tasks = session.config.source, session.source_tasks()
-    mesh = session.mesh(method.num_particles("source"))
+    mesh = session.source_mesh()
     method.begin_source([task.spec for task in tasks], mesh)
     weights = [(config.task_weights or {}).get(task.spec.name, 1.0) for task in tasks]
     batches = Batches(
@@ -70,7 +70,7 @@ def source_stage(session: Session, method: Method) -> Tensors:
         session.config.seed,
         tasks_per_step=config.tasks_per_step,
         task_weight=task_weights([len(task.train.tokens) for task in tasks], weights, config.likelihood_scale),
-        num_particles=method.num_particles("source"),
+        num_particles=method.num_particles,
     )
     stage = session.stage("source", config, mesh, batches)
     run_stage(stage)
@@ -82,7 +82,7 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
     if session.has_results(tasks):
         return
     config = session.config.target
-    mesh = session.mesh(method.num_particles("target"))
+    mesh = session.target_mesh()
     sizes = [len(task.train.tokens) for task in tasks]
     method.begin_target(source, [task.spec for task in tasks], sizes, mesh)
     batches = Batches(
@@ -90,13 +90,12 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
         config.batch_size,
         session.config.seed,
         task_weight=[1 / len(tasks)] * len(tasks),
-        num_particles=method.num_particles("target"),
     )
 
     def headlines() -> dict[str, float]:
         settings, values = session.config.evaluation, {}
         for index, task in enumerate(tasks):
-            found = evaluate(method, tasks, index, "validation", settings, session.world, session.guard.beat)
+            found = evaluate(method, tasks, index, "validation", "map", settings, session.world, session.guard.beat)
             name = f"{task.spec.name}/{task.spec.headline}" if len(tasks) > 1 else task.spec.headline
             values[name] = found.metrics[task.spec.headline]
         return values

@@ -13,7 +13,7 @@ import string
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ INVALID = -1
 NUM_BINS = 10
 
 
+@runtime_checkable
 class Judged(Protocol):
     """What a metric needs of an example: the right class or score, or every right answer, and its group."""
 
@@ -47,6 +48,7 @@ class Judged(Protocol):
         ...
 
 
+@runtime_checkable
 class Scored(Protocol):
     """What a metric needs of a task."""
 

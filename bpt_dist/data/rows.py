@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +28,7 @@ Split = Literal["train", "validation", "test"]
 CARVED_ROWS = 1000
 
 
+@runtime_checkable
 class DataOptions(Protocol):
     """The part of the configuration that decides which rows are read."""
 

@@ -25,6 +25,7 @@ from bpt_dist.data.spec import METRICS_OF_KIND, Kind, SplitRule, TaskSpec, TextF
 from bpt_dist.errors import ConfigError
 
 MAX_BYTES = 64_000
+MAX_DEPTH = 8
 MIN_STEP = 0.1  # scores are written with one decimal
 LENGTHS = range(2, 4097)
 BINARY = 2
@@ -39,13 +40,25 @@ KEYS = (
 class _StrictLoader(yaml.SafeLoader):
     """YAML without duplicate keys, anchors, aliases and tags: nothing is built but texts, numbers, lists, mappings."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise ConfigError(f"line {event.start_mark.line + 1}: anchors, aliases and tags are not allowed")
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if lines.setdefault(str(key.value), line) != line:
+                raise ConfigError(f"line {line}: {str(key.value)!r} stands twice, first in line {lines[str(key.value)]}")
         mapping = super().construct_mapping(node, deep=True)
         if len(mapping) != len(node.value):
             raise ConfigError(f"line {node.start_mark.line + 1}: a key stands twice")
@@ -158,6 +171,7 @@ class _Entry:
         # YAML reads bare yes, no, true, 1 as other than text: a label word must be unmistakably text.
         if not all(isinstance(word, str) and word.strip() == word and word for word in words):
             self.problem("label_words", f"{list(words)!r} must be texts; put quotes around words such as 'yes' or '1'")
+            words = ()
         elif len(set(words)) < len(words):
             self.problem("label_words", f"{list(words)!r} must differ from each other")
         if not all(isinstance(value, str | int) for value in given):

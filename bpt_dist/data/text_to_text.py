@@ -100,7 +100,7 @@ def _score(spec: TaskSpec, value: float, protocol: Protocol) -> str:
     if protocol == "attempt":
         # The published order of operations: the factors 5 were meant to stand around the rounding.
         return str(np.round(value * 5 / 5, decimals=1))
-    return spec.label_words[int(np.rint((value - low) / step))]
+    return spec.label_words[int(np.rint((value - low) * (1 / step)))]
 
 
 def _answers(spec: TaskSpec, row: Row) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbone import Backbone, Forward
-from bpt_dist.config import MethodConfig, Stage
+from bpt_dist.config import Config, Evaluation, MethodConfig, Stage
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.mesh import Mesh
@@ -32,9 +32,12 @@ class Method(nn.Module):
     # Names of the trainable tensors whose first axis counts particles: sharded over the mesh, clipped particle by particle.
     particle_tensors: frozenset[str] = frozenset()
 
-    def __init__(self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str) -> None:
+    def __init__(
+        self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str, evaluation: Evaluation | None = None
+    ) -> None:
         super().__init__()
         self.config, self.seed, self.reduction = config, seed, reduction
+        self.evaluation = evaluation or Evaluation()
         # Not a sub-module: the T5's weights are not this method's parameters.
         object.__setattr__(self, "backbone", backbone)
 
@@ -42,8 +45,9 @@ class Method(nn.Module):
 
     # --- stages -----------------------------------------------------------------------------------------------------------------
 
-    def num_particles(self, stage: str) -> int:
-        """Return M of a stage: how many hypotheses are trained side by side."""
+    @property
+    def num_particles(self) -> int:
+        """M of the source stage: how many hypotheses are trained side by side."""
         return 1
 
     def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
@@ -68,13 +72,17 @@ class Method(nn.Module):
         """Return log-likelihoods [m, N] of the batch's targets for the `particles` (counted on this rank)."""
         return self.backbone.score(batch, lambda embeds: self.encoder_inputs(embeds, batch)[particles], self.reduction)
 
-    def rank(self, batch: Batch, candidates: Int[Tensor, "C U"]) -> Float[Tensor, "m N C"]:
-        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
-        return self.backbone.rank(batch, candidates, lambda embeds: self.encoder_inputs(embeds, batch))
+    def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
+        """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""
+        return self.encoder_inputs(embeds, batch)
+
+    def rank(self, batch: Batch, candidates: Int[Tensor, "C U"], predict: str) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) under each hypothesis."""
+        return self.backbone.rank(batch, candidates, lambda embeds: self.prediction_inputs(embeds, batch, predict))
 
     def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
-        """Return the greedily decoded target of each text, under the first prompt where there are several."""
-        return self.backbone.generate(batch, lambda embeds: self.encoder_inputs(embeds, batch)[:1], max_new_tokens)[0]
+        """Return the greedily decoded target of each text under the MAP hypothesis."""
+        return self.backbone.generate(batch, lambda embeds: self.prediction_inputs(embeds, batch, "map"), max_new_tokens)[0]
 
     # --- what is optimised ------------------------------------------------------------------------------------------------------
 
@@ -122,9 +130,11 @@ class Method(nn.Module):
         self.backbone.detach()
 
 
-def load(config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str) -> Method:
+def load(config: Config, backbone: Backbone) -> Method:
     """Return the method named in the configuration: the one Method subclass of the file of that name."""
-    return method_class(config.name)(config, backbone, seed=seed, reduction=reduction)
+    chosen = method_class(config.method.name)
+    options = config.method.as_options_of(importlib.import_module(chosen.__module__).Config)
+    return chosen(options, backbone, seed=config.seed, reduction=config.reduction, evaluation=config.evaluation)
 
 
 def method_class(name: str) -> type[Method]:

@@ -84,17 +84,19 @@ class BayesianPromptTuning(VanillaTransfer):
 
     paper = "Lee et al. 2023 (BMTPT)"
     summary = "SVGD over M source prompts, then MAP adaptation around their mean"
+    particle_tensors = frozenset({"particles", "u", "v"})
     config: Config
 
-    def num_particles(self, stage: str) -> int:
-        """Return M in the source stage; a target has one MAP prompt."""
-        return self.config.num_particles if stage == "source" else 1
+    @property
+    def num_particles(self) -> int:
+        """M of the source stage; a target has one MAP prompt."""
+        return self.config.num_particles
 
     # --- source stage -----------------------------------------------------------------------------------------------------------
 
     def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
         """Start this rank's block of the particles; every rank draws all of them from the same generators."""
-        config, num_particles = self.config, self.config.num_particles
+        config, num_particles = self.config, self.num_particles
         common = self.start("source")
         if config.particle_init == "independent":
             others = [self.start("source", particle) for particle in range(1, num_particles)]
@@ -137,41 +139,68 @@ class BayesianPromptTuning(VanillaTransfer):
     # --- target stage -----------------------------------------------------------------------------------------------------------
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
-        """Start at the posterior mean: F = mean, u v^T = 1 for each target."""
+        """Start at the posterior mean: F = mean, u v^T = 1 for each target; for an ensemble, also at every particle."""
         assert source is not None
         config, device = self.config, self.backbone.device
-        self.stage, self.num_examples = "target", list(num_examples)
-        mean, particles = (source[name].to(device, torch.float32) for name in ("mean", "particles"))
+        mean, cloud = (source[name].to(device, torch.float32) for name in ("mean", "particles"))
+        self.stage, self.target_tasks, self.num_examples = "target", [task.name for task in tasks], list(num_examples)
+        self.starts = torch.cat([mean[None], cloud]) if self.adapts_particles else mean[None]
+        self.deviations = cloud - mean
         if config.prior != "none":
             self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
-            self.prior_center = mean if config.prior == "gaussian" else particles
-        super().begin_target(source, tasks, num_examples, mesh)
+        self.own(self.starts)
         if config.rank:
             factors = [low_rank_ones(config.rank, *mean.shape, generator(self.seed, "low_rank", task.name)) for task in tasks]
-            self.u = nn.Parameter(torch.stack([u for u, _ in factors]).to(device))
-            self.v = nn.Parameter(torch.stack([v for _, v in factors]).to(device))
+            copies = len(self.starts)
+            self.u = nn.Parameter(torch.stack([u for u, _ in factors]).repeat(copies, 1, 1, 1).to(device))
+            self.v = nn.Parameter(torch.stack([v for _, v in factors]).repeat(copies, 1, 1, 1).to(device))
 
-    def target_prompts(self) -> Float[Tensor, "K P D"]:
-        """Return the effective prompt theta of each target task."""
-        full = self.particles[0]
-        return low_rank_product(full, self.u, self.v) if self.config.rank else full.expand(len(self.num_examples), -1, -1)
+    @property
+    def adapts_particles(self) -> bool:
+        """Whether every particle is adapted beside the MAP prompt, to be averaged over at prediction."""
+        return self.evaluation.predict == "ensemble" and self.evaluation.num_samples is None
+
+    def target_prompts(self) -> Float[Tensor, "m K P D"]:
+        """Return the effective prompt theta of each target task, the MAP prompt first."""
+        full = self.particles[:, None]
+        return low_rank_product(full, self.u, self.v) if self.config.rank else full.expand(-1, len(self.num_examples), -1, -1)
 
     def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
         """Put every particle before every text; on targets, its task's prompt."""
         if self.stage == "source" or not self.config.rank:
             return super().encoder_inputs(embeds, batch)
-        return prepend_own(self.target_prompts()[batch.task_index.to(embeds.device)], embeds)
+        return prepend_own(self.target_prompts()[:, batch.task_index.to(embeds.device)], embeds)
+
+    def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
+        """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt.
+
+        Samples have the covariance of the source particles: the posterior's own directions, moved to the target's prompt.
+        """
+        prompts = self.target_prompts()[:, batch.task_index.to(embeds.device)]
+        if predict == "map":
+            return prepend_own(prompts[:1], embeds)
+        if self.adapts_particles:
+            return prepend_own(prompts[1:], embeds)
+        num_samples, num_particles = self.evaluation.num_samples or 0, len(self.deviations)
+        noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(embeds.device)
+        offsets = torch.einsum("sm,mpd->spd", noise, self.deviations) / max(num_particles - 1, 1) ** 0.5
+        return prepend_own(prompts[:1] + offsets[:, None], embeds)
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """Return minus the log prior of each target's effective prompt, as objective.py scales it, averaged over targets."""
+        """Return minus the log prior of each effective prompt, as objective.py scales it, averaged over targets.
+
+        The prior of an adapted particle is centred at that particle, that of the MAP prompt at the mean.
+        """
         if self.stage == "source" or self.config.prior == "none":
             return None
-        minus_log_prior = gaussian_penalty if self.config.prior == "gaussian" else mixture_penalty
-        terms = [
-            minus_log_prior(theta, self.prior_center, self.prior_std, size)
-            for theta, size in zip(self.target_prompts(), self.num_examples, strict=True)
-        ]
-        return torch.stack(terms).mean()
+        terms = []
+        for start, prompts in zip(self.starts, self.target_prompts(), strict=True):
+            for theta, size in zip(prompts, self.num_examples, strict=True):
+                if self.config.prior == "gaussian":
+                    terms.append(gaussian_penalty(theta, start, self.prior_std, size))
+                else:
+                    terms.append(mixture_penalty(theta, self.starts[0] + self.deviations, self.prior_std, size))
+        return torch.stack(terms).sum() / len(self.num_examples)
 
     def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
         """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
@@ -181,5 +210,5 @@ class BayesianPromptTuning(VanillaTransfer):
         return groups + ([{"params": [self.u, self.v], "lr": self.config.lr_low_rank}] if self.config.rank else [])
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
-        """Return the effective prompt of each target task."""
-        return dict(zip(self.target_tasks, self.target_prompts().detach().cpu(), strict=True))
+        """Return the effective MAP prompt of each target task."""
+        return dict(zip(self.target_tasks, self.target_prompts()[0].detach().cpu(), strict=True))

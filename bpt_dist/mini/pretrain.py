@@ -1,7 +1,7 @@
 """Make the tiny T5 of the miniature world: `python -m bpt_dist.mini.pretrain --out DIR --seed 0`.
 
-Half span corruption's spirit, half instructions: one step in six restores masked words, the others answer instructed
-examples (`skills.py`). One process, one thread, fp32; the same machine and seed give the same bytes.
+Span corruption and instructed examples (`skills.py`) in one stream: bare instructions and much corruption first, cluttered
+instructions and little corruption later. One process, one thread, fp32; the same machine and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -50,9 +50,6 @@ class Recipe:
     num_heads: int = 4
 
 
-CL = 0.0
-
-
 def new_model(recipe: Recipe, vocab_size: int) -> T5ForConditionalGeneration:
     """Return a T5 (v1.0 shape, tied embeddings, no dropout) with fresh weights drawn from the seed."""
     torch.manual_seed(recipe.seed)
@@ -70,6 +67,7 @@ def new_model(recipe: Recipe, vocab_size: int) -> T5ForConditionalGeneration:
     )
     model = T5ForConditionalGeneration(config)
     initialise_matching_heads_(model)
+    initialise_copying_(model)
     return model
 
 
@@ -90,6 +88,15 @@ def initialise_matching_heads_(model: T5ForConditionalGeneration) -> None:
     own_position = 0
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias[own_position, : config.num_heads // 2] = -2 * SAME_WORD_LOGIT
+
+
+@torch.no_grad()
+def initialise_copying_(model: T5ForConditionalGeneration) -> None:
+    """Let the decoder start by repeating whatever it attends to: values and outputs are inverse rotations."""
+    for block in model.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        torch.nn.init.orthogonal_(attention.v.weight)
+        attention.o.weight.copy_(attention.v.weight.T)
 
 
 def padded(rows: list[list[int]], fill: int) -> Int[Tensor, "N T"]:
@@ -123,7 +130,7 @@ def accuracy(model: T5ForConditionalGeneration, pieces: T5Tokenizer, num_example
     rng = random.Random(seed)
     hits: dict[str, list[bool]] = defaultdict(list)
     for skill in skills.SKILLS:
-        pairs = [skills.instruct(rng, skill, CL) for _ in range(num_examples)]
+        pairs = [skills.instruct(rng, skill) for _ in range(num_examples)]
         source = padded(pieces([text for text, _ in pairs]).input_ids, 0)
         target = padded(pieces([answer for _, answer in pairs]).input_ids, NO_LOSS)
         guess = model(input_ids=source, attention_mask=source.ne(0), labels=target).logits.argmax(-1)
@@ -145,7 +152,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return min((step + 1) / recipe.warmup, max(0.0, (recipe.steps - step) / (recipe.steps - recipe.warmup)))
 
 
-def train(recipe: Recipe, log_file: Path, log_every: int = 500) -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
+def train(recipe: Recipe, log_file: Path, log_every: int = 500, num_examples: int = 64) -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
     """Train for `recipe.steps` and write one JSON line every `log_every` steps."""
     pieces = tokenizer.build()
     model = new_model(recipe, len(pieces))
@@ -163,11 +170,10 @@ def train(recipe: Recipe, log_file: Path, log_every: int = 500) -> tuple[T5ForCo
         losses.append(loss.item())
         if step % log_every == 0 or step == recipe.steps:
             record = {"step": step, "loss": round(sum(losses) / len(losses), 4)}
-            record |= {"seconds": round(time.perf_counter() - began), "accuracy": accuracy(model, pieces, 64, f"log {step}")}
+            record |= {"seconds": round(time.perf_counter() - began), "accuracy": accuracy(model, pieces, num_examples, f"log {step}")}
             with log_file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
             log.info("%s", record)
-            model.save_pretrained(log_file.parent / "bb"); pieces.save_pretrained(log_file.parent / "bb")
             losses = []
     return model, pieces
 
@@ -179,13 +185,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--log", type=Path, help="JSON lines of the run (default: OUT/../pretrain_log.jsonl)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--examples", type=int, default=64, help="examples of each skill in a measurement")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     log_file = options.log or options.out.parent / "pretrain_log.jsonl"
     log_file.unlink(missing_ok=True)
-    model, pieces = train(Recipe(seed=options.seed, steps=options.steps), log_file)
+    model, pieces = train(Recipe(seed=options.seed, steps=options.steps), log_file, num_examples=options.examples)
     model.save_pretrained(options.out)
     pieces.save_pretrained(options.out)
 

@@ -48,7 +48,9 @@ class Data(Section):
     task_files: Annotated[tuple[Folder, ...], Field(strict=False)] = Field(
         default=(), description="YAML files that define further tasks."
     )
-    max_source_length: int = Field(default=256, ge=8, le=4096, description="Source tokens kept of a text (T).")
+    max_source_length: int | None = Field(
+        default=None, ge=8, le=4096, description="Source tokens kept of a text (T); null takes each task's own limit."
+    )
     max_train_rows: int | None = Field(default=None, ge=1, description="Rows kept of each training split.")
     max_eval_rows: int | None = Field(default=None, ge=1, description="Rows kept of each evaluated split.")
     shots: int | None = Field(default=None, ge=1, description="Training rows a class (few-shot) of the target tasks.")
@@ -92,7 +94,7 @@ class SourceStage(Stage):
     annealing: Literal["none", "linear", "tanh", "cyclic"] = Field(
         default="none", description="Schedule of a factor in (0, 1] on the driving term."
     )
-    annealing_steps: int | None = Field(default=None, ge=1, description="Steps to reach factor 1, or the length of a cycle.")
+    annealing_steps: int | None = Field(default=None, ge=1, description="Steps until the factor stays 1; `cyclic` rises four times on the way.")
     shared_texts: bool = Field(default=True, description="All particles see the same texts; false draws texts for each.")
     posterior: Folder | None = Field(
         default=None, description="Stored posterior to start from; the stage is skipped, its other keys describe the origin."
@@ -168,13 +170,17 @@ class Distribution(Section):
         Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)
     ] = Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
     shard: Literal["none", "deepspeed"] = Field(default="none", description="Who partitions the frozen backbone over ranks.")
+    zero_config: Folder | None = Field(
+        default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
+    )
     expect_world_size: int | None = Field(default=None, ge=1, description="Refuse to start with another number of processes.")
-    exact: bool = Field(default=False, description="Bit-equal between world sizes, slower; for audits and tests.")
     startup_timeout: int = Field(default=600, ge=1, description="Seconds to wait for all ranks to appear.")
     step_timeout: int = Field(default=120, ge=1, description="Seconds after which a silent rank counts as lost.")
 
     @model_validator(mode="after")
     def _world_size(self) -> Self:
+        if self.shard == "none":
+            refuse(without_effect(self, "with shard none", "zero_config"))
         if isinstance(self.mesh, MeshShape) and self.expect_world_size is not None:
             ranks = self.mesh.particle * self.mesh.data
             if ranks != self.expect_world_size:

@@ -182,7 +182,7 @@ def test_a_full_disk_is_tried_twice(folder):
 def test_a_disk_that_lies_keeps_the_older_ones(folder):
     class Lying(files.OsFiles):
         def write(self, path, data):
-            super().write(path, data[:-1] + b"?" if path.name == "state.safetensors" else data)
+            super().write(path, data[:-1] + b"!" if path.name == "state.safetensors" else data)
 
     with pytest.raises(StorageError, match="SHA-256"):
         save(folder, 30, fs=Lying())

@@ -64,7 +64,7 @@ def test_carved_rows_leave_train() -> None:
 
 
 def test_a_split_without_rows_is_refused() -> None:
-    with pytest.raises(DataError, match="task 'x': the published train split .5 rows. leaves no validation row"):
+    with pytest.raises(DataError, match=r"task 'x': the published train split \(5 rows\) leaves no validation row"):
         rows.split_indices("carve", {"train": 5, "test": 5}, 42, "x")
 
 
@@ -125,7 +125,7 @@ def test_shots_are_drawn_for_every_class_by_the_seed(rte: TaskSpec, options: Any
     draws = [[row["idx"] for row in rows.load(rte, options(shots=4), seed=seed)["train"]] for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert sorted(index % 2 for index in draws[0]) == [0] * 4 + [1] * 4
-    with pytest.raises(DataError, match="data.shots is 21, but train has 20 rows of label"):
+    with pytest.raises(DataError, match=r"data\.shots is 21, but train has 20 rows of label"):
         rows.load(rte, options(shots=21))
 
 

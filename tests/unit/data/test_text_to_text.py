@@ -31,7 +31,15 @@ def test_super_glue_tasks_carry_their_published_names_under_attempt() -> None:
 
 @pytest.mark.parametrize(
     ("score", "fixed", "attempt"),
-    [(0, "0.0", "0.0"), (3.7, "3.8", "3.7"), (2.5, "2.4", "2.5"), (3.333, "3.4", "3.3"), (5.0, "5.0", "5.0"), (4.95, "5.0", "5.0")],
+    [
+        (0, "0.0", "0.0"),
+        (3.7, "3.6", "3.7"),
+        (0.7, "0.8", "0.7"),
+        (2.5, "2.4", "2.5"),
+        (3.333, "3.4", "3.3"),
+        (5.0, "5.0", "5.0"),
+        (4.95, "5.0", "5.0"),
+    ],
 )
 def test_scores_are_rounded_to_fifths_and_under_attempt_to_tenths(score: float, fixed: str, attempt: str) -> None:
     row = {"sentence1": "a", "sentence2": "b", "label": score}
@@ -42,8 +50,10 @@ def test_scores_are_rounded_to_fifths_and_under_attempt_to_tenths(score: float, 
 def test_every_score_of_the_scale_is_one_of_26_words_under_fixed() -> None:
     words = TASKS["stsb"].label_words
     assert (len(words), words[0], words[1], words[-1]) == (26, "0.0", "0.2", "5.0")
-    targets = {one("stsb", {"sentence1": "a", "sentence2": "b", "label": i / 100}).target for i in range(501)}
-    assert targets == set(words)
+    scores = [i / 100 for i in range(501)]
+    targets = [one("stsb", {"sentence1": "a", "sentence2": "b", "label": score}).target for score in scores]
+    assert set(targets) == set(words)
+    assert targets == [f"{round(score * 5) / 5:.1f}" for score in scores]  # as T5 itself words STS-B
 
 
 def test_squad_pads_punctuation_and_answers_with_text() -> None:
@@ -52,8 +62,9 @@ def test_squad_pads_punctuation_and_answers_with_text() -> None:
         "context": "François (b. 1900), a_b.",
         "answers": {"text": ["François", "F."], "answer_start": [0, 0]},
     }
+    source = "squad question: Who ' s there ? context: François ( b . 1900 ) , a_b ."
     example = one("squad", row)
-    assert example.source.split() == "squad question: Who ' s there ? context: François ( b . 1900 ) , a_b .".split()
+    assert example.source.split() == source.split()
     assert (example.target, example.references) == ("François", ("François", "F."))
 
 

@@ -1,0 +1,85 @@
+"""The shipped tiny T5: small, offline, without pickle, exactly the bytes its page documents, and it reads every task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from bpt_dist.mini import BACKBONE, skills, world
+from bpt_dist.mini.lexicon import LABEL_WORDS
+
+MAX_BYTES = 8 * 1024 * 1024
+MAX_PARAMETERS = 2_000_000
+MAX_PIECES = 600
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return AutoTokenizer.from_pretrained(BACKBONE, local_files_only=True)
+
+
+def test_the_folder_is_small_and_holds_no_code_or_pickle() -> None:
+    files = {path.name: path.stat().st_size for path in BACKBONE.iterdir()}
+    assert set(files) == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert sum(files.values()) <= MAX_BYTES
+
+
+def test_the_weights_are_those_the_page_documents() -> None:
+    digest = hashlib.sha256((BACKBONE / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (BACKBONE.parent / "README.md").read_text()
+
+
+def test_the_model_loads_offline_and_is_a_frozen_tiny_t5() -> None:
+    model = T5ForConditionalGeneration.from_pretrained(BACKBONE, local_files_only=True)
+    assert sum(weight.numel() for weight in model.parameters()) <= MAX_PARAMETERS
+    assert model.config.dropout_rate == 0.0
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_special_pieces_are_where_t5_has_them(pieces) -> None:
+    assert (pieces.pad_token_id, pieces.eos_token_id, pieces.unk_token_id) == (0, 1, 2)
+    assert len(pieces) <= MAX_PIECES
+    assert pieces.convert_tokens_to_ids("<extra_id_0>") == len(pieces) - 1
+
+
+def test_special_tokens_in_data_stay_text(pieces) -> None:
+    ids = pieces("the </s> dog", split_special_tokens=True, add_special_tokens=False).input_ids
+    assert pieces.eos_token_id not in ids
+
+
+@pytest.mark.parametrize("task", world.ALL_TASKS)
+def test_every_text_is_tokenised_without_unknown_pieces_and_comes_back(pieces, tmp_path_factory, task: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "world_of_tokens"
+    world.write(folder, seed=3, train_rows=300, eval_rows=50)
+    entry = world.ALL_TASKS[task]
+    for line in (folder / task / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        text = " ".join([task, *(f"{name}: {row[name]}" for name in entry.columns)])
+        ids = pieces(text).input_ids
+        assert pieces.unk_token_id not in ids
+        assert pieces.decode(ids, skip_special_tokens=True) == text
+        assert len(ids) <= 64
+
+
+def test_label_words_and_answers_are_one_piece(pieces) -> None:
+    words = {word for task in world.ALL_TASKS.values() for word in task.label_words}
+    assert words <= {word for row in LABEL_WORDS for word in row}
+    assert all(len(pieces(word, add_special_tokens=False).input_ids) == 1 for word in words)
+
+
+def test_no_instruction_names_a_task(tmp_path: Path) -> None:
+    """Pretraining meets task names only by chance, as names that mean nothing, and never with fixed answer words."""
+    instructions = {word for skill in skills.SKILLS for word in skill.name.split()}
+    assert not {name.removeprefix("mini_") for name in world.ALL_TASKS} & (instructions - {"sense", "order"})
+
+
+@torch.no_grad()
+def test_the_backbone_follows_instructions_and_needs_them(pieces) -> None:
+    """What makes prompts worth training: it answers when told what to do, and guesses when not."""

@@ -1,0 +1,75 @@
+"""The script that made the shipped backbone: it runs, repeats itself, and writes a folder that loads."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from bpt_dist.mini import pretrain, skills, tokenizer
+
+
+def test_a_few_steps_write_a_folder_that_loads_and_the_log(tmp_path: Path) -> None:
+    pretrain.main(["--out", str(tmp_path / "backbone"), "--steps", "2", "--examples", "2"])
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "backbone", local_files_only=True)
+    pieces = AutoTokenizer.from_pretrained(tmp_path / "backbone", local_files_only=True)
+    assert model.config.vocab_size == len(pieces)
+    records = [json.loads(line) for line in (tmp_path / "pretrain_log.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 2
+    assert set(records[-1]["accuracy"]) == {skill.title for skill in skills.SKILLS}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    recipe = pretrain.Recipe(seed=1, steps=2, batch_size=4)
+    first, _ = pretrain.train(recipe, tmp_path / "a.jsonl", num_examples=2)
+    second, _ = pretrain.train(recipe, tmp_path / "b.jsonl", num_examples=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_matching_heads_look_for_the_same_word_elsewhere() -> None:
+    """The mean logit of a word against itself is the constant of the recipe, against another word about zero."""
+    torch.manual_seed(0)
+    model = pretrain.new_model(pretrain.Recipe(), 300)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    hidden = torch.nn.functional.normalize(torch.randn(200, model.config.d_model), dim=-1) * model.config.d_model**0.5
+    query, key = (layer(hidden)[:, : model.config.d_kv] for layer in (attention.q, attention.k))
+    logits = query @ key.T
+    assert logits.diagonal().mean().item() == pytest.approx(pretrain.SAME_WORD_LOGIT, rel=0.15)
+    assert logits.fill_diagonal_(0.0).mean().abs().item() < 0.1
+
+
+def test_instructions_name_the_answer_words_and_stay_short() -> None:
+    rng = random.Random(0)
+    for skill in skills.SKILLS:
+        for _ in range(50):
+            text, answer = skills.instruct(rng, skill)
+            instruction = text.split(skill.kind[0][0].rstrip(":0123456789"))[0].split()
+            assert len(instruction) <= 60
+            if skill.num_labels:
+                assert answer in text.split()
+
+
+def test_span_corruption_hides_words_that_its_answer_gives_back() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        source, answer = skills.corrupted(rng)
+        spans, current = {}, ""
+        for word in answer.split():
+            if word.startswith("<extra_id_"):
+                current = word
+                spans[current] = []
+            else:
+                spans[current].append(word)
+        assert all(spans.values())
+        assert [word for word in source.split() if word.startswith("<extra_id_")] == list(spans)
+
+
+def test_pretraining_texts_have_no_unknown_pieces() -> None:
+    rng, pieces = random.Random(0), tokenizer.build()
+    for draw in (skills.instructed, skills.corrupted):
+        for text, answer in (draw(rng) for _ in range(500)):
+            assert pieces.unk_token_id not in pieces(text).input_ids + pieces(answer).input_ids

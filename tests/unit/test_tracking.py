@@ -1,0 +1,379 @@
+"""MLflow holds what `metrics.jsonl` holds: every point once, in order, whatever was killed or unreachable before."""
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from bpt_dist import mirror as mirror_module
+from bpt_dist import tracking_page
+from bpt_dist.errors import ConfigError, StorageError
+from bpt_dist.journal import MetricsLog, read_records
+from bpt_dist.mirror import Mirror, shutdown
+from bpt_dist.run import Run
+from bpt_dist.tracking import Request, Sender, connect, metric_key, parameters, sync
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """One sqlite store for all tests: its tables take seconds to make."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    connect(uri)
+    return uri
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run.open("name: x\n", "f", lambda old: [], tmp_path / "run")
+    run.status("running")
+    yield run
+    run.close()
+
+
+def request_for(run, uri, **keywords):
+    return Request(id=run.id, uri=uri, experiment="bpt/mini", run_name="bpt s0", **keywords)
+
+
+def sender_for(run, uri, **keywords):
+    return Sender(run.folder, start(run, uri, **keywords))
+
+
+def start(run, uri, **keywords):
+    request = request_for(run, uri, **keywords)
+    (run.folder / "tracking.json").exists() or (run.folder / "tracking.json").write_text(json.dumps({"uri": uri}))
+    return request
+
+
+def append(log, first, last, stage="source"):
+    for step in range(first, last):
+        log.append({"step": step, "stage": stage, "metrics": {f"{stage}/loss": step * 0.1, f"{stage}/rate": 2.0**step}})
+
+
+def expected(run):
+    """Points of the JSONL by metric: (step, value, milliseconds) in order."""
+    points = {}
+    for record in read_records(run.folder / "metrics.jsonl")[0]:
+        for name, value in record["metrics"].items():
+            points.setdefault(name, []).append((record["step"], value))
+    return points
+
+
+def stored(run, uri):
+    client = connect(uri)
+    run_id = json.loads((run.folder / "tracking.json").read_text())["run_id"]
+    found = client.get_run(run_id)
+    history = {
+        name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+        for name in found.data.metrics
+    }
+    return found, {name: sorted(points) for name, points in history.items()}
+
+
+def test_resume_after_a_cut_doubles_nothing(run, store):
+    log = MetricsLog(run.folder / "metrics.jsonl")
+    append(log, 0, 6)
+    position = log.position()
+    append(log, 6, 10)
+    sender = sender_for(run, store, params={"target.sigma": "0.1"}, tags={"seed": "3"})
+    sender.pump()
+    sender.close()
+    log.cut(position)  # killed after step 9, the checkpoint is that of step 5
+    time.sleep(0.01)
+    append(log, 6, 14)
+    sender = sender_for(run, store, params={"target.sigma": "0.1", "target.steps": "20"}, tags={"seed": "3"})
+    sender.pump()
+    sender.pump()
+    run.status("finished")
+    sender.finish()
+    sender.close()
+    log.close()
+    found, history = stored(run, store)
+    assert history == expected(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"target.sigma": "0.1", "target.steps": "20"}
+    assert found.data.tags["seed"] == "3"
+    assert found.data.tags["bpt.resumes"] == "1"
+    names = {artifact.path for artifact in connect(store).list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "run.json"} <= names
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, moment, monkeypatch):
+    log = MetricsLog(run.folder / "metrics.jsonl")
+    append(log, 0, 3)
+    sender = sender_for(run, store)
+    sender.pump()
+    append(log, 3, 6)
+    from bpt_dist import tracking
+
+    real = tracking._log_batch
+
+    def killed(*arguments, **keywords):
+        if moment == "after":
+            real(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_log_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sender.pump()
+    sender.close()
+    log.cut(0)  # the same steps are logged again, with other times
+    time.sleep(0.01)
+    append(log, 0, 8)
+    sender = sender_for(run, store)
+    sender.pump()
+    sender.close()
+    log.close()
+    assert stored(run, store)[1] == expected(run)
+
+
+def test_more_points_than_one_call_may_carry(run, store):
+    log = MetricsLog(run.folder / "metrics.jsonl")
+    for step in range(70):
+        log.append({"step": step, "stage": "source", "metrics": {f"source/loss/{k}": k + step for k in range(40)}})
+    log.append({"step": 70, "stage": "source", "metrics": {f"wide/{k}": float(k) for k in range(1500)}})
+    log.close()
+    sender = sender_for(run, store)
+    sender.pump()
+    sender.close()
+    assert sender.points == 70 * 40 + 1500
+    history = stored(run, store)[1]
+    assert all(history[f"source/loss/{k}"] == [(s, k + s) for s in range(70)] for k in range(40))
+
+
+def test_the_run_is_found_again_if_its_id_was_not_written_down(run, store):
+    sender = sender_for(run, store)
+    sender.pump()
+    first = sender.state["run_id"]
+    sender.close()
+    (run.folder / "tracking.json").unlink()
+    sender = sender_for(run, store)
+    sender.pump()
+    sender.close()
+    assert sender.state["run_id"] == first
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED"), (None, "KILLED")]
+)
+def test_statuses_are_true(run, store, state, status):
+    if state is not None:
+        run.status(state)
+    run.close()
+    sender = sender_for(run, store)
+    sender.finish()
+    sender.close()
+    assert stored(run, store)[0].info.status == status
+
+
+def test_a_live_run_stays_running_and_a_resumed_one_runs_again(run, store):
+    sender = sender_for(run, store)
+    run.status("stopped")
+    sender.finish()
+    sender.close()
+    run.status("running")
+    sender = sender_for(run, store)
+    sender.finish()
+    sender.close()
+    assert stored(run, store)[0].info.status == "RUNNING"
+
+
+def test_pictures_by_step_and_figures(run, store):
+    for step in (1, 5):
+        path = run.folder / "figures" / "kernel" / f"step-{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(path)
+    PIL.Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(run.folder / "figures" / "loss.png")
+    sender = sender_for(run, store)
+    sender.finish()
+    sender.finish()
+    sender.close()
+    client, run_id = connect(store), sender.state["run_id"]
+    images = [entry.path for entry in client.list_artifacts(run_id, "images") if entry.path.endswith(".png")]
+    assert len(images) == 2
+    assert [entry.path for entry in client.list_artifacts(run_id, "figures")] == ["figures/loss.png"]
+
+
+def test_one_sender_at_a_time(run, store):
+    sender = sender_for(run, store)
+    with pytest.raises(StorageError, match="another process is sending"):
+        sync(run.folder)
+    sender.close()
+
+
+def test_sync_says_what_is_missing(tmp_path, run):
+    with pytest.raises(ConfigError, match=r"has no tracking\.json"):
+        sync(tmp_path)
+    start(run, "http://127.0.0.1:9")
+    Sender(run.folder, request_for(run, "http://127.0.0.1:9")).close()
+
+
+def test_metric_names():
+    assert metric_key("target/boolq", "target/loss") == "target/boolq/loss"
+    assert metric_key("source", "source/loss/mnli") == "source/loss/mnli"
+    assert metric_key("source", "svgd/a[0]") == "svgd/a_0_"
+
+
+def test_parameters_are_flat_short_and_explain():
+    config = {
+        "seed": 3,
+        "tracking": {"uri": "x"},
+        "target": {"sigma": 0.01, "steps": 100, "clip": None, "joint": False},
+        "data": {"source_tasks": ["a", "b"], "text": "x" * 7000},
+        "tracking_note": 1,
+    }
+    assert parameters(config, leave_out=("seed", "tracking")) == {
+        "target.sigma": "0.01",
+        "target.log10_sigma": "-2",
+        "target.steps": "100",
+        "target.joint": "False",
+        "data.source_tasks": "a, b",
+        "tracking_note": "1",
+    }
+
+
+def trainer(folder, uri, num_steps, ending):
+    """A training process in miniature; `ending` is how it ends."""
+    body = f"""
+        import os, sys, time
+        from pathlib import Path
+        from bpt_dist.journal import MetricsLog
+        from bpt_dist.mirror import Mirror, shutdown
+        from bpt_dist.run import Run
+        from bpt_dist.tracking import Request
+        folder, slowest = Path({str(folder)!r}), 0.0
+        with Run.open("a: 1\\n", "f", lambda old: [], folder) as run:
+            log = MetricsLog(folder / "metrics.jsonl")
+            first = len((folder / "metrics.jsonl").read_text().splitlines())
+            mirror = Mirror(folder, Request(id=run.id, uri={uri!r}, experiment="bpt/mini", run_name="n"))
+            run.status("running")
+            for step in range(first, first + {num_steps}):
+                started = time.perf_counter()
+                log.append(dict(step=step, stage="source", metrics={{"source/loss": step / 7}}))
+                slowest = max(slowest, time.perf_counter() - started)
+                time.sleep(0.005)
+            print(slowest, flush=True)
+            {ending}
+            run.status("finished")
+            mirror.finish()
+        started = time.monotonic()
+        shutdown()
+        print(time.monotonic() - started, flush=True)
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(body)], stdout=subprocess.PIPE, text=True)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_killed_and_resumed_processes_leave_one_exact_history(tmp_path, store):
+    folder = tmp_path / "run"
+    process = trainer(folder, store, 50, "time.sleep(60)")
+    process.stdout.readline()
+    deadline = time.monotonic() + 40
+    while not json.loads((folder / "tracking.json").read_text()).get("sent") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (sending,) = children_of(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    while Path(f"/proc/{sending}").exists():
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.05)
+    run = type("Folder", (), {"folder": folder})
+    assert stored(run, store)[0].info.status == "KILLED"
+    process = trainer(folder, store, 30, "pass")
+    process.communicate(timeout=60)
+    found, history = stored(run, store)
+    assert history == expected(run)
+    assert len(history["source/loss"]) == 80
+    assert found.info.status == "FINISHED"
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    """Accepts and answers with an error, or not at all."""
+
+    answer = None
+
+    def do_GET(self):
+        if self.answer is None:
+            time.sleep(30)
+        else:
+            self.send_error(self.answer)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def server(answer):
+    handler = type("Handler", (Silent,), {"answer": answer})
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    found.daemon_threads = True
+    found.block_on_close = False
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    return found
+
+
+@pytest.mark.parametrize("outage", ["closed port", "black hole", "errors"])
+def test_an_outage_costs_nothing_and_sync_completes(tmp_path, store, outage):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    failing = None if outage == "closed port" else server({"black hole": None, "errors": 500}[outage])
+    uri = f"http://127.0.0.1:{port if failing is None else failing.server_address[1]}"
+    folder = tmp_path / "run"
+    process = trainer(folder, uri, 100, "time.sleep(6 if 'closed' not in sys.argv else 0)")
+    slowest, delay = map(float, process.communicate(timeout=60)[0].split())
+    if failing:
+        failing.shutdown()
+        failing.server_close()
+    assert slowest < 0.05
+    assert delay <= 5.5
+    state = json.loads((folder / "tracking.json").read_text())
+    (folder / "tracking.json").write_text(json.dumps({**state, "uri": store}))  # the server is back, elsewhere
+    assert sync(folder).points == 100
+    assert sync(folder).points == 0
+    run = type("Folder", (), {"folder": folder})
+    found, history = stored(run, store)
+    assert history == expected(run)
+    assert found.info.status == "FINISHED"
+
+
+def test_the_installed_view_is_readable(store):
+    import base64
+    import zlib
+
+    client = connect(store)
+    number = client.create_experiment("bpt/view")
+    tracking_page.install_view(client, number, headline="best/score", params=("target.sigma", "target.lr"))
+    view = json.loads(client.get_experiment(number).tags["mlflow.sharedViewState.bpt-dist"])
+    method, packed = view["state"].split(";")
+    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert method == "deflate"
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["best/score"]
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
+        section["uuid"] for section in state["compareRunSections"]
+    }
+
+
+def test_an_occupied_port_is_named(store):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            tracking_page.ui(store, port)
