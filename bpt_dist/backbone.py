@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from bpt_dist.errors import ConfigError
 from bpt_dist.objective import sequence_log_likelihood
@@ -221,6 +221,7 @@ def load(path: str, *, name: str | None = None, revision: str | None = None, dty
             f"backbone.path: {path} has no .safetensors weights (pickled weights are never read); "
             "convert them with `model.save_pretrained(path)`"
         )
+    logging.disable_progress_bar()  # transformers': a bar for weights that load in a moment, on every rank
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if config.model_type not in ("t5", "mt5"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def _partition_with_deepspeed(backbone: Backbone, zero_config: dict[str, Any] | 
     config = {**(zero_config or ZERO_INFERENCE), "bf16": {"enabled": backbone.model.dtype == torch.bfloat16}}
     # One gather a block instead of one a layer: 3-5 times fewer, larger messages.
     set_z3_leaf_modules(backbone.core, [backbone.block_class])
+    # DeepSpeed calls collectives by names this torch has renamed: nothing a user could mend, once a rank and stage.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
     return engine.module
 

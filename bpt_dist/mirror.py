@@ -139,15 +139,18 @@ class _Loop:
         """Work until `quit` or until the parent is gone; then once more, and say what is missing."""
         for watch in (self._read_commands, self._watch_parent):
             threading.Thread(target=watch, daemon=True).start()
-        interval = INTERVAL
+        interval, answered = INTERVAL, True
         while not self.quitting:
             self._obey(interval)
-            if not self.quitting:
-                interval = INTERVAL if self._send() else min(2 * interval, LONGEST_INTERVAL)
+            # A store that fails while we are told to quit is not asked again: its silence costs seconds each time.
+            answered = self.quitting or self._send()
+            interval = INTERVAL if answered else min(2 * interval, LONGEST_INTERVAL)
+            answered = answered or not self.quitting
         self._obey(0)
         if self.orphaned:
             self._await_settled(2.0)
-        self._send(last=True)
+        if answered:
+            self._send(last=True)
         self._say({"patience": 5, "behind": [str(folder) for folder in self.requests]})
 
     def _send(self, *, last: bool = False) -> bool:

@@ -163,7 +163,7 @@ class Sender:
         _reach(self.state["uri"])
         self.report("loading")
         client = connect(self.state["uri"])
-        self.report("opening")
+        self.report("opening" if _sqlite_path(self.state["uri"]) else "sending")
         if self.state["run_id"] is None:
             self._create_run(client)
         run_id = self.state["run_id"]

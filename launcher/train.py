@@ -7,6 +7,7 @@ configuration is imported before the configuration is known to be right.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -48,9 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every rank reads the same configuration and fails the same way: one of them says so.
         sys.stderr.write(f"{error}\n" if first else "")
         return error.exit_code
+    prepare_process(first)
     from bpt_dist.train import run_all
 
     return run_all(config, fresh=options.fresh)
+
+
+def prepare_process(first: bool) -> None:
+    """Set what must stand before torch is imported, and let the first rank speak; every rank writes its own log file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not Path("/dev/nvidia0").exists():
+        # Said here, because DeepSpeed otherwise warns on every rank that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].setLevel(logging.INFO if first else logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ nothing but its step number. Tasks that task sampling leaves out at a step skip 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from bpt_dist.data.tokens import PAD_ID, TokenisedTask, tokenise
 from bpt_dist.errors import ConfigError
 
-__all__ = ["Batch", "Batches", "TokenisedTask", "collate", "in_order", "tokenise"]
+__all__ = ["Batch", "Batches", "TokenisedTask", "collate", "tokenise"]
 
 IGNORED = -100
 
@@ -123,13 +123,6 @@ class Batches:
         if self._permutations.get(task.name, (None,))[0] != epoch:
             self._permutations[task.name] = (epoch, _permutation(len(task), self.seed, task.name, epoch))
         return int(self._permutations[task.name][1][place])
-
-
-def in_order(task: TokenisedTask, batch_size: int) -> Iterator[Batch]:
-    """Yield every row of a task once, in its order, with weight 1: for evaluation."""
-    for start in range(0, len(task), batch_size):
-        picks = [(0, row) for row in range(start, min(start + batch_size, len(task)))]
-        yield collate([task], picks, [1.0] * len(picks), start // batch_size)
 
 
 def collate(tasks: Sequence[TokenisedTask], picks: Sequence[tuple[int, int]], weight: Sequence[float], step: int) -> Batch:

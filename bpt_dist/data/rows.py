@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -117,10 +118,11 @@ def split_indices(kind: SplitKind, sizes: dict[str, int], split_seed: int, task:
 
 
 def _capped(indices: list[int], cap: int | None, split_seed: int) -> list[int]:
-    """Return the indices, or the first `cap` of their shuffle where there are more."""
+    """Return the first `cap` rows of the split's shuffle, as ATTEMPT does; rows a rule has shuffled keep their order."""
     if cap is None or cap >= len(indices):
         return indices
-    return [indices[i] for i in shuffled(len(indices), split_seed)[:cap]]
+    is_shuffled = any(here > there for here, there in pairwise(indices))
+    return indices[:cap] if is_shuffled else [indices[i] for i in shuffled(len(indices), split_seed)[:cap]]
 
 
 def _few(spec: TaskSpec, rows: list[Row], shots: int, seed: int) -> list[Row]:

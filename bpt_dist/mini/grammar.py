@@ -155,7 +155,7 @@ def ask(told: Clause, slot: str) -> tuple[str, str]:
 
 def opinion(rng: random.Random, noun: str, polarity: int) -> str:
     """Return a clause that praises (1) or blames (0) the noun, perhaps by denying the opposite."""
-    negated = rng.random() < 0.3
+    negated = rng.random() < 0.2
     word = rng.choice(lx.OPINIONS["praise" if polarity != negated else "blame"])
     degree = rng.choice(lx.DEGREES) if rng.random() < 0.4 else None
     negation = rng.choice(lx.NEGATIONS) if negated else None

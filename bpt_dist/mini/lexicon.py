@@ -85,10 +85,10 @@ LABEL_WORDS: tuple[tuple[str, ...], ...] = (
 )
 SKILL_WORDS = (
     "polarity", "category", "order", "number", "colour", "place", "actor", "thing", "action", "entail", "restate",
-    "sense", "replies", "read", "fill", "equal", "living",
+    "sense", "replies", "read", "fill", "equal", "odd", "which",
 )  # fmt: skip
 FUNCTION_WORDS = (
-    "in", "was", "by", "but", "although", "no", "who", "what", "where", "blank", "said", "thought", ";",
+    "in", "was", "by", "but", "although", "no", "who", "what", "where", "blank", "said", "thought", "none", ";",
 )  # fmt: skip
 FIELDS = (
     "sentence:", "sentence1:", "sentence2:", "text:", "review:", "premise:", "hypothesis:", "question:",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from bpt_dist.mini import lexicon as lx
 from bpt_dist.mini import puzzles
-from bpt_dist.mini.grammar import SOURCE, TARGET, WHOLE, Domain, alter, clause
+from bpt_dist.mini.grammar import SOURCE, TARGET, WHOLE, Domain, alter, clause, counted, shuffled, sighting
 
 SINGLE = (("sentence:",), ("text:",), ("review:",), ("passage:",))
 PAIR = (("sentence1:", "sentence2:"), ("premise:", "hypothesis:"), ("question1:", "question2:"))
@@ -24,6 +24,7 @@ KINDS = (SINGLE, PAIR, ASKED, BLANK, WORD)
 
 MAX_INSTRUCTION = 20
 MAX_SENTINELS = 8
+NOTHING = "none"
 DOMAINS = (SOURCE, TARGET, WHOLE)
 
 
@@ -77,27 +78,88 @@ def comparison(part: str) -> puzzles.Classified:
     return draw
 
 
+def odd_word(first: str, second: str) -> str:
+    """Return the first word of the second text that the first has neither the same, a synonym nor a kind of for."""
+    known = first.rstrip(".?").split()
+    implied = {*known, *lx.FUNCTION_WORDS, *(lx.CATEGORY_OF.get(word, "") for word in known)}
+    classes = {lx.CLASS_OF_VERB.get(word) for word in known}
+    for word in second.rstrip(".?").split():
+        if word not in implied and (word not in lx.CLASS_OF_VERB or lx.CLASS_OF_VERB[word] not in classes):
+            return word
+    return NOTHING
+
+
+def odd_one(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+    """A pair of texts, and the first word of the second that the first does not account for."""
+    draw, num_labels = rng.choice(
+        ((puzzles.entailment, 3), (puzzles.entailment_binary, 2), (puzzles.restatement, 2), (puzzles.same_question, 2))
+    )
+    texts = draw(rng, domain, rng.randrange(num_labels))
+    return texts, odd_word(*texts)
+
+
+def misplaced(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+    """A clause, and its first word that stands in the wrong place."""
+    right = clause(rng, domain).text(rng.choice(puzzles.VOICES))
+    text = shuffled(rng, right) if rng.random() < 0.7 else right
+    words = zip(right.split(), text.split(), strict=True)
+    return (f"{text}.",), next((found for wanted, found in words if found != wanted), NOTHING)
+
+
+def miscounted(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+    """A clause, and its noun in the wrong number."""
+    text = counted(rng, domain, agreeing=rng.random() < 0.3)
+    plural, wrong = False, NOTHING
+    for word in text.split():
+        noun = word.removesuffix("s")
+        if word in lx.SINGULAR + lx.PLURAL:
+            plural = word in lx.PLURAL
+        elif noun in lx.CATEGORY_OF and plural != (word != noun):
+            wrong = noun
+    return (f"{text}.",), wrong
+
+
+def seen_as(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+    """An ambiguous noun in a sentence, and the category it is used for."""
+    word = rng.choice(tuple(lx.AMBIGUOUS))
+    category = rng.choice(lx.AMBIGUOUS[word])
+    return (f"{sighting(rng, word, category)}.",), category
+
+
+def verdict(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
+    """Two opinions, and the word of the one that counts."""
+    (text,) = puzzles.opinion_contrast(rng, domain, rng.randrange(2))
+    return (text,), text.split(" but ")[-1].split(" although ")[0].rstrip(".").split()[-1]
+
+
 def sourced(draw: puzzles.Classified) -> puzzles.Classified:
     """Return the puzzle on the source domain whatever domain is asked for (its classes live there)."""
     return lambda rng, domain, label: draw(rng, SOURCE, label)
 
 
 SKILLS = (
-    Skill("polarity", SINGLE, puzzles.opinion_plain, 2),
+    Skill("polarity", SINGLE, puzzles.opinion_plain, 2, 1.5),
     Skill("polarity", SINGLE, puzzles.opinion_contrast, 2),
-    Skill("category", SINGLE, sourced(puzzles.category), 4),
+    Skill("category", SINGLE, sourced(puzzles.category), 4, 0.5),
     Skill("order", SINGLE, puzzles.word_order, 2),
     Skill("number", SINGLE, puzzles.number, 2),
-    Skill("entail", PAIR, puzzles.entailment, 3, 2.0),
+    Skill("entail", PAIR, puzzles.entailment, 3, 1.5),
     Skill("entail", PAIR, puzzles.entailment_binary, 2),
-    Skill("restate", PAIR, puzzles.restatement, 2),
+    Skill("restate", PAIR, puzzles.restatement, 2, 1.5),
     Skill("restate", PAIR, puzzles.same_question, 2),
     Skill("sense", WORD, puzzles.word_sense, 2),
-    Skill("replies", ASKED, puzzles.answered, 2),
+    Skill("replies", ASKED, puzzles.answered, 2, 1.5),
     Skill("read", ASKED, puzzles.reading, weight=1.5),
     Skill("fill", BLANK, puzzles.cloze),
-    *(Skill(part, SINGLE, extraction(part), weight=0.3) for part in ("actor", "thing", "action", "colour", "place")),
-    *(Skill(f"category {part}", SINGLE, extraction(name), weight=0.3) for part, name in (("actor", "living"), ("thing", "category"))),
+    # Naming the words that decide teaches faster than a bare verdict, which carries one bit.
+    Skill("odd", PAIR, odd_one, weight=2.0),
+    Skill("order which", SINGLE, misplaced),
+    Skill("number which", SINGLE, miscounted),
+    Skill("polarity which", SINGLE, verdict, weight=0.5),
+    Skill("category sense", SINGLE, seen_as, weight=0.7),
+    *(Skill(part, SINGLE, extraction(part), weight=0.15) for part in ("actor", "thing", "action", "colour", "place")),
+    Skill("category actor", SINGLE, extraction("living"), weight=0.2),
+    Skill("category thing", SINGLE, extraction("category"), weight=0.2),
     *(Skill(f"equal {part}", PAIR, comparison(part), 2, 0.5) for part in ("actor", "thing", "action")),
 )
 WEIGHTS = tuple(skill.weight for skill in SKILLS)

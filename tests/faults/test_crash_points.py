@@ -6,11 +6,10 @@ import threading
 
 import pytest
 import torch
+from crashing_fs import Crash, CrashingFiles
 
 from bpt_dist import checkpoint
 from bpt_dist.files import read_json, write_json_atomic
-
-from crashing_fs import Crash, CrashingFiles
 
 
 def state(step):
@@ -118,7 +117,10 @@ def test_crash_at_every_call_of_a_single_file(tmp_path):
                 write_json_atomic(folder / "status.json", {"state": "finished"}, fs=files)
             assert read_json(folder / "status.json")["state"] in {"running", "finished"}
             files.after_power_loss(tmp_path / f"lost-{call}-{after}", random.Random(call))
-            assert read_json(tmp_path / f"lost-{call}-{after}" / "status.json")["state"] in {"running", "finished"}
+            assert read_json(tmp_path / f"lost-{call}-{after}" / "status.json")["state"] in {
+                "running",
+                "finished",
+            }
             write_json_atomic(folder / "status.json", {"state": "stopped"})
             assert [path.name for path in folder.iterdir()] == ["status.json"]
 

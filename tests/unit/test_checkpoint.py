@@ -48,7 +48,9 @@ def test_what_is_saved_is_loaded(folder):
 
 def test_saved_bytes_depend_on_the_content_only(tmp_path):
     metadata = {f"key{i}": str(i) for i in range(9)}
-    data = {checkpoint.write_tensors_atomic(tmp_path / "p", state(1), metadata).read_bytes() for _ in range(5)}
+    data = {
+        checkpoint.write_tensors_atomic(tmp_path / "p", state(1), metadata).read_bytes() for _ in range(5)
+    }
     assert len(data) == 1
     assert checkpoint.read_tensors(tmp_path / "p")[1] == metadata
 

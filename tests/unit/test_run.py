@@ -124,8 +124,39 @@ def test_another_version_is_recorded_and_named(tmp_path, monkeypatch):
     assert "resuming with another git" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
 
 
-BAD_NAMES = ["../x", "..", ".", "", "/etc", "a/../b", "a//b", "a\0b", "A", "-x", ".x", "a b", "a\nb", "ä", "\u2024\u2024"]
-BAD_NAMES += ["x" * 65, "a;b", "a$b", "a'b", "a\\b", "~", "a*", "a\u200b", "a\u202e", "con:", "a%2e", "\x1b[0m", "a|b", "a&b"]
+BAD_NAMES = [
+    "../x",
+    "..",
+    ".",
+    "",
+    "/etc",
+    "a/../b",
+    "a//b",
+    "a\0b",
+    "A",
+    "-x",
+    ".x",
+    "a b",
+    "a\nb",
+    "ä",
+    "\u2024\u2024",
+]
+BAD_NAMES += [
+    "x" * 65,
+    "a;b",
+    "a$b",
+    "a'b",
+    "a\\b",
+    "~",
+    "a*",
+    "a\u200b",
+    "a\u202e",
+    "con:",
+    "a%2e",
+    "\x1b[0m",
+    "a|b",
+    "a&b",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -161,7 +192,9 @@ def test_only_rank_0_writes_shared_files(tmp_path):
 def test_logs_hold_no_secret_and_no_control_character(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-123")
     with open_run(tmp_path / "run") as run:
-        logging.getLogger("bpt_dist.x").info("text \x1b[31m from data, canary-123, https://me:canary-456@host/")
+        logging.getLogger("bpt_dist.x").info(
+            "text \x1b[31m from data, canary-123, https://me:canary-456@host/"
+        )
         run.status("failed", "at https://me:canary-456@host/")
     written = "".join(path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert "canary" not in written

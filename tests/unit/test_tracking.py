@@ -1,5 +1,6 @@
 """MLflow holds what `metrics.jsonl` holds: every point once, in order, whatever was killed or unreachable before."""
 
+import base64
 import http.server
 import json
 import os
@@ -10,17 +11,16 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from bpt_dist import mirror as mirror_module
-from bpt_dist import tracking_page
+from bpt_dist import tracking, tracking_page
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.journal import MetricsLog, read_records
-from bpt_dist.mirror import Mirror, shutdown
 from bpt_dist.run import Run
 from bpt_dist.tracking import Request, Sender, connect, metric_key, parameters, sync
 
@@ -51,13 +51,20 @@ def sender_for(run, uri, **keywords):
 
 def start(run, uri, **keywords):
     request = request_for(run, uri, **keywords)
-    (run.folder / "tracking.json").exists() or (run.folder / "tracking.json").write_text(json.dumps({"uri": uri}))
+    if not (run.folder / "tracking.json").exists():
+        (run.folder / "tracking.json").write_text(json.dumps({"uri": uri}))
     return request
 
 
 def append(log, first, last, stage="source"):
     for step in range(first, last):
-        log.append({"step": step, "stage": stage, "metrics": {f"{stage}/loss": step * 0.1, f"{stage}/rate": 2.0**step}})
+        log.append(
+            {
+                "step": step,
+                "stage": stage,
+                "metrics": {f"{stage}/loss": step * 0.1, f"{stage}/rate": 2.0**step},
+            }
+        )
 
 
 def expected(run):
@@ -115,8 +122,6 @@ def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, mo
     sender = sender_for(run, store)
     sender.pump()
     append(log, 3, 6)
-    from bpt_dist import tracking
-
     real = tracking._log_batch
 
     def killed(*arguments, **keywords):
@@ -142,7 +147,9 @@ def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, mo
 def test_more_points_than_one_call_may_carry(run, store):
     log = MetricsLog(run.folder / "metrics.jsonl")
     for step in range(70):
-        log.append({"step": step, "stage": "source", "metrics": {f"source/loss/{k}": k + step for k in range(40)}})
+        log.append(
+            {"step": step, "stage": "source", "metrics": {f"source/loss/{k}": k + step for k in range(40)}}
+        )
     log.append({"step": 70, "stage": "source", "metrics": {f"wide/{k}": float(k) for k in range(1500)}})
     log.close()
     sender = sender_for(run, store)
@@ -166,7 +173,8 @@ def test_the_run_is_found_again_if_its_id_was_not_written_down(run, store):
 
 
 @pytest.mark.parametrize(
-    ("state", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED"), (None, "KILLED")]
+    ("state", "status"),
+    [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED"), (None, "KILLED")],
 )
 def test_statuses_are_true(run, store, state, status):
     if state is not None:
@@ -250,8 +258,7 @@ def trainer(folder, uri, num_steps, ending):
         import os, sys, time
         from pathlib import Path
         from bpt_dist.journal import MetricsLog
-        from bpt_dist.mirror import Mirror, shutdown
-        from bpt_dist.run import Run
+                from bpt_dist.run import Run
         from bpt_dist.tracking import Request
         folder, slowest = Path({str(folder)!r}), 0.0
         with Run.open("a: 1\\n", "f", lambda old: [], folder) as run:
@@ -305,9 +312,8 @@ def test_killed_and_resumed_processes_leave_one_exact_history(tmp_path, store):
 class Silent(http.server.BaseHTTPRequestHandler):
     """Accepts and answers with an error, or not at all."""
 
-    answer = None
-
     def do_GET(self):
+        self.asked.set()
         if self.answer is None:
             time.sleep(30)
         else:
@@ -320,10 +326,12 @@ class Silent(http.server.BaseHTTPRequestHandler):
 
 
 def server(answer):
-    handler = type("Handler", (Silent,), {"answer": answer})
+    asked = threading.Event()
+    handler = type("Handler", (Silent,), {"answer": answer, "asked": asked})
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     found.daemon_threads = True
     found.block_on_close = False
+    found.asked = asked
     threading.Thread(target=found.serve_forever, daemon=True).start()
     return found
 
@@ -336,15 +344,20 @@ def test_an_outage_costs_nothing_and_sync_completes(tmp_path, store, outage):
     failing = None if outage == "closed port" else server({"black hole": None, "errors": 500}[outage])
     uri = f"http://127.0.0.1:{port if failing is None else failing.server_address[1]}"
     folder = tmp_path / "run"
-    process = trainer(folder, uri, 100, "time.sleep(6 if 'closed' not in sys.argv else 0)")
-    slowest, delay = map(float, process.communicate(timeout=60)[0].split())
-    if failing:
+    process = trainer(folder, uri, 100, "while not (folder / 'go').exists(): time.sleep(0.05)")
+    slowest = float(process.stdout.readline())
+    assert failing is None or failing.asked.wait(60)
+    (folder / "go").touch()
+    delay = float(process.communicate(timeout=60)[0])
+    if failing is not None:
         failing.shutdown()
         failing.server_close()
     assert slowest < 0.05
-    assert delay <= 5.5
+    assert delay <= 5
     state = json.loads((folder / "tracking.json").read_text())
-    (folder / "tracking.json").write_text(json.dumps({**state, "uri": store}))  # the server is back, elsewhere
+    (folder / "tracking.json").write_text(
+        json.dumps({**state, "uri": store})
+    )  # the server is back, elsewhere
     assert sync(folder).points == 100
     assert sync(folder).points == 0
     run = type("Folder", (), {"folder": folder})
@@ -354,9 +367,6 @@ def test_an_outage_costs_nothing_and_sync_completes(tmp_path, store, outage):
 
 
 def test_the_installed_view_is_readable(store):
-    import base64
-    import zlib
-
     client = connect(store)
     number = client.create_experiment("bpt/view")
     tracking_page.install_view(client, number, headline="best/score", params=("target.sigma", "target.lr"))

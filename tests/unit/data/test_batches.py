@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bpt_dist.data.batches import Batch, Batches, in_order
+from bpt_dist.data.batches import Batch, Batches
 from bpt_dist.data.tokens import TokenisedTask
 from bpt_dist.errors import ConfigError
 
@@ -150,13 +150,6 @@ def test_shares_of_a_batch_put_together_are_the_batch() -> None:
     whole = batch.select(torch.arange(len(batch)))
     assert same(whole, batch)
     assert len(batch.select([])) == 0
-
-
-def test_evaluation_goes_through_the_rows_once_in_order() -> None:
-    found = list(in_order(TASKS[0], batch_size=3))
-    assert [len(batch) for batch in found] == [3, 3, 1]
-    assert [row for batch in found for row in batch.row_ids] == [f"a/train:{i + 1}" for i in range(7)]
-    assert all(set(batch.weight.tolist()) == {1.0} for batch in found)
 
 
 def test_impossible_batches_are_refused() -> None:

@@ -80,8 +80,11 @@ def test_a_combining_mark_is_no_punctuation() -> None:
 
 
 RECORD = {
-    "passage": "One.\n@highlight\nTwo\n@highlight\nThree", "query": "@placeholder won.", "entities": ["A", "B"], "answers": ["A", "B"],
-}  # fmt: skip
+    "passage": "One.\n@highlight\nTwo\n@highlight\nThree",
+    "query": "@placeholder won.",
+    "entities": ["A", "B"],
+    "answers": ["A", "B"],
+}
 RECORD_SOURCE = "record query: @placeholder won. entities: A, B passage: One. Two. Three"
 
 
