@@ -142,7 +142,7 @@ class _Loop:
         interval, answered = INTERVAL, True
         while not self.quitting:
             self._obey(interval)
-            # A store that fails while we are told to quit is not asked again: its silence costs seconds each time.
+            # A store that fails while we are told to quit is not asked again: its silence costs seconds.
             answered = self.quitting or self._send()
             interval = INTERVAL if answered else min(2 * interval, LONGEST_INTERVAL)
             answered = answered or not self.quitting

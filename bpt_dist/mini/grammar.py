@@ -53,6 +53,11 @@ class Clause:
         return " ".join(filter(None, (where, core) if voice == "fronted" else (core, where)))
 
 
+def happens(rng: random.Random, chance: float) -> bool:
+    """Return True with the given chance."""
+    return rng.random() < chance
+
+
 def noun_in(rng: random.Random, categories: Sequence[str], unlike: str | None = None) -> str:
     """Draw a noun of the categories that differs from `unlike`."""
     while True:
@@ -63,8 +68,8 @@ def noun_in(rng: random.Random, categories: Sequence[str], unlike: str | None = 
 
 def clause(rng: random.Random, domain: Domain, colour: float = 0.5, place: float = 0.3) -> Clause:
     """Draw a clause; `colour` and `place` are the chances of a coloured thing and of a place."""
-    tint = rng.choice(lx.COLOURS) if rng.random() < colour else None
-    where = rng.choice(lx.PLACES) if rng.random() < place else None
+    tint = rng.choice(lx.COLOURS) if happens(rng, colour) else None
+    where = rng.choice(lx.PLACES) if happens(rng, place) else None
     actor = NounPhrase(rng.choice(lx.DEFINITE), noun_in(rng, domain.agents))
     thing = NounPhrase(rng.choice(lx.DEFINITE), noun_in(rng, domain.things), tint)
     return Clause(actor, rng.choice(lx.VERBS[rng.choice(tuple(lx.VERBS))]), thing, where)
@@ -100,7 +105,7 @@ def weaken(rng: random.Random, premise: Clause, changes: int) -> Clause:
 
 def contradict(rng: random.Random, hypothesis: Clause) -> Clause:
     """Turn an entailed clause into a contradicted one: the opposite verb, or nobody did it."""
-    if rng.random() < 0.5:
+    if happens(rng, 0.5):
         opposite = lx.OPPOSITE[lx.CLASS_OF_VERB[hypothesis.verb]]
         return replace(hypothesis, verb=rng.choice(lx.VERBS[opposite]))
     return replace(hypothesis, actor=replace(hypothesis.actor, quantifier="no"))
@@ -155,17 +160,17 @@ def ask(told: Clause, slot: str) -> tuple[str, str]:
 
 def opinion(rng: random.Random, noun: str, polarity: int) -> str:
     """Return a clause that praises (1) or blames (0) the noun, perhaps by denying the opposite."""
-    negated = rng.random() < 0.2
+    negated = happens(rng, 0.2)
     word = rng.choice(lx.OPINIONS["praise" if polarity != negated else "blame"])
-    degree = rng.choice(lx.DEGREES) if rng.random() < 0.4 else None
+    degree = rng.choice(lx.DEGREES) if happens(rng, 0.4) else None
     negation = rng.choice(lx.NEGATIONS) if negated else None
     return " ".join(filter(None, (rng.choice(lx.DEFINITE), noun, "was", negation, degree, word)))
 
 
 def sighting(rng: random.Random, noun: str, category: str) -> str:
     """Return a clause in which an ambiguous noun does what only a member of the category does."""
-    colour = rng.choice(lx.COLOURS) if rng.random() < 0.3 else None
-    where = f"in the {rng.choice(lx.PLACES)}" if rng.random() < 0.5 else None
+    colour = rng.choice(lx.COLOURS) if happens(rng, 0.3) else None
+    where = f"in the {rng.choice(lx.PLACES)}" if happens(rng, 0.5) else None
     subject = NounPhrase(rng.choice(lx.DEFINITE), noun, colour).text()
     return " ".join(filter(None, (subject, rng.choice(lx.PREDICATES[category]), where)))
 
@@ -175,10 +180,10 @@ def counted(rng: random.Random, domain: Domain, agreeing: bool) -> str:
     wrong = None if agreeing else rng.choice(("actor", "thing"))
     phrases = []
     for role, categories in (("actor", domain.agents), ("thing", domain.things)):
-        plural = rng.random() < 0.5
+        plural = happens(rng, 0.5)
         quantifier = rng.choice(lx.PLURAL if plural else lx.SINGULAR)
         ending = "s" if plural != (role == wrong) else ""
-        colour = rng.choice(lx.COLOURS) if rng.random() < 0.4 else None
+        colour = rng.choice(lx.COLOURS) if happens(rng, 0.4) else None
         phrases.append(NounPhrase(quantifier, noun_in(rng, categories) + ending, colour).text())
     verb = rng.choice(lx.VERBS[rng.choice(tuple(lx.VERBS))])
     return f"{phrases[0]} {verb} {phrases[1]}"

@@ -11,31 +11,46 @@ from dataclasses import replace
 
 from bpt_dist.mini import lexicon as lx
 from bpt_dist.mini.grammar import (
-    Clause, Domain, alter, ask, clause, contradict, counted, exchange, noun_in, opinion, shuffled, sighting, synonym,
-    unrelate, weaken,
-)  # fmt: skip
+    Clause,
+    Domain,
+    alter,
+    ask,
+    clause,
+    contradict,
+    counted,
+    exchange,
+    happens,
+    noun_in,
+    opinion,
+    shuffled,
+    sighting,
+    synonym,
+    unrelate,
+    weaken,
+)
 
 Texts = tuple[str, ...]
 Classified = Callable[[random.Random, Domain, int], Texts]
 Answered = Callable[[random.Random, Domain], tuple[Texts, str]]
 
+ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 VOICES = ("active", "active", "passive", "fronted")
 
 
 def opinion_plain(rng: random.Random, domain: Domain, label: int) -> Texts:
     """One opinion, sometimes reported by somebody: 0 blames, 1 praises."""
     text = opinion(rng, noun_in(rng, domain.things), label)
-    if rng.random() < 0.5:
+    if happens(rng, 0.5):
         text = f"the {noun_in(rng, domain.agents)} {rng.choice(('said', 'thought'))} {text}"
     return (f"{text}.",)
 
 
 def opinion_contrast(rng: random.Random, domain: Domain, label: int) -> Texts:
     """Two opinions; the one after "but", or before "although", is the verdict: 0 blames, 1 praises."""
-    conceded = 1 - label if rng.random() < 0.7 else label
+    conceded = 1 - label if happens(rng, 0.7) else label
     minor = opinion(rng, noun_in(rng, domain.agents), conceded)
     major = opinion(rng, noun_in(rng, domain.things), label)
-    return (f"{minor} but {major}." if rng.random() < 0.5 else f"{major} although {minor}.",)
+    return (f"{minor} but {major}." if happens(rng, 0.5) else f"{major} although {minor}.",)
 
 
 def category(rng: random.Random, domain: Domain, label: int) -> Texts:
@@ -59,11 +74,11 @@ def number(rng: random.Random, domain: Domain, label: int) -> Texts:
 def premise_and_hypothesis(rng: random.Random, domain: Domain, label: int) -> tuple[Clause, Clause]:
     """Draw two clauses of which the first 0 entails, 1 says nothing about, 2 contradicts the second."""
     premise = clause(rng, domain)
-    changes = rng.choice((1, 1, 2) if label == 0 else (0, 0, 1))
+    changes = rng.choice((1, 1, 2) if label == ENTAILMENT else (0, 0, 1))
     hypothesis = weaken(rng, premise, changes)
-    if label == 1:
+    if label == NEUTRAL:
         hypothesis = unrelate(rng, premise, hypothesis, domain)
-    if label == 2:
+    if label == CONTRADICTION:
         hypothesis = contradict(rng, hypothesis)
     return premise, hypothesis
 
@@ -76,14 +91,14 @@ def entailment(rng: random.Random, domain: Domain, label: int) -> Texts:
 
 def entailment_binary(rng: random.Random, domain: Domain, label: int) -> Texts:
     """Premise in any voice and hypothesis: 0 entailed, 1 not (neutral or contradicted)."""
-    premise, hypothesis = premise_and_hypothesis(rng, domain, rng.choice((1, 2)) if label else 0)
+    premise, hypothesis = premise_and_hypothesis(rng, domain, rng.choice((NEUTRAL, CONTRADICTION)) if label else ENTAILMENT)
     return f"{premise.text(rng.choice(VOICES))}.", f"{hypothesis.text()}."
 
 
 def restatement(rng: random.Random, domain: Domain, label: int) -> Texts:
     """Two clauses: 1 say the same in other words, 0 do not."""
     first = clause(rng, domain)
-    second = replace(first, verb=synonym(rng, first.verb)) if rng.random() < 0.5 else first
+    second = replace(first, verb=synonym(rng, first.verb)) if happens(rng, 0.5) else first
     if not label:
         part = rng.choice(("roles", "verb", "actor", "thing"))
         second = exchange(second) if part == "roles" else alter(rng, second, part, domain)

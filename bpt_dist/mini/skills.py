@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from bpt_dist.mini import lexicon as lx
 from bpt_dist.mini import puzzles
-from bpt_dist.mini.grammar import SOURCE, TARGET, WHOLE, Domain, alter, clause, counted, shuffled, sighting
+from bpt_dist.mini.grammar import SOURCE, TARGET, WHOLE, Domain, alter, clause, counted, happens, shuffled, sighting
 
 SINGLE = (("sentence:",), ("text:",), ("review:",), ("passage:",))
 PAIR = (("sentence1:", "sentence2:"), ("premise:", "hypothesis:"), ("question1:", "question2:"))
@@ -22,8 +22,8 @@ BLANK = (("query:", "passage:"),)
 WORD = (("sentence1:", "sentence2:", "word:"),)
 KINDS = (SINGLE, PAIR, ASKED, BLANK, WORD)
 
-MAX_INSTRUCTION = 20
-MAX_SENTINELS = 8
+MAX_INSTRUCTION = 16
+MAX_SENTINELS = 3
 NOTHING = "none"
 DOMAINS = (SOURCE, TARGET, WHOLE)
 
@@ -101,14 +101,14 @@ def odd_one(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
 def misplaced(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
     """A clause, and its first word that stands in the wrong place."""
     right = clause(rng, domain).text(rng.choice(puzzles.VOICES))
-    text = shuffled(rng, right) if rng.random() < 0.7 else right
+    text = shuffled(rng, right) if happens(rng, 0.7) else right
     words = zip(right.split(), text.split(), strict=True)
     return (f"{text}.",), next((found for wanted, found in words if found != wanted), NOTHING)
 
 
 def miscounted(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
     """A clause, and its noun in the wrong number."""
-    text = counted(rng, domain, agreeing=rng.random() < 0.3)
+    text = counted(rng, domain, agreeing=happens(rng, 0.3))
     plural, wrong = False, NOTHING
     for word in text.split():
         noun = word.removesuffix("s")
@@ -129,7 +129,7 @@ def seen_as(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
 def verdict(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
     """Two opinions, and the word of the one that counts."""
     (text,) = puzzles.opinion_contrast(rng, domain, rng.randrange(2))
-    return (text,), text.split(" but ")[-1].split(" although ")[0].rstrip(".").split()[-1]
+    return (text,), text.rpartition(" but ")[2].partition(" although ")[0].rstrip(".").split()[-1]
 
 
 def sourced(draw: puzzles.Classified) -> puzzles.Classified:
@@ -172,7 +172,7 @@ def nonsense_name(rng: random.Random) -> str:
 
 def segment(rng: random.Random, skill: Skill, variety: float = 1.0) -> tuple[list[str], list[str]]:
     """Return the words that name a skill with its answer words (fresh ones with chance `variety`), and those."""
-    fresh = rng.random() < variety
+    fresh = happens(rng, variety)
     options = [rng.choice(words) if fresh else words[0] for words in lx.LABEL_WORDS[: skill.num_labels]]
     return [*skill.name.split(), *options, ";"], options
 
@@ -180,15 +180,15 @@ def segment(rng: random.Random, skill: Skill, variety: float = 1.0) -> tuple[lis
 def distractors(rng: random.Random, skill: Skill) -> list[list[str]]:
     """Return up to two instructions that cannot be meant, because they belong to other fields."""
     foreign = [other for other in SKILLS if other.kind is not skill.kind]
-    return [segment(rng, rng.choice(foreign))[0] for _ in range(rng.choice((0, 0, 1, 2)))]
+    return [segment(rng, rng.choice(foreign))[0] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
 
 
 def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> list[str]:
     """Mix an instruction with others that do not apply, repeat it, or surround it with words that mean nothing."""
     parts = [words, *others]
-    if rng.random() < 0.3:
+    if happens(rng, 0.2):
         parts.append(words)
-    if rng.random() < 0.3:
+    if happens(rng, 0.2):
         parts.append([rng.choice(lx.COLOURS + lx.PLACES + lx.DEGREES) for _ in range(rng.randint(1, 6))])
     rng.shuffle(parts)
     flat = [word for part in parts for word in part]
@@ -204,9 +204,9 @@ def instruct(rng: random.Random, skill: Skill, clutter: float = 1.0) -> tuple[st
         texts, answer = skill.draw(rng, domain, label), options[label]
     else:
         texts, answer = skill.draw(rng, domain)
-    if rng.random() < clutter:
+    if happens(rng, clutter):
         words = padded(rng, words, distractors(rng, skill))
-        words += [nonsense_name(rng)] if rng.random() < 0.8 else []
+        words += [nonsense_name(rng)] if happens(rng, 0.8) else []
     fields = [f"{field} {text}" for field, text in zip(rng.choice(skill.kind), texts, strict=True)]
     return " ".join([*words, *fields]), answer
 
@@ -227,7 +227,7 @@ def corrupted(rng: random.Random) -> tuple[str, str]:
     words = " ".join(texts).split()
     source, answer, sentinel, at = [], [], 0, 0
     while at < len(words):
-        if sentinel < MAX_SENTINELS and (rng.random() < 0.2 or at == len(words) - 1 and not answer):
+        if sentinel < MAX_SENTINELS and (happens(rng, 0.2) or (at == len(words) - 1 and not answer)):
             span = rng.choice((1, 1, 2))
             source.append(f"<extra_id_{sentinel}>")
             answer += [f"<extra_id_{sentinel}>", *words[at : at + span]]

@@ -37,9 +37,7 @@ class MiniTask:
 
 SOURCE_TASKS: dict[str, MiniTask] = {
     "mini_sentiment": MiniTask(SOURCE, puzzles.opinion_plain, ("sentence",), ("negative", "positive")),
-    "mini_nli": MiniTask(
-        SOURCE, puzzles.entailment, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")
-    ),
+    "mini_nli": MiniTask(SOURCE, puzzles.entailment, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
     "mini_paraphrase": MiniTask(SOURCE, puzzles.restatement, ("sentence1", "sentence2"), ("different", "same")),
     "mini_answerable": MiniTask(SOURCE, puzzles.answered, ("question", "sentence"), ("missing", "answered")),
     "mini_topic": MiniTask(SOURCE, puzzles.category, ("text",), ("food", "travel", "repair", "clothing")),
@@ -85,13 +83,13 @@ def draw(name: str, task: MiniTask, seed: int, sizes: dict[str, int]) -> dict[st
     stream = _distinct_rows(name, task, seed, sum(sizes.values()))
     splits = {split: [next(stream) for _ in range(size)] for split, size in sizes.items()}
     for split, rows in splits.items():
-        random.Random(f"{GENERATOR_VERSION} {seed} {name} {split}").shuffle(rows)
+        random.Random(f"{GENERATOR_VERSION} {seed} {name} {split}").shuffle(rows)  # noqa: S311
         splits[split] = [{"id": f"{split}-{index}", **row} for index, row in enumerate(rows)]
     return splits
 
 
 def _distinct_rows(name: str, task: MiniTask, seed: int, count: int) -> Iterator[Row]:
-    rng = random.Random(f"{GENERATOR_VERSION} {seed} {name}")
+    rng = random.Random(f"{GENERATOR_VERSION} {seed} {name}")  # noqa: S311  (reproducible, not secret)
     seen: set[puzzles.Texts] = set()
     for _ in range(DRAWS_PER_ROW * count):
         label = len(seen) % len(task.label_words) if task.label_words else None

@@ -1,8 +1,8 @@
 """A file system that crashes at the n-th call, and the disks a power loss at that moment may leave behind.
 
-It makes every call on the real disk too (the code under test reads back) and keeps a model of what is durable: bytes of a
-file after `fsync` of the file, entries of a directory after `fsync` of the directory. Everything else may be lost, kept, or
-kept in another order.
+It makes every call on the real disk too (the code under test reads back) and models what is durable: bytes
+of a file after `fsync` of the file, entries of a directory after `fsync` of the directory. Everything else
+may be lost, kept, or kept in another order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _apply(entries: dict[str, Node], changes: dict[str, Node | None]) -> None:
 
 
 class CrashingFiles(OsFiles):
-    """Real calls below `root`, counted; `crash_at=n` raises Crash before call n, or after it with `after=True`."""
+    """Real calls below `root`, counted; Crash is raised before call `crash_at`, or `after` it."""
 
     def __init__(self, root: Path, crash_at: int | None = None, *, after: bool = False) -> None:
         self.root, self.crash_at, self.after = root, crash_at, after

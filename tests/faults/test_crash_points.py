@@ -21,10 +21,15 @@ def save(folder, step, **keywords):
 
 
 def loaded_step(folder):
-    """The step a resume would start from, after proving that its tensors are those of that step."""
+    """The step a resume would start from, after proving that its tensors are those of that step.
+
+    Nothing torn may ever carry the name of a published checkpoint.
+    """
     found = checkpoint.newest(folder, fingerprint="f", warn=lambda text: None)
     if found is None:
         return None
+    published = [path for path in folder.glob("step-*") if ".tmp-" not in path.name]
+    assert all(len(list(path.iterdir())) == 3 for path in published)
     tensors, meta = checkpoint.load(found)
     assert meta["step"] == found.step
     assert all(torch.equal(tensors[name], value) for name, value in state(found.step).items())
@@ -66,9 +71,9 @@ def test_crash_at_every_call(tmp_path, case):
             disk = tmp_path / f"lost-{number}-{loss}"
             files.after_power_loss(disk, rng)
             assert loaded_step(disk) in allowed
-            save(disk, step)
-            assert loaded_step(disk) == step
-            assert not list(disk.glob("*.tmp-*")), "leftovers are removed by the next save"
+        save(disk, step)
+        assert loaded_step(disk) == step
+        assert not list(disk.glob("*.tmp-*")), "leftovers are removed by the next save"
     assert len(points) >= 20
 
 

@@ -15,12 +15,12 @@ FILES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launcher").rg
 
 # A module may import modules of its own layer's left neighbours and itself; the first matching prefix counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "faults", "files", "svgd", "objective", "config", "settings", "data.metrics", "data.spec", "published"),
-    ("mesh", "run", "run_lock", "checkpoint", "guard", "tracking", "progress", "provenance"),
-    ("data", "backbone", "mini", "prompts", "prompt_files"),
+    ("errors", "faults", "files", "svgd", "objective", "config", "settings", "data.metrics", "data.spec"),
+    ("mesh", "run", "lock", "checkpoint", "guard", "journal", "tracking", "mirror", "progress"),
+    ("data", "backbone", "mini", "prompts", "prompt_files", "posterior"),
     ("methods",),
-    ("evaluate", "export", "engine", "results", "report", "figures", "plan", "gaussian_product"),
-    ("stage",),
+    ("evaluate", "export", "model_card", "engine", "results", "report", "published", "figures", "plan", "gaussian_product"),
+    ("stage", "session", "opening"),
     ("train",),
     ("cli", "sweep", "launcher"),
 )

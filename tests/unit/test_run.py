@@ -85,7 +85,7 @@ def test_a_second_live_run_is_refused_with_host_and_pid(tmp_path):
 
 def test_another_configuration_is_refused_with_what_changed(tmp_path):
     open_run(tmp_path / "run").close()
-    with pytest.raises(ConfigError, match="(?s)target.steps: 100 -> 200.*another name=.*--fresh"):
+    with pytest.raises(ConfigError, match=r"(?s)target\.steps: 100 -> 200.*another name=.*--fresh"):
         open_run(tmp_path / "run", fingerprint="g")
     assert holder_of(tmp_path / "run") is None
     with open_run(tmp_path / "run") as run:
@@ -309,7 +309,7 @@ def test_a_stopped_process_keeps_its_lock(tmp_path):
 
 @pytest.mark.parametrize("shift", [-86400, 86400, -3600])
 def test_clocks_of_two_hosts_may_differ(tmp_path, shift):
-    # The other host's clock is off, so its lock looks old or from the future; its heartbeat shows that it lives.
+    # The other host's clock is off: its lock looks old or from the future, its heartbeat shows that it lives.
     owner = RunLock(tmp_path, heartbeat=0.05)
     owner.me = replace(owner.me, machine="elsewhere", host="other")
     owner._draft = tmp_path / "run.lock.draft-x"

@@ -1,4 +1,4 @@
-"""MLflow holds what `metrics.jsonl` holds: every point once, in order, whatever was killed or unreachable before."""
+"""MLflow holds what `metrics.jsonl` holds: every point once, in order, whatever was killed or unreachable."""
 
 import base64
 import http.server
@@ -258,7 +258,8 @@ def trainer(folder, uri, num_steps, ending):
         import os, sys, time
         from pathlib import Path
         from bpt_dist.journal import MetricsLog
-                from bpt_dist.run import Run
+        from bpt_dist.mirror import Mirror, shutdown
+        from bpt_dist.run import Run
         from bpt_dist.tracking import Request
         folder, slowest = Path({str(folder)!r}), 0.0
         with Run.open("a: 1\\n", "f", lambda old: [], folder) as run:
@@ -319,7 +320,7 @@ class Silent(http.server.BaseHTTPRequestHandler):
         else:
             self.send_error(self.answer)
 
-    do_POST = do_GET
+    do_POST = do_GET  # noqa: N815  the name http.server looks for
 
     def log_message(self, *arguments):
         pass

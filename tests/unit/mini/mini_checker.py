@@ -58,7 +58,8 @@ def is_a(noun: str, name: str) -> bool:
 def entailment(premise: str, hypothesis: str) -> int:
     """Return 0 entailed, 1 neutral, 2 contradicted."""
     p, h = parse(premise), parse(hypothesis)
-    assert p is not None and h is not None, (premise, hypothesis)
+    assert p is not None, premise
+    assert h is not None, hypothesis
     same_event = is_a(p.actor, h.actor) and is_a(p.thing, h.thing)
     same_event &= h.colour in (None, p.colour) and h.place in (None, p.place)
     if same_event and h.verb == p.verb:
@@ -68,7 +69,7 @@ def entailment(premise: str, hypothesis: str) -> int:
 
 def polarity(text: str) -> int:
     """Return 1 for praise: of the clause after "but" or before "although" where there are two."""
-    verdict = text.split(" but ")[-1].split(" although ")[0].rstrip(".").split()
+    verdict = text.rpartition(" but ")[2].partition(" although ")[0].rstrip(".").split()
     return int((verdict[-1] in lx.OPINIONS["praise"]) != bool({"not", "never"} & set(verdict)))
 
 
@@ -91,7 +92,8 @@ def sense(text: str) -> str:
 def answers(question: str, sentence: str) -> str | None:
     """Return the word of the sentence that answers the question, None when the sentence tells something else."""
     asked, told = parse(question), parse(sentence)
-    assert asked is not None and told is not None, (question, sentence)
+    assert asked is not None, question
+    assert told is not None, sentence
     if asked.verb != told.verb or asked.colour not in (None, told.colour):
         return None
     if asked.actor == "who":

@@ -1,0 +1,98 @@
+"""`make quickstart`: train three methods with two seeds on the miniature world, through the deepspeed launcher, and print the table.
+
+What is finished is not trained again. Every command is printed, so that each can be given by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bpt_dist import config as configuration
+from bpt_dist.config import Config
+from bpt_dist.files import read_json
+
+CONFIG = Path("configs/quickstart.yaml")
+PROCESSES = 2
+BIN = Path(sys.executable).parent
+
+
+def main() -> int:
+    """Train what is not finished, then show the results; return the exit code of what failed first."""
+    config = configuration.load(CONFIG)
+    runs = configuration.expand(config)
+    waiting = [run for run in runs if not is_finished(run)]
+    if waiting:
+        say(f"{len(waiting)} of {len(runs)} runs to train on {PROCESSES} processes: {', '.join(run.name for run in waiting)}")
+        started = time.monotonic()
+        code = launch()
+        # The launcher returns 0 even when it was killed itself: the status files are the truth.
+        unfinished = [run for run in runs if not is_finished(run)]
+        if code or unfinished:
+            say(f"not finished: {', '.join(run.name for run in unfinished)}; see {config.directory}/*/logs, then `make quickstart` again")
+            return code or 1
+        say(f"trained in {time.monotonic() - started:.0f} s")
+    else:
+        say(f"all {len(runs)} runs are finished; remove {config.directory} to train again")
+    return report(config)
+
+
+def is_finished(run: Config) -> bool:
+    """Return whether this very run finished: its status says so, and it had this configuration."""
+    record, status = run.directory / "run.json", run.directory / "status.json"
+    if not (record.is_file() and status.is_file()):
+        return False
+    return bool(read_json(status)["state"] == "finished" and read_json(record)["fingerprint"] == configuration.fingerprint(run))
+
+
+def launch() -> int:
+    """Run the deepspeed launcher in a session of its own and pass signals on to all of it."""
+    command = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port()), "launcher/train.py", "--config", str(CONFIG)]
+    say(shlex.join(["deepspeed", *command[1:]]))
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.
+    job = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(number: int, _frame: object) -> None:
+        os.killpg(job.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    return job.wait()
+
+
+def report(config: Config) -> int:
+    """Print the table and where everything is."""
+    folder, table = config.directory, config.directory / "table.md"
+    bpt_dist = BIN / "bpt-dist"
+    written = subprocess.run([bpt_dist, "table", folder, "--format", "markdown", "--out", table], check=False).returncode
+    shown = subprocess.run([bpt_dist, "table", folder], check=False).returncode
+    say(f"table      {table}")
+    say(f"results    {folder}/<run>/results.json, predictions in target/<task>/predictions.jsonl")
+    say(f"pictures   {folder}/bpt-s0/figures/panel.png")
+    say(f"prompts    {folder}/<run>/target/<task>/adapter  (PEFT folders)")
+    say(f"MLflow     {shlex.join([str(bpt_dist), 'ui', '--uri', f'sqlite:///{config.output.resolve()}/mlflow.db'])}")
+    return written or shown
+
+
+def free_port() -> int:
+    """Return a free port: 29500, the launcher's default, is often taken on shared machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def say(text: str) -> None:
+    """Print one line at once, between the lines of the processes."""
+    sys.stdout.write(f"quickstart: {text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
