@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file, logging
 
 from bpt_dist.errors import ConfigError
-from bpt_dist.objective import sequence_log_likelihood
+from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
 EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,9 +42,12 @@ class PromptedT5(nn.Module):
 
     def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
         """Run `score`, `rank` or `generate`."""
-        return {"score": self._score, "rank": self._rank, "generate": self._generate}[task](*args, **kwargs)
+        run: dict[str, Callable[..., Any]] = {"score": self._score, "rank": self._rank, "generate": self._generate}
+        return run[task](*args, **kwargs)
 
-    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs) -> tuple[Tensor, Tensor, int]:
+    def _inputs(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs
+    ) -> tuple[Tensor, Tensor, int]:
         """Return inputs [m*N, L, D], their mask [m*N, L] and m."""
         inputs = encoder_inputs(self.model.shared(ids))
         num_particles, _, length, _ = inputs.shape
@@ -52,7 +55,7 @@ class PromptedT5(nn.Module):
         full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
         return inputs.flatten(0, 1).to(self.model.dtype), full_mask, num_particles
 
-    def _score(self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: str) -> Forward:
+    def _score(self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction) -> Forward:
         inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
         targets = target_ids.repeat(num_particles, 1)
         start = self.model._shift_right(targets)
@@ -60,17 +63,17 @@ class PromptedT5(nn.Module):
         log_likelihood = sequence_log_likelihood(logits, targets, reduction)
         return Forward(log_likelihood.view(num_particles, -1), logits.view(num_particles, -1, *logits.shape[1:]))
 
-    def _rank(self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+    def _rank(
+        self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+    ) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood (summed over tokens) of every candidate for every text; the encoder runs once."""
         inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
         encoded = BaseModelOutput(last_hidden_state=self.model.encoder(inputs_embeds=inputs, attention_mask=full_mask)[0])
         columns = []
         for candidate in candidates:
-            targets = candidate[candidate != -100].expand(len(inputs), -1)
+            targets = candidate[candidate != IGNORED].expand(len(inputs), -1)
             start = self.model._shift_right(targets)
-            logits = self.model(
-                encoder_outputs=encoded, attention_mask=full_mask, decoder_input_ids=start, use_cache=False
-            ).logits
+            logits = self.model(encoder_outputs=encoded, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
             columns.append(sequence_log_likelihood(logits, targets, "token_sum"))
         return torch.stack(columns, dim=-1).view(num_particles, -1, len(candidates))
 
@@ -79,7 +82,8 @@ class PromptedT5(nn.Module):
     ) -> Int[Tensor, "m N U"]:
         """Decode greedily; `synced` keeps partitioned ranks in lock-step until the last of them is done."""
         inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
-        tokens = self.model.generate(
+        generate: Any = self.model.generate  # type: ignore[misc]  # its signature is not that of a method
+        tokens = generate(
             inputs_embeds=inputs,
             attention_mask=full_mask,
             max_new_tokens=max_new_tokens,
@@ -125,7 +129,7 @@ class Backbone:
         """Where texts have to be sent."""
         return next(self.model.parameters()).device
 
-    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: str) -> Forward:
+    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
         return self.call("score", ids, mask, targets, encoder_inputs, reduction)
@@ -206,7 +210,9 @@ class Backbone:
         self._loaded_hash = _hash_tensors(self.model)
 
 
-def load(path: str, *, name: str | None = None, revision: str | None = None, dtype: str = "fp32", attention: str = "auto") -> Backbone:
+def load(
+    path: str, *, name: str | None = None, revision: str | None = None, dtype: str = "fp32", attention: str = "auto"
+) -> Backbone:
     """Load a T5-family checkpoint from a folder or the hub: safetensors only, no remote code, tokenizer from the same place.
 
     `name` is what reports call it.
@@ -228,7 +234,7 @@ def load(path: str, *, name: str | None = None, revision: str | None = None, dty
             raise ConfigError(f"backbone.path: {path} is a {config.model_type!r} model; this project prompts T5-family models only")
         model = T5ForConditionalGeneration.from_pretrained(
             path,
-            revision=revision,
+            revision=revision or "main",
             dtype=DTYPES[dtype],
             use_safetensors=True,
             attn_implementation=None if attention == "auto" else attention,

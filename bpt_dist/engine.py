@@ -58,7 +58,7 @@ def _read_zero_config(path: Path) -> dict[str, Any]:
             "start from configs/deepspeed/zero3_inference.json"
         ) from error
     if stage != ZERO_INFERENCE_STAGE or "optimizer" in config:
-        raise ConfigError(f"distribution.zero_config: {path} must have zero_optimization.stage 3 and no optimizer: the T5 is frozen")
+        raise ConfigError(f"distribution.zero_config: {path} needs zero_optimization.stage 3 and no optimizer: the T5 is frozen")
     return dict(config)
 
 

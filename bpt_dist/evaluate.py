@@ -112,7 +112,12 @@ def _score(task: TaskData, split: str, found: list[dict[str, Any]], decode: str)
     if decode == "rank" and task.spec.kind in CLOSED:
         values |= _of_probabilities(task, found, examples)
     predictions = [
-        {"row_id": example.row_id, "target": example.target, "correct": metrics.correct(entry["prediction"], example, task.spec), **entry}
+        {
+            "row_id": example.row_id,
+            "target": example.target,
+            "correct": metrics.correct(entry["prediction"], example, task.spec),
+            **entry,
+        }
         for example, entry in zip(examples, found, strict=True)
     ]
     return Evaluated(values, predictions, decode)

@@ -145,7 +145,7 @@ class Mesh:
         return torch.cat(parts)
 
     def sum_over_data_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over `data`, as one flat buffer, the same bits on every replica (collective: every rank)."""
+        """Replace each tensor by its sum over `data`, the same bits on every replica (collective: every rank)."""
         if self.data.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -164,7 +164,8 @@ def peer_lost(error: RuntimeError) -> PeerLost | None:
     text = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
     if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
-        return PeerLost(f"another rank is gone or silent ({text.strip().splitlines()[0]}); the same command resumes from the newest checkpoint")
+        first = text.strip().splitlines()[0]
+        return PeerLost(f"another rank is gone or silent ({first}); the same command resumes from the newest checkpoint")
     return None
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from bpt_dist import backbone as backbones
 from bpt_dist import config as configuration
@@ -36,9 +35,7 @@ def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | N
         if world.broadcast(run.finished):
             yield None
             return
-        timeouts = {"startup_timeout": config.distribution.startup_timeout, "step_timeout": config.distribution.step_timeout}
-
-        guard = stack.enter_context(Guard(run.path("logs"), world.rank, **timeouts, on_leave=run.status))
+        guard = stack.enter_context(_guard(config, run, world))
         backbone = load_backbone(config, world)
         journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
         session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
@@ -51,6 +48,18 @@ def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | N
         except RuntimeError as error:
             raise peer_lost(error) or error from error
         run.status("finished")
+
+
+def _guard(config: Config, run: Run, world: World) -> Guard:
+    """Return what watches this rank; a forced exit still leaves a true status."""
+
+    def on_leave(state: str, reason: str) -> None:
+        run.status("stopped" if state == "stopped" else "failed", reason)
+
+    limits = config.distribution
+    return Guard(
+        run.path("logs"), world.rank, startup_timeout=limits.startup_timeout, step_timeout=limits.step_timeout, on_leave=on_leave
+    )
 
 
 def _open_run(config: Config, world: World, fresh: bool) -> Run:
@@ -68,7 +77,7 @@ def _open_run(config: Config, world: World, fresh: bool) -> Run:
     if world.rank == 0:
         try:
             run = open_it()
-        except Exception as error:  # noqa: BLE001 - every rank must learn of it, whatever it is
+        except Exception as error:
             problem = error
     problem = world.broadcast(problem)
     if problem is not None:

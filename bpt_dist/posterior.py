@@ -1,7 +1,7 @@
 """What the source stage hands over: `source/posterior/{posterior.safetensors, posterior.json}`.
 
-For prompt methods the tensors are `particles` [M, P, D] and their `mean` [P, D]; other methods name their own. The facts beside them
-say which T5 and tokenizer they belong to: a prompt means nothing to another one.
+For prompt methods the tensors are `particles` [M, P, D] and their `mean` [P, D]; other methods name their own. The
+facts beside them say which T5 and tokenizer they belong to: a prompt means nothing to another one.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Posterior:
         """
         folder = _folder(place)
         facts = read_json(folder / FACTS)
-        for key, own, what in (("backbone_hash", backbone.identity, "backbone"), ("tokenizer_hash", backbone.tokenizer_hash, "tokenizer")):
-            if facts[key] != own:
+        for what, own in (("backbone", backbone.identity), ("tokenizer", backbone.tokenizer_hash)):
+            made_with = facts[f"{what}_hash"]
+            if made_with != own:
                 raise ConfigError(
-                    f"source.posterior: {folder} was made with another {what} ({facts['backbone']}, {what} hash {facts[key][:12]}...; "
-                    f"this run has {backbone.name}, {own[:12]}...); set backbone.path to that one, or train the source stage anew"
+                    f"source.posterior: {folder} was made with another {what} ({facts['backbone']}, hash {made_with[:12]}; "
+                    f"here {backbone.name}, {own[:12]}); set backbone.path to that one, or train the source stage anew"
                 )
         tensors, _ = read_tensors(folder / TENSORS)
         widths = {int(tensor.shape[-1]) for tensor in tensors.values()}

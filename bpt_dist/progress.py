@@ -22,7 +22,13 @@ class StepProgress:
         self.started, self.start = time.monotonic(), start
         # rich prints nothing until the end when the output is no terminal: there, lines are the progress.
         if enabled and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task(title, total=steps, completed=start, note="")
 
@@ -38,7 +44,7 @@ class StepProgress:
     def update(self, step: int, note: str = "") -> None:
         """Show that `step` steps are done; `note` is shown beside (and, in a log, every `every` steps)."""
         if self.bar:
-            self.bar.update(self.task, completed=step, **({"note": note} if note else {}))
+            self.bar.update(self.task, completed=step, note=note)
         elif self.enabled and note and (step % self.every == 0 or step == self.steps):
             seconds = (time.monotonic() - self.started) / max(1, step - self.start)
             log.info("%s  step %d/%d  %s  %.2f s/step", self.title, step, self.steps, note, seconds)

@@ -41,7 +41,7 @@ def _pieces(kind: str, length: int, backbone: Backbone, generator: torch.Generat
     special = set(backbone.tokenizer.all_special_ids)
     ordinary = [piece for piece in range(min(len(backbone.tokenizer), COMMON_PIECES)) if piece not in special]
     if length > len(ordinary):
-        raise ConfigError(f"method.length is {length}, but the vocabulary has only {len(ordinary)} ordinary pieces; use init=normal")
+        raise ConfigError(f"method.length: {length} exceeds the {len(ordinary)} ordinary pieces of the vocabulary; use init=normal")
     return torch.tensor(ordinary)[torch.randperm(len(ordinary), generator=generator)[:length]]
 
 

@@ -10,15 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bpt_dist.errors import DataError
-from bpt_dist.published import GLUE, SUPER_GLUE
+from bpt_dist.published import GLUE, METHOD_NAMES, SUPER_GLUE
 from bpt_dist.report_statistics import is_better, mean_and_deviation
 from bpt_dist.results import Result
 
-METHOD_NAMES = {
-    "fine_tuning": "Fine-tuning", "adapters": "Adapters", "bitfit": "BitFit", "lora": "LoRA",
-    "prompt_tuning": "PT", "vanilla_transfer": "Vanilla transfer PT", "spot": "SPoT", "attempt": "ATTEMPT",
-    "mpt": "MPT", "hyperformer": "HyperFormer", "hyperdecoder": "HyperDecoder", "dept": "DePT", "bpt": "BPT",
-}  # fmt: skip
 METRIC_NAMES = {
     "f1": "F1", "macro_f1": "macro F1", "multirc_f1a": "F1", "multirc_em": "EM", "squad_f1": "F1", "squad_em": "EM",
     "record_f1": "F1", "record_em": "EM", "pearson": "Pearson", "spearman": "Spearman", "matthews": "Matthews",

@@ -38,8 +38,9 @@ class Result:
 
     @property
     def predictions(self) -> Path:
-        """Return where the run keeps its per-example predictions of this task (the file may be missing)."""
-        return self.folder / "target" / self.task / "predictions.jsonl"
+        """Return where the run keeps the per-example predictions behind this entry (the file may be missing)."""
+        parts = [part for part in (self.split, self.predict) if part not in ("test", "map")]
+        return self.folder / "target" / self.task / ("-".join(["predictions", *parts]) + ".jsonl")
 
 
 class Collected(NamedTuple):

@@ -15,9 +15,9 @@ from bpt_dist.data.prepared import TaskData, prepare
 from bpt_dist.evaluate import Evaluated, evaluate
 from bpt_dist.export import export_prompt
 from bpt_dist.faults import fault_point
+from bpt_dist.figures import draw_run
 from bpt_dist.files import encode_json, read_json, write_atomic, write_json_atomic
 from bpt_dist.guard import Guard
-from bpt_dist.figures import draw_run
 from bpt_dist.journal import MetricsLog, read_records
 from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods import base as methods
@@ -169,8 +169,7 @@ class Session:
     def finish(self) -> None:
         """Check that the T5 is what it was, gather the results, draw the figures (rank 0 writes)."""
         self.method.end()
-        if self.method.freezes_backbone:
-            self.backbone.verify_unchanged()
+        self.backbone.verify_unchanged()
         if self.run.rank == 0:
             files = [self.run.path(self.stage_name(tasks), RESULT) for tasks in self.target_groups()]
             write_json_atomic(self.run.folder / "results.json", [entry for file in files for entry in read_json(file)["results"]])

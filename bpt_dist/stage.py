@@ -19,9 +19,9 @@ from bpt_dist.engine import Updater
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
 from bpt_dist.files import write_json_atomic
 from bpt_dist.guard import Guard
+from bpt_dist.journal import MetricsLog
 from bpt_dist.mesh import Mesh, deal
 from bpt_dist.methods.base import Method
-from bpt_dist.journal import MetricsLog
 from bpt_dist.objective import annealing
 from bpt_dist.progress import StepProgress
 from bpt_dist.run import Run

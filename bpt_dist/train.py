@@ -7,6 +7,7 @@ from it. Both are `run_stage`: the only loop over steps in the project.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from bpt_dist import config as configuration
@@ -17,8 +18,8 @@ from bpt_dist.errors import Stopped
 from bpt_dist.evaluate import evaluate
 from bpt_dist.faults import fault_point
 from bpt_dist.mesh import World
-from bpt_dist.mirror import shutdown
 from bpt_dist.methods.base import Method, Tensors
+from bpt_dist.mirror import shutdown
 from bpt_dist.objective import task_weights
 from bpt_dist.opening import leave, opened
 from bpt_dist.posterior import Posterior
@@ -39,7 +40,7 @@ def run_all(config: Config, *, fresh: bool = False) -> int:
                 if session is not None:
                     train(session)
         world.stop()
-    except Exception as error:  # noqa: BLE001 - the one place where whatever happened becomes an exit code
+    except Exception as error:
         return leave(error, world)
     shutdown()
     return 0
@@ -110,7 +111,9 @@ def run_stage(stage: StageRun) -> None:
     """Take the steps of one stage, resuming from its newest checkpoint (collective: every rank)."""
     stage.restore()
     settings, method, mesh, guard = stage.settings, stage.method, stage.mesh, stage.guard
-    with StepProgress(stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0) as progress:
+    with StepProgress(
+        stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0
+    ) as progress:
         while stage.step < settings.steps and not stage.converged:
             guard.beat(f"{stage.name} step {stage.step}")
             losses = accumulate_gradients(stage)
@@ -138,7 +141,8 @@ def accumulate_gradients(stage: StageRun) -> Losses:
         forward = stage.method(batch, particles)  # log-likelihood [m, N] through the frozen T5
         stage.method.loss(forward, batch).backward()
         losses.add(forward.log_likelihood, batch)
-    fault_point("step.after_backward", step=stage.step, stage=stage.name)
+    if fault_point("step.after_backward", step=stage.step, stage=stage.name):
+        next(parameter.grad for parameter in stage.updater.names if parameter.grad is not None).view(-1)[0] = math.nan
     stage.mesh.sum_over_data_([parameter.grad for parameter in stage.updater.names if parameter.grad is not None])
     # The prior counts once: it is added after the sum over texts, alike on all replicas.
     penalty = stage.method.penalty()

@@ -1,4 +1,4 @@
-"""`make quickstart`: train three methods with two seeds on the miniature world, through the deepspeed launcher, and print the table.
+"""`make quickstart`: three methods, two seeds, on the miniature world, through the deepspeed launcher; then the table.
 
 What is finished is not trained again. Every command is printed, so that each can be given by hand.
 """
@@ -35,7 +35,8 @@ def main() -> int:
         # The launcher returns 0 even when it was killed itself: the status files are the truth.
         unfinished = [run for run in runs if not is_finished(run)]
         if code or unfinished:
-            say(f"not finished: {', '.join(run.name for run in unfinished)}; see {config.directory}/*/logs, then `make quickstart` again")
+            names = ", ".join(run.name for run in unfinished)
+            say(f"not finished: {names}; see {config.directory}/*/logs, then `make quickstart` again")
             return code or 1
         say(f"trained in {time.monotonic() - started:.0f} s")
     else:
@@ -53,7 +54,8 @@ def is_finished(run: Config) -> bool:
 
 def launch() -> int:
     """Run the deepspeed launcher in a session of its own and pass signals on to all of it."""
-    command = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port()), "launcher/train.py", "--config", str(CONFIG)]
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
+    command = [*launcher, "launcher/train.py", "--config", str(CONFIG)]
     say(shlex.join(["deepspeed", *command[1:]]))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.

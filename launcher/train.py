@@ -1,7 +1,7 @@
 """Train: `deepspeed launcher/train.py --config FILE [key=value ...]`; the same command resumes.
 
-The options are closed; everything else is `key=value` with a dotted key or a unique last name (`sigma=0.1`). Nothing heavier than the
-configuration is imported before the configuration is known to be right.
+The options are closed; everything else is `key=value` with a dotted key or a unique last name (`sigma=0.1`). Nothing
+heavier than the configuration is imported before the configuration is known to be right.
 """
 
 from __future__ import annotations

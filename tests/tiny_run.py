@@ -25,7 +25,7 @@ TASKS = """
 colour: {folder: colour, fields: [text], label: label, label_words: [red, blue, green], metrics: [accuracy]}
 truth: {folder: truth, fields: [premise, hypothesis], label: label, label_words: ["true", "false"], metrics: [accuracy, f1]}
 mood: {folder: mood, fields: [sentence], label: label, label_words: [good, not good], metrics: [accuracy]}
-count: {folder: count, fields: [text], target: answer, metrics: [accuracy]}
+count: {folder: count, fields: [text], target: answer, metrics: [accuracy], max_target_length: 4}
 """
 NOUNS, VERBS = ("cat", "dog", "bird"), ("sat", "ran", "flew")
 

@@ -19,6 +19,7 @@ from bpt_dist.config import Config, Evaluation, MethodConfig, Stage
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.mesh import Mesh
+from bpt_dist.objective import Reduction
 
 Tensors = Mapping[str, Tensor]
 
@@ -28,12 +29,11 @@ class Method(nn.Module):
 
     paper: ClassVar[str]
     summary: ClassVar[str]
-    freezes_backbone: ClassVar[bool] = True
     # Names of the trainable tensors whose first axis counts particles: sharded over the mesh, clipped particle by particle.
     particle_tensors: frozenset[str] = frozenset()
 
     def __init__(
-        self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: str, evaluation: Evaluation | None = None
+        self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: Reduction, evaluation: Evaluation | None = None
     ) -> None:
         super().__init__()
         self.config, self.seed, self.reduction = config, seed, reduction
@@ -138,7 +138,7 @@ def load(config: Config, backbone: Backbone) -> Method:
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the Method subclass defined in `methods/<name>.py`; the name was checked against the directory by the configuration."""
+    """Return the Method subclass of `methods/<name>.py`; the configuration checked the name against the directory."""
     module = importlib.import_module(f"bpt_dist.methods.{name}")
     found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
     (own,) = [value for value in found if value.__module__ == module.__name__]

@@ -150,7 +150,10 @@ class BayesianPromptTuning(VanillaTransfer):
             self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
         self.own(self.starts)
         if config.rank:
-            factors = [low_rank_ones(config.rank, *mean.shape, generator(self.seed, "low_rank", task.name)) for task in tasks]
+            factors = [
+                low_rank_ones(config.rank, mean.shape[0], mean.shape[1], generator(self.seed, "low_rank", task.name))
+                for task in tasks
+            ]
             copies = len(self.starts)
             self.u = nn.Parameter(torch.stack([u for u, _ in factors]).repeat(copies, 1, 1, 1).to(device))
             self.v = nn.Parameter(torch.stack([v for _, v in factors]).repeat(copies, 1, 1, 1).to(device))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+import torch
 
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.tasks import TaskSpec
@@ -16,6 +16,8 @@ from bpt_dist.methods.base import Method, Tensors
 class Config(MethodConfig):
     """Fine-tuning has no settings of its own: learning rate and steps are the target stage's."""
 
+    TRAINS_BACKBONE: ClassVar[bool] = True
+
     name: Literal["fine_tuning"] = "fine_tuning"
 
 
@@ -24,13 +26,22 @@ class FineTuning(Method):
 
     paper = "Raffel et al. 2020"
     summary = "all weights of the T5"
-    freezes_backbone = False
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
-        """Start from the pretrained weights, kept aside for the next target."""
-        if not hasattr(self, "_pretrained"):
-            self._pretrained = {name: weight.detach().clone() for name, weight in self.backbone.model.named_parameters()}
+        """Start from the pretrained weights, also after an earlier target has changed them."""
+        weights = dict(self.backbone.model.named_parameters())
+        if not hasattr(self, "pretrained"):
+            self.pretrained = {name: weight.detach().clone() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            with torch.no_grad():
+                weight.copy_(self.pretrained[name])
+            # Registered here, so that optimizer, checkpoints and counts find them where they find every method's tensors.
+            weight.requires_grad = True
+            self.register_parameter(name.replace(".", "/"), weight)
+
+    def end(self) -> None:
+        """Give the T5 its pretrained weights back, frozen."""
+        super().end()
         for name, weight in self.backbone.model.named_parameters():
-            weight.data.copy_(self._pretrained[name])
-            # Registered here, so that optimizer, checkpoints and counts find the weights where they find every method's tensors.
-            self.register_parameter(name.replace(".", "/"), nn.Parameter(weight.data) if not weight.requires_grad else weight)
+            with torch.no_grad():
+                weight.requires_grad_(False).copy_(self.pretrained[name])

@@ -28,7 +28,7 @@ from bpt_dist.mini import skills, tokenizer
 log = logging.getLogger(__name__)
 
 CORRUPTED_SHARE = 0.08
-CLEAR_SHARE = 0.4  # of the steps; instructions start bare and gather clutter until then
+CLEAR_UNTIL, CLUTTERED_FROM = 0.2, 0.5  # of the steps: instructions are bare at first, then gather clutter
 NO_LOSS = -100
 SAME_WORD_LOGIT = 5.0
 
@@ -38,10 +38,10 @@ class Recipe:
     """Everything that decides the weights, besides the grammar."""
 
     seed: int = 0
-    steps: int = 13_000
-    batch_size: int = 32
-    lr: float = 1.5e-3
-    warmup: int = 500
+    steps: int = 7_000
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup: int = 200
     clip: float = 1.0
     d_model: int = 96
     d_ff: int = 256
@@ -109,7 +109,7 @@ def batches(recipe: Recipe, pieces: T5Tokenizer) -> Iterator[tuple[Int[Tensor, "
     """Yield (input ids, target ids) for ever: a pure function of the recipe."""
     rng = random.Random(f"pretrain {recipe.seed}")  # noqa: S311  (reproducible, not secret)
     for step in itertools.count():
-        clutter = min(1.0, step / (CLEAR_SHARE * recipe.steps))
+        clutter = min(1.0, max(0.0, (step / recipe.steps - CLEAR_UNTIL) / (CLUTTERED_FROM - CLEAR_UNTIL)))
         pairs = [
             skills.corrupted(rng) if rng.random() < CORRUPTED_SHARE else skills.instructed(rng, clutter)
             for _ in range(recipe.batch_size)
@@ -120,7 +120,7 @@ def batches(recipe: Recipe, pieces: T5Tokenizer) -> Iterator[tuple[Int[Tensor, "
 
 @torch.no_grad()
 def accuracy(model: T5ForConditionalGeneration, pieces: T5Tokenizer, num_examples: int, seed: str) -> dict[str, float]:
-    """Return the share of instructed examples answered word for word (teacher-forced argmax), by skill."""
+    """Return the share of cluttered instructions answered word for word (teacher-forced argmax), by skill."""
     rng = random.Random(seed)  # noqa: S311  (reproducible, not secret)
     hits: dict[str, list[bool]] = defaultdict(list)
     for skill in skills.SKILLS:
@@ -147,7 +147,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def train(
-    recipe: Recipe, log_file: Path, log_every: int = 1000, num_examples: int = 64
+    recipe: Recipe, log_file: Path, log_every: int = 500, num_examples: int = 64
 ) -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
     """Train for `recipe.steps` and write one JSON line every `log_every` steps."""
     pieces = tokenizer.build()

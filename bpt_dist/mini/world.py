@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bpt_dist.files import read_json, write_atomic, write_json_atomic
 from bpt_dist.mini import TASKS, puzzles
@@ -27,10 +28,13 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class MiniTask:
-    """One task: the puzzle it asks, the words it asks about, its columns, and its label words (none: free text)."""
+    """One task: whose words it uses, the puzzle it asks, its columns, and its label words.
+
+    The puzzle is a `puzzles.Classified`; without label words, for free-text answers, a `puzzles.Answered`.
+    """
 
     domain: Domain
-    puzzle: puzzles.Classified | puzzles.Answered
+    puzzle: Callable[..., Any]
     columns: tuple[str, ...]
     label_words: tuple[str, ...] = ()
 

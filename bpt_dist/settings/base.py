@@ -37,6 +37,8 @@ class MethodConfig(Section):
     """Trains on the source tasks before it adapts to the targets."""
     HAS_PARTICLES: ClassVar[bool] = False
     """Trains `num_particles` prompts that `predict: ensemble` can average over."""
+    TRAINS_BACKBONE: ClassVar[bool] = False
+    """Changes the weights of the T5, so they cannot be partitioned as frozen ones."""
     OWN_TARGET_RATES: ClassVar[bool] = False
     """Names its own learning rates of the target stage, so `target.lr` stays null."""
 

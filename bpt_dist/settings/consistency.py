@@ -67,6 +67,14 @@ def _particles(config: Config) -> Iterator[str]:
             yield f"evaluation.predict: ensemble needs particles, method {config.method.name} has none; use map"
 
 
+def _frozen_to_be_partitioned(config: Config) -> Iterator[str]:
+    if config.method.TRAINS_BACKBONE and config.distribution.shard != "none":
+        yield (
+            f"distribution.shard: {config.distribution.shard} partitions a frozen backbone, method {config.method.name} "
+            "trains it; use none"
+        )
+
+
 def _mesh_divides_work(config: Config) -> Iterator[str]:
     mesh = config.distribution.mesh
     if isinstance(mesh, str):

@@ -94,7 +94,9 @@ class SourceStage(Stage):
     annealing: Literal["none", "linear", "tanh", "cyclic"] = Field(
         default="none", description="Schedule of a factor in (0, 1] on the driving term."
     )
-    annealing_steps: int | None = Field(default=None, ge=1, description="Steps until the factor stays 1; `cyclic` rises four times on the way.")
+    annealing_steps: int | None = Field(
+        default=None, ge=1, description="Steps until the factor stays 1; `cyclic` rises four times on the way."
+    )
     shared_texts: bool = Field(default=True, description="All particles see the same texts; false draws texts for each.")
     posterior: Folder | None = Field(
         default=None, description="Stored posterior to start from; the stage is skipped, its other keys describe the origin."
