@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
@@ -240,17 +241,24 @@ def load(
             attn_implementation=None if attention == "auto" else attention,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"backbone.path: cannot load {path!r}: {str(error).splitlines()[0]}; give a folder with config.json, "
             "model.safetensors and tokenizer files, or a hub id this machine can reach"
         ) from error
-    if len(tokenizer) > model.config.vocab_size:
+    _check_tokenizer(tokenizer, path, model.config.vocab_size)
+    return Backbone(model, tokenizer, name=name or path, path=path, identity=_hash_files(path, revision), revision=revision)
+
+
+def _check_tokenizer(tokenizer: Any, path: str, num_rows: int) -> None:
+    # Without its files transformers makes an empty tokenizer, to which every text is a row of unknown pieces.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise ConfigError(f"backbone.path: {path} has no tokenizer with a vocabulary; put its tokenizer.json beside the weights")
+    if len(tokenizer) > num_rows:
         raise ConfigError(
-            f"backbone.path: the tokenizer in {path} has {len(tokenizer)} pieces, the model only {model.config.vocab_size} rows; "
+            f"backbone.path: the tokenizer in {path} has {len(tokenizer)} pieces, the model only {num_rows} rows; "
             "they do not belong together"
         )
-    return Backbone(model, tokenizer, name=name or path, path=path, identity=_hash_files(path, revision), revision=revision)
 
 
 def _hash_tensors(model: nn.Module) -> str:

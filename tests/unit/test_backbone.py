@@ -283,7 +283,7 @@ REFUSALS = {
     no_config: r"has no config\.json; give a folder",
     another_architecture: r"is a 'bart' model; this project prompts T5-family models only",
     another_tokenizer: r"tokenizer in .* has 131 pieces, the model only 128 rows",
-    no_tokenizer: r"cannot load .*; give a folder with config\.json",
+    no_tokenizer: r"has no tokenizer with a vocabulary; put its tokenizer\.json",
     torn_weights: r"cannot load .*; give a folder with config\.json",
 }
 

@@ -1,0 +1,176 @@
+"""The T5 without its weights: its shapes, and what one row costs, counted on torch's meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
+
+from bpt_dist.backbone import DTYPES, Backbone, PromptedT5
+from bpt_dist.errors import ConfigError
+
+# d_model, d_kv, heads, d_ff, layers of the published checkpoints: a plan needs no download.
+_SHAPES = {
+    "t5-small": (512, 64, 8, 2048, 6), "t5-base": (768, 64, 12, 3072, 12), "t5-large": (1024, 64, 16, 4096, 24),
+    "t5-3b": (1024, 128, 32, 16384, 24), "t5-11b": (1024, 128, 128, 65536, 24),
+    "t5-v1_1-small": (512, 64, 6, 1024, 8), "t5-v1_1-base": (768, 64, 12, 2048, 12), "t5-v1_1-large": (1024, 64, 16, 2816, 24),
+    "t5-v1_1-xl": (2048, 64, 32, 5120, 24), "t5-v1_1-xxl": (4096, 64, 64, 10240, 24),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """What one text with its prompt costs: multiply-adds count two, bytes are those kept for the backward pass."""
+
+    forward_flops: int
+    backward_flops: int
+    activation_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of a training pass."""
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass
+class T5Shape:
+    """A T5 of which only the configuration is known; `dtype` is that of weights and activations."""
+
+    config: T5Config
+    dtype: str = "fp32"
+    _costs: dict[tuple[int, int, int, bool], RowCost] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Return the encoder's and the decoder's number of blocks."""
+        return self.config.num_layers, self.config.num_decoder_layers
+
+    def model(self, num_encoder: int | None = None, num_decoder: int | None = None) -> T5ForConditionalGeneration:
+        """Return this T5 on the meta device, with all its blocks or as many as given."""
+        whole_encoder, whole_decoder = self.num_blocks
+        changes = {"num_layers": num_encoder or whole_encoder, "num_decoder_layers": num_decoder or whole_decoder}
+        config = T5Config.from_dict(self.config.to_dict() | changes)
+        config._attn_implementation = "eager"  # every matrix multiplication in sight of the counter
+        with torch.device("meta"):
+            return T5ForConditionalGeneration(config).to(DTYPES[self.dtype]).eval()
+
+    def row_cost(self, num_prompt: int, num_source: int, num_target: int, *, trains_weights: bool = False) -> RowCost:
+        """Return the cost of one row, counted from a real forward and backward pass on the meta device.
+
+        Blocks are alike, so passes through T5s of one and two blocks give the whole: the sums are exact.
+        """
+        key = (num_prompt, num_source, num_target, trains_weights)
+        if key not in self._costs:
+            one, wider, deeper = (self._count(*key, *blocks) for blocks in ((1, 1), (2, 1), (1, 2)))
+            encoder, decoder = (number - 1 for number in self.num_blocks)
+            self._costs[key] = RowCost(
+                *(a + encoder * (b - a) + decoder * (c - a) for a, b, c in zip(one, wider, deeper, strict=True))
+            )
+        return self._costs[key]
+
+    def _count(
+        self, num_prompt: int, num_source: int, num_target: int, trains_weights: bool, num_encoder: int, num_decoder: int
+    ) -> tuple[int, int, int]:
+        model = self.model(num_encoder, num_decoder).requires_grad_(trains_weights)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage  # held, or its address would be used again
+            return tensor
+
+        width, meta = self.config.d_model, torch.device("meta")
+        prompt = torch.zeros(1, num_prompt, width, device=meta, requires_grad=True)
+        text = torch.zeros(1, num_source, width, device=meta, dtype=model.dtype)
+        targets = torch.zeros(1, num_target, device=meta, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            inputs = torch.cat([prompt.to(model.dtype), text], dim=1)
+            logits = model(inputs_embeds=inputs, decoder_input_ids=targets, use_cache=False).logits
+            forward = counter.get_total_flops()
+            logits.float().log_softmax(-1).gather(-1, targets[..., None]).sum().backward()
+        return forward, counter.get_total_flops() - forward, sum(storage.nbytes() for storage in kept.values())
+
+
+class ShapeBackbone(Backbone):
+    """Stands for the T5 while a method creates its tensors: right shapes, no weights, nothing ever runs through it."""
+
+    def __init__(self, shape: T5Shape) -> None:
+        self.core = PromptedT5(shape.model().requires_grad_(False))
+        self.call, self.synced, self._handles = self.core, False, []
+        self.tokenizer = _Pieces(shape.config.vocab_size)
+        self.name = self.path = self.identity = self.tokenizer_hash = "plan"
+        self.revision = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where a method's own tensors live; its T5 is on the meta device."""
+        return torch.device("cpu")
+
+    def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return noise in the place of rows of the word-embedding table."""
+        return torch.randn(len(ids), self.width, generator=torch.Generator().manual_seed(0))
+
+
+class _Pieces:
+    """As much of a tokenizer as the start of a prompt asks for."""
+
+    all_special_ids = (0, 1, 2)
+
+    def __init__(self, num_pieces: int) -> None:
+        self.num_pieces = num_pieces
+        self.input_ids = [3]
+
+    def __len__(self) -> int:
+        return self.num_pieces
+
+    def __call__(self, _text: str, **_options: Any) -> _Pieces:
+        return self
+
+
+def shape_of(path: str, *, revision: str | None = None, dtype: str = "fp32") -> T5Shape:
+    """Return the shape of a checkpoint: a folder, a hub id in the local cache, a published name, or else the hub.
+
+    Raises ConfigError when none of them knows it.
+    """
+    known = _published(path.rpartition("/")[2])
+    attempts = [lambda: AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)]
+    if known is not None:
+        attempts.append(lambda: known)
+    elif not Path(path).is_dir():
+        attempts.append(lambda: AutoConfig.from_pretrained(path, revision=revision))
+    problem: Exception | None = None
+    for attempt in attempts:
+        try:
+            config = attempt()
+        except (OSError, ValueError) as error:
+            problem = error
+            continue
+        if config.model_type != "t5":
+            raise ConfigError(f"backbone.path: {path} is a {config.model_type!r} model; this project prompts T5-family models only")
+        return T5Shape(config, dtype)
+    raise ConfigError(
+        f"backbone.path: the shape of {path!r} is not known here ({str(problem).splitlines()[0]}); "
+        "give a folder with config.json or a hub id this machine can reach"
+    )
+
+
+def _published(name: str) -> T5Config | None:
+    """Return the configuration of a published checkpoint by its name; LM-adapted ones have the shapes of version 1.1."""
+    name = name.replace("t5-base-lm-adapt", "t5-v1_1-base").replace("t5-large-lm-adapt", "t5-v1_1-large")
+    name = name.replace("t5-small-lm-adapt", "t5-v1_1-small").replace("t5-xl-lm-adapt", "t5-v1_1-xl")
+    if name not in _SHAPES:
+        return None
+    width, head, num_heads, inner, layers = _SHAPES[name]
+    newer = "v1_1" in name
+    return T5Config(
+        vocab_size=32128, d_model=width, d_kv=head, num_heads=num_heads, d_ff=inner, num_layers=layers, num_decoder_layers=layers,
+        feed_forward_proj="gated-gelu" if newer else "relu", tie_word_embeddings=not newer, decoder_start_token_id=0,
+    )  # fmt: skip
