@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,32 @@ class T5Shape:
 
     def model(self, num_encoder: int | None = None, num_decoder: int | None = None) -> T5ForConditionalGeneration:
         """Return this T5 on the meta device, with all its blocks or as many as given."""
-        whole_encoder, whole_decoder = self.num_blocks
-        changes = {"num_layers": num_encoder or whole_encoder, "num_decoder_layers": num_decoder or whole_decoder}
-        config = T5Config.from_dict(self.config.to_dict() | changes)
+        config = copy.deepcopy(self.config)
+        config.num_layers, config.num_decoder_layers = num_encoder or config.num_layers, num_decoder or config.num_decoder_layers
         config._attn_implementation = "eager"  # every matrix multiplication in sight of the counter
         with torch.device("meta"):
             return T5ForConditionalGeneration(config).to(DTYPES[self.dtype]).eval()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Return how many numbers the checkpoint holds."""
+        # transformers 5 builds every T5 with a tied head and unties it when a checkpoint of version 1.1 brings its own;
+        # of `tie_word_embeddings: false` it keeps only this trace.
+        own_head = 0 if self.config.scale_decoder_outputs else self.config.vocab_size * self.config.d_model
+        return sum(parameter.numel() for parameter in self.model().parameters()) + own_head
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of the whole T5."""
+        return self.num_parameters * DTYPES[self.dtype].itemsize
+
+    def resident_bytes(self, num_ranks: int) -> int:
+        """Return the bytes of a T5 partitioned over `num_ranks`, with its two largest blocks gathered (they overlap in a step)."""
+        if num_ranks == 1:
+            return self.weight_bytes
+        table = self.config.vocab_size * self.config.d_model * DTYPES[self.dtype].itemsize
+        blocks = (self.weight_bytes - table) // sum(self.num_blocks)
+        return self.weight_bytes // num_ranks + max(2 * blocks, table)
 
     def row_cost(self, num_prompt: int, num_source: int, num_target: int, *, trains_weights: bool = False) -> RowCost:
         """Return the cost of one row, counted from a real forward and backward pass on the meta device.

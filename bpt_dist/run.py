@@ -115,7 +115,7 @@ class Run:
         self, state: State, reason: str | None = None, *, step: int | None = None, stage: str | None = None
     ) -> None:
         """Write `status.json` (rank 0; other ranks only log)."""
-        log.info("%s%s", state, f": {reason}" if reason else "")
+        log.info("%s%s%s", state, f" {stage}" if stage else "", f": {reason}" if reason else "")
         if self.rank != 0:
             return
         fault_point("status.before_write", state=state)

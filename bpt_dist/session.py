@@ -131,7 +131,6 @@ class Session:
         if self.run.rank == 0:
             self.log.flush()
             Posterior(posterior.tensors, facts).save(self.run.path("source", "posterior"))
-            self._draw()
         self.world.barrier()
         stored = self.stored_posterior()
         assert stored is not None

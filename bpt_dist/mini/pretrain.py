@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -53,19 +54,19 @@ class Recipe:
 def new_model(recipe: Recipe, vocab_size: int) -> T5ForConditionalGeneration:
     """Return a T5 (v1.0 shape, tied embeddings, no dropout) with fresh weights drawn from the seed."""
     torch.manual_seed(recipe.seed)
-    config = T5Config(
-        vocab_size=vocab_size,
-        d_model=recipe.d_model,
-        d_kv=recipe.d_model // recipe.num_heads,
-        d_ff=recipe.d_ff,
-        num_layers=recipe.num_layers,
-        num_decoder_layers=recipe.num_decoder_layers,
-        num_heads=recipe.num_heads,
-        relative_attention_max_distance=64,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": recipe.d_model,
+        "d_kv": recipe.d_model // recipe.num_heads,
+        "d_ff": recipe.d_ff,
+        "num_layers": recipe.num_layers,
+        "num_decoder_layers": recipe.num_decoder_layers,
+        "num_heads": recipe.num_heads,
+        "relative_attention_max_distance": 64,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }
+    model = T5ForConditionalGeneration(T5Config(**shape))
     initialise_matching_heads_(model)
     initialise_copying_(model)
     return model
@@ -79,21 +80,23 @@ def initialise_matching_heads_(model: T5ForConditionalGeneration) -> None:
     """
     config = model.config
     rows = slice(0, config.num_heads // 2 * config.d_kv)
-    for block in model.encoder.block:
+    blocks: Any = model.encoder.block
+    for block in blocks:
         attention = block.layer[0].SelfAttention
         # Scaled so that a word scores about SAME_WORD_LOGIT against itself and about 0 ± 1 against others.
         scale = (SAME_WORD_LOGIT / (config.d_kv * config.d_model)) ** 0.5
         attention.q.weight[rows].normal_(0.0, scale)
         attention.k.weight[rows] = attention.q.weight[rows]
     own_position = 0
-    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias = blocks[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias[own_position, : config.num_heads // 2] = -2 * SAME_WORD_LOGIT
 
 
 @torch.no_grad()
 def initialise_copying_(model: T5ForConditionalGeneration) -> None:
     """Let the decoder start by repeating whatever it attends to: values and outputs are inverse rotations."""
-    for block in model.decoder.block:
+    blocks: Any = model.decoder.block
+    for block in blocks:
         attention = block.layer[1].EncDecAttention
         torch.nn.init.orthogonal_(attention.v.weight)
         attention.o.weight.copy_(attention.v.weight.T)

@@ -117,15 +117,15 @@ class TargetStage(Stage):
     """Adaptation to the target tasks."""
 
     joint: bool = Field(default=False, description="Train all target tasks together, sharing what the method shares.")
-    eval_every: int | None = Field(default=None, ge=1, description="Steps between validations; null validates at the end.")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between validations; there always is one after the last step."
+    )
     patience: int | None = Field(default=None, ge=1, description="Validations without improvement before the stage ends.")
 
     @model_validator(mode="after")
     def _selection(self) -> Self:
         if self.patience is not None and self.eval_every is None:
             refuse([f"patience: needs target.eval_every (got {self.patience}); set eval_every or remove patience"])
-        if self.eval_every is not None and self.steps and self.eval_every > self.steps:
-            refuse([f"eval_every: exceeds target.steps {self.steps} (got {self.eval_every}); lower it"])
         return self
 
 

@@ -88,6 +88,10 @@ def _apply_word(result: Overridden, word: str, folder: Path) -> None:
         result.problems.append(Problem(key, f"is not a value (got {text!r}); write one word or a list a,b"))
         return
     _set_everywhere(result, key, value, folder)
+    backbone = result.data.get("backbone")
+    if key == ("backbone", "path") and ("backbone", "revision") not in result.keys and isinstance(backbone, dict):
+        # The commit in the file is one of the repository in the file; it says nothing of another one.
+        backbone.pop("revision", None)
 
 
 def _bad_word(word: str) -> str:

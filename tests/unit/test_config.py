@@ -296,3 +296,10 @@ def test_another_method_changes_its_own_keys(load: Any) -> None:
 def test_a_fingerprint_does_not_depend_on_how_it_was_written(load: Any) -> None:
     spelled = SINGLE.replace("1e-1", "0.1").replace("method: {name: bpt, sigma: 1.0}", "method: {sigma: 1, name: bpt}")
     assert config.fingerprint(load(SINGLE)) == config.fingerprint(load(spelled, "output=elsewhere"))
+
+
+def test_another_backbone_drops_the_commit_of_the_one_in_the_file() -> None:
+    shipped = Path(__file__).parents[2] / "configs" / "bpt" / "t5_base_6.yaml"
+    assert config.load(shipped).backbone.revision is not None
+    assert config.load(shipped, ["backbone=t5-small"]).backbone.revision is None
+    assert config.load(shipped, ["backbone=t5-small", "revision=abc"]).backbone.revision == "abc"

@@ -187,7 +187,6 @@ CROSS_FIELD = [
     ("source.annealing_steps", 5, "source.annealing_steps", "no effect with annealing none"),
     ("target.lr", 0.3, "target.lr", "names its own rates"),
     ("target.patience", 3, "target.patience", "needs target.eval_every"),
-    ("target.eval_every", 41, "target.eval_every", "exceeds target.steps 40"),
     ("evaluation.num_samples", 4, "evaluation.num_samples", "no effect with predict map"),
     ("evaluation", {"decode": "rank", "max_new_tokens": 4}, "evaluation.max_new_tokens", "no effect with decode rank"),
     ("evaluation.splits", [], "evaluation.splits", "at least 1 item"),

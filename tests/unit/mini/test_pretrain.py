@@ -42,15 +42,26 @@ def test_matching_heads_look_for_the_same_word_elsewhere() -> None:
     assert logits.fill_diagonal_(0.0).mean().abs().item() < 0.1
 
 
-def test_instructions_name_the_answer_words_and_stay_short() -> None:
+def test_instructions_name_the_answer_and_fit_into_a_prompt() -> None:
     rng = random.Random(0)
     for skill in skills.SKILLS:
         for _ in range(50):
             text, answer = skills.instruct(rng, skill)
-            instruction = text.split(skill.kind[0][0].rstrip(":0123456789"))[0].split()
-            assert len(instruction) <= 60
+            instruction = text[: min(text.index(field) for fields in skill.kind for field in fields[:1] if field in text)].split()
+            assert len(instruction) <= skills.MAX_INSTRUCTION + 1  # and a name
+            assert set(skill.name.split()) <= set(instruction)
             if skill.num_labels:
-                assert answer in text.split()
+                assert answer in instruction
+
+
+def test_distractors_belong_to_other_fields() -> None:
+    """An instruction that also fitted the fields would make the answer ambiguous."""
+    rng, kinds = random.Random(0), {}
+    for skill in skills.SKILLS:
+        kinds.setdefault(skill.name.split()[0], set()).add(id(skill.kind))
+    for skill in skills.SKILLS:
+        for words in (words for _ in range(50) for words in skills.distractors(rng, skill)):
+            assert id(skill.kind) not in kinds[words[0]]
 
 
 def test_span_corruption_hides_words_that_its_answer_gives_back() -> None:

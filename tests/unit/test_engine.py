@@ -1,0 +1,175 @@
+"""The update of a stage: schedule, clipping particle by particle, state that resumes to the same bits; what ZeRO settings are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_t5
+import torch
+from torch import Tensor, nn
+
+from bpt_dist import backbone as backbones
+from bpt_dist import engine
+from bpt_dist.config import Distribution, MethodConfig, Stage
+from bpt_dist.engine import Updater, schedule
+from bpt_dist.errors import ConfigError
+from bpt_dist.mesh import Axis, Mesh, World
+from bpt_dist.methods.base import Method
+
+
+class Toy(Method):
+    """Three particles with a factor each, and one tensor that all share."""
+
+    paper, summary = "none", "none"
+    particle_tensors = frozenset({"particles", "u"})
+
+    def __init__(self, rows: slice = slice(None)) -> None:
+        super().__init__(MethodConfig(name="toy"), None, seed=0, reduction="token_mean")  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)
+        self.particles = nn.Parameter(torch.randn(3, 4, 5, generator=generator)[rows])
+        self.u = nn.Parameter(torch.randn(3, 4, generator=generator)[rows])
+        self.shared = nn.Parameter(torch.randn(7, generator=generator))
+
+
+def gradients(step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    drawn = {"particles": torch.randn(3, 4, 5, generator=generator), "u": torch.randn(3, 4, generator=generator)}
+    return {name: 10.0 ** torch.arange(3.0).view(-1, *[1] * (value.dim() - 1)) * value for name, value in drawn.items()} | {
+        "shared": torch.randn(7, generator=generator)
+    }
+
+
+def advance(method: Toy, updater: Updater, steps: range, rows: slice = slice(None)) -> None:
+    for step in steps:
+        for name, gradient in gradients(step).items():
+            method.get_parameter(name).grad = (gradient[rows] if name in method.particle_tensors else gradient).clone()
+        updater.step(step)
+
+
+def stage(**changes: Any) -> Stage:
+    return Stage(**{"steps": 10, "lr": 0.1, **changes})
+
+
+def test_the_rate_rises_linearly_then_falls_to_zero_or_stays() -> None:
+    assert [schedule(step, 10, 0.0, "linear") for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    rising = [schedule(step, 20, 0.2, "linear") for step in range(20)]
+    assert rising[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rising[4] == 1.0
+    assert rising[4:] == sorted(rising[4:], reverse=True)
+    assert rising[19] == pytest.approx(1 / 16)
+    assert {schedule(step, 20, 0.2, "constant") for step in range(4, 20)} == {1.0}
+
+
+def test_a_plain_gradient_step_is_the_rate_times_the_gradient() -> None:
+    method = Toy()
+    before = method.snapshot()
+    advance(method, Updater(method, stage(optimizer="sgd", warmup=0.2)), range(1))
+    for name, gradient in gradients(0).items():
+        torch.testing.assert_close(method.get_parameter(name).detach(), before[name] - 0.1 / 3 * gradient)
+        assert method.get_parameter(name).grad is None
+
+
+def test_adamw_is_the_published_rule() -> None:
+    """Loshchilov & Hutter (2019), written out in float64 for five steps."""
+    method = Toy()
+    theta = method.shared.detach().double()
+    advance(method, Updater(method, stage(weight_decay=0.01, schedule="constant")), range(5))
+    first = second = torch.zeros(7, dtype=torch.float64)
+    for step in range(5):
+        gradient = gradients(step)["shared"].double()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        theta = theta - 0.1 * 0.01 * theta - 0.1 * corrected
+    torch.testing.assert_close(method.shared.detach().double(), theta, rtol=1e-5, atol=1e-6)
+
+
+def test_each_particle_is_clipped_by_its_own_norm_over_its_own_tensors() -> None:
+    method = Toy()
+    before, limit = method.snapshot(), 2.0
+    advance(method, Updater(method, stage(optimizer="sgd", lr=1.0, clip=limit)), range(1))
+    moved = {name: before[name] - method.get_parameter(name).detach() for name in before}
+    for m in range(3):
+        given = torch.cat([gradients(0)[name][m].flatten() for name in ("particles", "u")])
+        found = torch.cat([moved[name][m].flatten() for name in ("particles", "u")])
+        torch.testing.assert_close(found, given * min(1.0, limit / float(given.norm())), rtol=1e-4, atol=1e-5)
+    assert float(moved["shared"].norm()) <= limit + 1e-4
+
+
+def test_clipping_does_not_depend_on_which_particles_a_rank_owns() -> None:
+    whole, part = Toy(), Toy(slice(1, 2))
+    advance(whole, Updater(whole, stage(clip=0.5)), range(3))
+    advance(part, Updater(part, stage(clip=0.5)), range(3), rows=slice(1, 2))
+    assert torch.equal(part.particles[0], whole.particles[1])
+    assert torch.equal(part.u[0], whole.u[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
+def test_loaded_state_takes_the_next_step_to_the_same_bits(optimizer: str) -> None:
+    settings = stage(optimizer=optimizer, weight_decay=0.1, warmup=0.3, clip=1.0)
+    first = Toy()
+    updater = Updater(first, settings)
+    advance(first, updater, range(4))
+    state = {name: tensor.clone() for name, tensor in updater.tensors(Mesh()).items()}
+    second = Toy()
+    resumed = Updater(second, settings)
+    resumed.load(state, Mesh())
+    for method, each in ((first, updater), (second, resumed)):
+        advance(method, each, range(4, 7))
+    assert all(torch.equal(first.get_parameter(name), second.get_parameter(name)) for name in ("particles", "u", "shared"))
+
+
+def test_state_of_all_particles_resumes_on_a_rank_that_owns_one_of_them() -> None:
+    """F17: another number of ranks; Adam's own step counters have no particle axis and stay whole."""
+    whole = Toy()
+    updater = Updater(whole, stage())
+    advance(whole, updater, range(3))
+    state = {name: tensor.clone() for name, tensor in updater.tensors(Mesh()).items()}
+    rows = slice(2, 3)
+    part = Toy(rows)
+    resumed = Updater(part, stage())
+    resumed.load(state, Mesh(particle=Axis(2, 3)))
+    advance(whole, updater, range(3, 5))
+    advance(part, resumed, range(3, 5), rows=rows)
+    assert torch.equal(part.particles, whole.particles[rows])
+    assert torch.equal(part.shared, whole.shared)
+
+
+def test_a_tensor_without_a_learning_rate_is_our_mistake() -> None:
+    class Forgetful(Toy):
+        def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+            return [{"params": [self.particles, self.u], "lr": 1.0}]
+
+    with pytest.raises(AssertionError, match="every trainable tensor once"):
+        Updater(Forgetful(), stage())
+
+
+# --- partitioning (the real thing is in tests/distributed/test_training.py) ---------------------------------------------------
+
+
+def test_partitioning_without_a_process_group_says_how_to_start(tmp_path: Path) -> None:
+    backbone = backbones.load(str(tiny_t5.make(tmp_path)))
+    with pytest.raises(ConfigError, match=r"distribution\.shard: deepspeed needs a process group; start with `deepspeed launcher/train\.py"):
+        engine.place(backbone, Distribution(shard="deepspeed"), World())
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("{", r"is no DeepSpeed JSON with zero_optimization\.stage .*; start from"),
+        ('{"zero_optimization": {}}', r"is no DeepSpeed JSON with zero_optimization\.stage .*; start from"),
+        (json.dumps({"zero_optimization": {"stage": 2}}), r"zero_optimization\.stage 3 and no optimizer"),
+        (json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {}}), r"zero_optimization\.stage 3 and no optimizer"),
+        (None, r"is no DeepSpeed JSON"),
+    ],
+)
+def test_zero_settings_that_cannot_hold_a_frozen_t5_are_refused(tmp_path: Path, content: str | None, remedy: str) -> None:
+    backbone = backbones.load(str(tiny_t5.make(tmp_path / "t5")))
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=remedy) as refused:
+        engine.place(backbone, Distribution(shard="deepspeed", zero_config=file), World())
+    assert str(refused.value).startswith(f"distribution.zero_config: {file} ")

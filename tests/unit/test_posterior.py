@@ -1,0 +1,73 @@
+"""The hand-over between the stages: read back bit for bit, refused where it does not belong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_t5
+import torch
+
+from bpt_dist import backbone as backbones
+from bpt_dist.backbone import Backbone
+from bpt_dist.errors import ConfigError, StorageError
+from bpt_dist.posterior import Posterior
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return backbones.load(str(tiny_t5.make(tmp_path_factory.mktemp("t5"))))
+
+
+def facts(backbone: Backbone) -> dict[str, object]:
+    return {"backbone": backbone.name, "backbone_hash": backbone.identity, "tokenizer_hash": backbone.tokenizer_hash, "steps": 4}
+
+
+@pytest.fixture
+def stored(backbone: Backbone, tmp_path: Path) -> Posterior:
+    particles = torch.randn(3, 4, 32)
+    posterior = Posterior({"particles": particles, "mean": particles.mean(0)}, facts(backbone))
+    posterior.save(tmp_path / "run" / "source" / "posterior")
+    return posterior
+
+
+@pytest.mark.parametrize("place", ["run", "run/source", "run/source/posterior", "run/source/posterior/posterior.safetensors"])
+def test_a_posterior_is_found_from_run_folder_or_file(stored: Posterior, backbone: Backbone, tmp_path: Path, place: str) -> None:
+    found = Posterior.load(tmp_path / place, backbone)
+    assert found.tensors.keys() == stored.tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in stored.tensors.items())
+    assert found.facts["steps"] == 4
+    assert found.facts["shapes"] == {"particles": [3, 4, 32], "mean": [4, 32]}
+
+
+def test_without_its_facts_a_posterior_does_not_exist(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:
+    """They are written last: a crash between the two files leaves none."""
+    (tmp_path / "run/source/posterior/posterior.json").unlink()
+    with pytest.raises(ConfigError, match=r"source\.posterior: no posterior\.safetensors with posterior\.json in .*; give a finished run"):
+        Posterior.load(tmp_path / "run", backbone)
+
+
+def test_a_posterior_of_other_weights_is_refused(stored: Posterior, tmp_path: Path) -> None:
+    other = backbones.load(str(tiny_t5.make(tmp_path / "other", seed=1)))
+    with pytest.raises(ConfigError, match=r"source\.posterior: .* made with another backbone .*; set backbone\.path to that one"):
+        Posterior.load(tmp_path / "run", other)
+
+
+def test_a_posterior_of_a_tokenizer_with_two_pieces_swapped_is_refused(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:
+    """F16: same weights, same size of the vocabulary, another meaning of every text."""
+    folder = Path(shutil.copytree(backbone.path, tmp_path / "swapped"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"source\.posterior: .* made with another tokenizer"):
+        Posterior.load(tmp_path / "run", backbones.load(str(folder)))
+
+
+def test_a_torn_posterior_is_named(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:
+    file = tmp_path / "run/source/posterior/posterior.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StorageError, match=str(file)):
+        Posterior.load(tmp_path / "run", backbone)
