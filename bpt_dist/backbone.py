@@ -35,40 +35,47 @@ class Forward(NamedTuple):
 
 
 class PromptedT5(nn.Module):
-    """T5 whose encoder inputs a method may extend; log-likelihood, ranking and generation in one forward."""
+    """T5 whose encoder inputs a method may extend; log-likelihood, ranking and generation in one forward.
+
+    Rows of the results are particle-major [m*N, ...]: a partitioned module must not return views, so callers cut them.
+    """
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
-        """Run `score`, `rank` or `generate`."""
-        run: dict[str, Callable[..., Any]] = {"score": self._score, "rank": self._rank, "generate": self._generate}
+        """Run `score`, `rank`, `generate` or `embed`."""
+        run: dict[str, Callable[..., Any]] = {
+            "score": self._score,
+            "rank": self._rank,
+            "generate": self._generate,
+            "embed": self.model.shared,
+        }
         return run[task](*args, **kwargs)
 
-    def _inputs(
-        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs
-    ) -> tuple[Tensor, Tensor, int]:
-        """Return inputs [m*N, L, D], their mask [m*N, L] and m."""
+    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
+        """Return inputs [m*N, L, D] and their mask [m*N, L]."""
         inputs = encoder_inputs(self.model.shared(ids))
         num_particles, _, length, _ = inputs.shape
         ones = mask.new_ones(mask.shape[0], length - mask.shape[1])
         full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
-        return inputs.flatten(0, 1).to(self.model.dtype), full_mask, num_particles
+        return inputs.flatten(0, 1).to(self.model.dtype), full_mask
 
-    def _score(self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction) -> Forward:
-        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
-        targets = target_ids.repeat(num_particles, 1)
+    def _score(
+        self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows U V"]]:
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        targets = target_ids.repeat(len(inputs) // len(ids), 1)
         start = self.model._shift_right(targets)
         logits = self.model(inputs_embeds=inputs, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
-        log_likelihood = sequence_log_likelihood(logits, targets, reduction)
-        return Forward(log_likelihood.view(num_particles, -1), logits.view(num_particles, -1, *logits.shape[1:]))
+        return sequence_log_likelihood(logits, targets, reduction), logits
 
     def _rank(
         self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
-    ) -> Float[Tensor, "m N C"]:
+    ) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood (summed over tokens) of every candidate for every text; the encoder runs once."""
-        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
         encoded = BaseModelOutput(last_hidden_state=self.model.encoder(inputs_embeds=inputs, attention_mask=full_mask)[0])
         columns = []
         for candidate in candidates:
@@ -76,15 +83,15 @@ class PromptedT5(nn.Module):
             start = self.model._shift_right(targets)
             logits = self.model(encoder_outputs=encoded, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
             columns.append(sequence_log_likelihood(logits, targets, "token_sum"))
-        return torch.stack(columns, dim=-1).view(num_particles, -1, len(candidates))
+        return torch.stack(columns, dim=-1)
 
     def _generate(
         self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, max_new_tokens: int, synced: bool
-    ) -> Int[Tensor, "m N U"]:
+    ) -> Int[Tensor, "rows U"]:
         """Decode greedily; `synced` keeps partitioned ranks in lock-step until the last of them is done."""
-        inputs, full_mask, num_particles = self._inputs(ids, mask, encoder_inputs)
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
         generate: Any = self.model.generate  # type: ignore[misc]  # its signature is not that of a method
-        tokens = generate(
+        tokens: Tensor = generate(
             inputs_embeds=inputs,
             attention_mask=full_mask,
             max_new_tokens=max_new_tokens,
@@ -92,7 +99,7 @@ class PromptedT5(nn.Module):
             do_sample=False,
             synced_gpus=synced,
         )
-        return tokens.view(num_particles, -1, tokens.shape[-1])
+        return tokens
 
 
 class Backbone:
@@ -126,6 +133,11 @@ class Backbone:
         return type(self.model.encoder.block[0])
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks of encoder and decoder."""
+        return [module for module in self.model.modules() if isinstance(module, self.block_class)]
+
+    @property
     def device(self) -> torch.device:
         """Where texts have to be sent."""
         return next(self.model.parameters()).device
@@ -133,25 +145,29 @@ class Backbone:
     def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
-        return self.call("score", ids, mask, targets, encoder_inputs, reduction)
+        log_likelihood, logits = self.call("score", ids, mask, targets, encoder_inputs, reduction)
+        return Forward(log_likelihood.view(-1, len(ids)), logits.view(-1, len(ids), *logits.shape[1:]))
 
     @torch.no_grad()
     def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        return self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
+        found: Tensor = self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
+        return found.view(-1, len(ids), len(candidates))
 
     @torch.no_grad()
     def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced)
+        tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in tokens]
 
     @torch.no_grad()
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
-        """Return rows of the word-embedding table in float32 (through the module, so that a partitioned table is gathered)."""
-        return self.model.shared(ids.to(self.device)).float()
+        """Return rows of the word-embedding table in float32 (through the forward, so that a partitioned table is gathered)."""
+        rows: Tensor = self.call("embed", ids.to(self.device))
+        return rows.float()
 
     # --- removable insertion points: a method changes the T5 from outside, and leaves it without trace ----------------------------
 
@@ -266,6 +282,7 @@ def _hash_tensors(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         tensor = getattr(parameter, "ds_tensor", parameter).detach()
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

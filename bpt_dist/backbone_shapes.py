@@ -51,7 +51,7 @@ class T5Shape:
     @property
     def num_blocks(self) -> tuple[int, int]:
         """Return the encoder's and the decoder's number of blocks."""
-        return self.config.num_layers, self.config.num_decoder_layers
+        return int(self.config.num_layers), int(self.config.num_decoder_layers or self.config.num_layers)
 
     def model(self, num_encoder: int | None = None, num_decoder: int | None = None) -> T5ForConditionalGeneration:
         """Return this T5 on the meta device, with all its blocks or as many as given."""
@@ -59,7 +59,8 @@ class T5Shape:
         config.num_layers, config.num_decoder_layers = num_encoder or config.num_layers, num_decoder or config.num_decoder_layers
         config._attn_implementation = "eager"  # every matrix multiplication in sight of the counter
         with torch.device("meta"):
-            return T5ForConditionalGeneration(config).to(DTYPES[self.dtype]).eval()
+            model: Any = T5ForConditionalGeneration(config)
+        return model.to(DTYPES[self.dtype]).eval()
 
     @cached_property
     def num_parameters(self) -> int:
@@ -192,7 +193,9 @@ def _published(name: str) -> T5Config | None:
         return None
     width, head, num_heads, inner, layers = _SHAPES[name]
     newer = "v1_1" in name
-    return T5Config(
-        vocab_size=32128, d_model=width, d_kv=head, num_heads=num_heads, d_ff=inner, num_layers=layers, num_decoder_layers=layers,
-        feed_forward_proj="gated-gelu" if newer else "relu", tie_word_embeddings=not newer, decoder_start_token_id=0,
-    )  # fmt: skip
+    facts: dict[str, Any] = {
+        "vocab_size": 32128, "d_model": width, "d_kv": head, "num_heads": num_heads, "d_ff": inner, "num_layers": layers,
+        "num_decoder_layers": layers, "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu" if newer else "relu", "tie_word_embeddings": not newer,
+    }  # fmt: skip
+    return T5Config(**facts)

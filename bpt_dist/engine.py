@@ -37,12 +37,22 @@ ZERO_INFERENCE = {
 
 
 def place(backbone: Backbone, distribution: Distribution, world: World) -> None:
-    """Move the T5 to this rank's device, whole (`none`) or partitioned over all ranks (`deepspeed`); collective: every rank."""
+    """Move the T5 to this rank's device, whole (`none`) or partitioned over all ranks (`deepspeed`, `fsdp2`).
+
+    Collective: every rank. Raises ConfigError when there is no process group to partition over.
+    """
     backbone.core.to(world.device)
     if distribution.shard == "none":
         return
-    given = distribution.zero_config
-    backbone.call = _partition_with_deepspeed(backbone, None if given is None else _read_zero_config(given))
+    if not torch.distributed.is_initialized():
+        raise ConfigError(
+            f"distribution.shard: {distribution.shard} needs a process group; start with `deepspeed launcher/train.py ...` or torchrun"
+        )
+    if distribution.shard == "fsdp2":
+        _partition_with_fsdp2(backbone, world)
+    else:
+        given = distribution.zero_config
+        backbone.call = _partition_with_deepspeed(backbone, None if given is None else _read_zero_config(given))
     backbone.synced = world.size > 1
     backbone.remember_partition()
 
@@ -72,10 +82,6 @@ def _partition_with_deepspeed(backbone: Backbone, zero_config: dict[str, Any] | 
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
-    if not torch.distributed.is_initialized():
-        raise ConfigError(
-            "distribution.shard: deepspeed needs a process group; start with `deepspeed launcher/train.py ...` or torchrun"
-        )
     # The shared-memory operator would be compiled at start-up, needs a compiler and leaves a file in /dev/shm; it serves
     # `inference_all_reduce` only, which is never called here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -87,6 +93,18 @@ def _partition_with_deepspeed(backbone: Backbone, zero_config: dict[str, Any] | 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
     return engine.module
+
+
+def _partition_with_fsdp2(backbone: Backbone, world: World) -> None:
+    """Partition the T5 with PyTorch's FSDP2, block by block: the cross-check of ZeRO, and the fallback without DeepSpeed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = init_device_mesh(world.device.type, (world.size,))
+    for block in backbone.blocks:
+        fully_shard(block, mesh=ranks)
+    # By default the root stays gathered between forward and backward.
+    fully_shard(backbone.core, mesh=ranks, reshard_after_forward=True)
 
 
 class Updater:

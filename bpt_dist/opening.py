@@ -13,8 +13,9 @@ from bpt_dist import config as configuration
 from bpt_dist import engine, mini
 from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config
-from bpt_dist.errors import UserError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, UserError
 from bpt_dist.faults import fault_point
+from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.guard import Guard
 from bpt_dist.journal import MetricsLog
 from bpt_dist.mesh import World, peer_lost
@@ -37,6 +38,7 @@ def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | N
             return
         guard = stack.enter_context(_guard(config, run, world))
         backbone = load_backbone(config, world)
+        _check_backbone(run, backbone, world)
         journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
         session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
         if journal is not None:
@@ -85,6 +87,24 @@ def _open_run(config: Config, world: World, fresh: bool) -> Run:
     return run or open_it()
 
 
+def _check_backbone(run: Run, backbone: Backbone, world: World) -> None:
+    """Refuse to go on with another T5 or tokenizer than the run began with: its checkpoints mean nothing to them."""
+    file, problem = run.folder / "backbone.json", None
+    own = {"backbone_hash": backbone.identity, "tokenizer_hash": backbone.tokenizer_hash}
+    if world.rank == 0 and not file.is_file():
+        write_json_atomic(file, own)
+    elif world.rank == 0 and (before := read_json(file)) != own:
+        what = "backbone" if before["backbone_hash"] != backbone.identity else "tokenizer"
+        key = f"{what}_hash"
+        problem = (
+            f"backbone.path: {backbone.path} holds another {what} than {run.folder} began with (hash {before[key][:12]}..., now "
+            f"{own[key][:12]}...); put the old one back to resume, or choose another name="
+        )
+    problem = world.broadcast(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
 def load_backbone(config: Config, world: World) -> Backbone:
     """Load the T5 of the configuration and put it where it belongs (collective: every rank)."""
     path = str(mini.BACKBONE) if config.backbone.path == "mini" else config.backbone.path
@@ -103,7 +123,7 @@ def leave(error: Exception, world: World) -> int:
     After a failed collective the process group can neither be used nor destroyed, and a rank that waits for it would hang.
     """
     code = exit_code(error)
-    if not isinstance(error, UserError):
+    if code == INTERNAL_ERROR:
         logging.getLogger(__name__).error("internal error", exc_info=error)
     if world.rank == 0 or not isinstance(error, UserError):
         sys.stderr.write(f"{reason_of(error)}\n")

@@ -86,7 +86,11 @@ def plan(config: Config, world_size: int) -> str:
 
     Raises ConfigError when a run cannot be arranged on `world_size` processes or does not fit this machine.
     """
-    groups = plans(config, world_size)
+    return plans_text(plans(config, world_size))
+
+
+def plans_text(groups: Sequence[tuple[Plan, list[Config]]]) -> str:
+    """Return what `plans` found as text."""
     texts = [run_text(found, [run.name for run in runs]) for found, runs in groups]
     return "\n".join(texts) + total_text([found for found, runs in groups for _ in runs])
 
@@ -108,7 +112,9 @@ def estimate(config: Config, world_size: int, ranks_here: int | None = None) -> 
     """
     expected = config.distribution.expect_world_size
     if expected not in (None, world_size):
-        raise ConfigError(f"distribution.expect_world_size is {expected}, the plan is for {world_size} process(es); give the same number")
+        raise ConfigError(
+            f"distribution.expect_world_size is {expected}, the plan is for {world_size} process(es); give the same number"
+        )
     settings = config.backbone
     path = str(mini.BACKBONE) if settings.path == "mini" else settings.path
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
@@ -165,10 +171,11 @@ def _refuse_small_memory(found: Plan) -> None:
         return
     largest = max(found.stages, key=lambda stage: stage.activation_bytes + stage.trained_bytes + stage.optimizer_bytes)
     raise ConfigError(
-        f"{found.name}: a process needs {size(found.memory_bytes)} and has {size(found.device.memory)} ({found.device.name}, "
-        f"{found.ranks_here} here): T5 {size(found.resident_weight_bytes)}, {largest.name} activations of {largest.rows_at_once} rows "
-        f"{size(largest.activation_bytes)}, trained tensors and optimizer {size(largest.trained_bytes + largest.optimizer_bytes)}; "
-        "lower batch_size or data.max_source_length, set backbone.dtype=bf16 or distribution.shard=deepspeed, or start on more machines"
+        f"{found.name}: a process needs {size(found.memory_bytes)} and has {size(found.device.memory)} "
+        f"({found.device.name}, {found.ranks_here} on this machine): T5 {size(found.resident_weight_bytes)}, "
+        f"activations of {largest.rows_at_once} rows in {largest.name} {size(largest.activation_bytes)}, "
+        f"trained tensors and optimizer {size(largest.trained_bytes + largest.optimizer_bytes)}; lower batch_size or "
+        "data.max_source_length, set backbone.dtype=bf16 or distribution.shard=deepspeed, or start on more machines"
     )
 
 
@@ -179,4 +186,6 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise ConfigError(f"output: {place} has {size(free)} free, the checkpoints take {size(needed)}; free some space or choose another output")
+        raise ConfigError(
+            f"output: {place} has {size(free)} free, the checkpoints take {size(needed)}; free some space or choose another output"
+        )

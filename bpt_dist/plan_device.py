@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def machine_memory() -> int:
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
+@lru_cache(maxsize=8)
 def _rate(width: int, inner: int, dtype: str, device: torch.device) -> float:
     left = torch.ones(PROBE_ROWS, width, dtype=DTYPES[dtype], device=device)
     right = torch.ones(width, inner, dtype=DTYPES[dtype], device=device)

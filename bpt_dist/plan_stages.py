@@ -136,9 +136,7 @@ def num_optimizer_states(stage: Stage) -> int:
     return sum(value.shape == weight.shape for value in optimizer.state[weight].values())
 
 
-def evaluation(
-    config: Config, settings: TargetStage, mesh: Mesh, copies: int, forward_flops: Sequence[int]
-) -> tuple[int, int]:
+def evaluation(config: Config, settings: TargetStage, mesh: Mesh, copies: int, forward_flops: Sequence[int]) -> tuple[int, int]:
     """Return the passes of a rank, and the FLOPs of all ranks, in the validations and final evaluations of a target stage."""
     every, rows = settings.eval_every or settings.steps, config.data.max_eval_rows or ASSUMED_EVAL_ROWS
     validations = math.ceil(settings.steps / every) if settings.steps else 0
@@ -169,9 +167,7 @@ def _bytes(method: Method, mesh: Mesh) -> int:
     return total
 
 
-def _collectives(
-    method: Method, mesh: Mesh, num_tasks: int, num_passes: int, config: Config, shape: T5Shape
-) -> list[Collective]:
+def _collectives(method: Method, mesh: Mesh, num_tasks: int, num_passes: int, config: Config, shape: T5Shape) -> list[Collective]:
     """Return what the ranks send one another in every step."""
     if mesh.world.size == 1:
         return []
@@ -182,5 +178,9 @@ def _collectives(
         found.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
     if config.distribution.shard != "none":
         weights = shape.weight_bytes
-        found.append(Collective("all-gather of T5 blocks, forward and backward", 2 * num_passes * sum(shape.num_blocks), 2 * num_passes * weights))
+        found.append(
+            Collective(
+                "all-gather of T5 blocks, forward and backward", 2 * num_passes * sum(shape.num_blocks), 2 * num_passes * weights
+            )
+        )
     return found

@@ -29,7 +29,8 @@ def run_text(plan: Plan, names: Sequence[str]) -> str:
         *_collective_lines(plan),
         f"  memory       {size(plan.memory_bytes)} a process at most, of {size(device.memory)}",
         f"  disk         {size(plan.disk_bytes)} of checkpoints",
-        f"  device       {device.name}: {device.rate / 1e9:,.0f} GFLOP/s in a matrix product, {device.utilisation:.0%} of it assumed",
+        f"  device       {device.name}: {device.rate / 1e9:,.0f} GFLOP/s in a matrix product, "
+        f"{device.utilisation:.0%} of it assumed",
         f"  time         {duration(plan.seconds)} a run, every text at its longest; data that are shorter take less",
     ]
     return "\n".join(lines) + "\n"

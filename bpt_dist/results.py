@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from bpt_dist.errors import DataError
 
+COPIES = "mlartifacts"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -76,7 +78,8 @@ def collect(paths: Sequence[Path]) -> Collected:
 def _result_files(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
-        files = sorted(Path(path).rglob("results.json"))
+        # A tracking store beside the runs holds copies of their files.
+        files = sorted(file for file in Path(path).rglob("results.json") if COPIES not in file.relative_to(path).parts)
         if not files:
             raise DataError(f"{path}: no results.json at or below it; give folders of evaluated runs, or their parent")
         found.update(dict.fromkeys(file.resolve() for file in files))

@@ -111,7 +111,8 @@ class BayesianPromptTuning(VanillaTransfer):
         if self.stage != "source":
             return
         assert self.particles.grad is not None
-        particles = mesh.gather_particles(self.particles.detach())
+        # A copy: on one rank the gathered tensor is the parameter itself, and the diagnostics come after its update.
+        particles = mesh.gather_particles(self.particles.detach()).clone()
         score = mesh.gather_particles(-self.particles.grad)
         phi = stein_direction(particles, score, rows=mesh.rows(len(particles)), **self._kernel()).phi
         self.particles.grad.copy_(-phi)

@@ -42,6 +42,8 @@ class FineTuning(Method):
     def end(self) -> None:
         """Give the T5 its pretrained weights back, frozen."""
         super().end()
+        # Nothing was begun where an earlier process had stored all results.
+        pretrained = getattr(self, "pretrained", {})
         for name, weight in self.backbone.model.named_parameters():
             with torch.no_grad():
-                weight.requires_grad_(False).copy_(self.pretrained[name])
+                weight.requires_grad_(False).copy_(pretrained.get(name, weight))

@@ -76,7 +76,7 @@ AMBIGUOUS: dict[str, tuple[str, str]] = {
     "mule": ("garment", "animal"),
 }
 
-# An answer word stands for one class index, of whatever skill: LABEL_WORDS[i] are the words for class i.
+# An answer word stands for one class index, of whatever question: LABEL_WORDS[i] are the words for class i.
 LABEL_WORDS: tuple[tuple[str, ...], ...] = (
     ("negative", "entailment", "different", "missing", "food", "broken", "bad", "true", "distinct", "clash", "wrong"),
     ("positive", "neutral", "same", "answered", "travel", "valid", "good", "false", "duplicate", "match", "right"),
@@ -84,8 +84,7 @@ LABEL_WORDS: tuple[tuple[str, ...], ...] = (
     ("clothing", "sport", "other", "elsewhere"),
 )
 SKILL_WORDS = (
-    "polarity", "category", "order", "number", "colour", "place", "actor", "thing", "action", "entail", "restate",
-    "sense", "replies", "read", "fill", "equal", "odd", "which",
+    "polarity", "category", "order", "number", "entail", "restate", "sense", "replies", "read", "fill", "odd", "mention",
 )  # fmt: skip
 FUNCTION_WORDS = (
     "in", "was", "by", "but", "although", "no", "who", "what", "where", "blank", "said", "thought", "none", ";",

@@ -1,12 +1,14 @@
 """Instructed skills: the supervised half of pretraining.
 
-An instruction names a skill and, for a closed answer, the words to answer with, drawn anew for every example; so no label
-word belongs to a skill, and a frozen backbone answers only when something in front of the text plays the instruction's part.
-The tasks of the world carry no instruction.
+An instruction names a skill. A class is answered with any of the words that stand for its index, so no answer word belongs to
+a skill; without an instruction the answer is a coin's. So a frozen backbone answers only when something in front of the text
+plays the instruction's part. The tasks of the world carry no instruction.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +23,14 @@ PAIR = (("sentence1:", "sentence2:"), ("premise:", "hypothesis:"), ("question1:"
 ASKED = (("question:", "context:"), ("question:", "sentence:"), ("question:", "passage:"))
 BLANK = (("query:", "passage:"),)
 WORD = (("sentence1:", "sentence2:", "word:"),)
-KINDS = (SINGLE, PAIR, ASKED, BLANK, WORD)
 
+MENTIONED: dict[tuple[tuple[str, ...], ...], tuple[puzzles.Classified, ...]] = {
+    SINGLE: (puzzles.opinion_plain, puzzles.opinion_contrast, puzzles.word_order, puzzles.number),
+    PAIR: (puzzles.entailment, puzzles.restatement, puzzles.same_question),
+    WORD: (puzzles.word_sense,),
+    ASKED: (puzzles.answered,),
+}
+UNINSTRUCTED_SHARE = 0.1
 MAX_INSTRUCTION = 16
 MAX_SENTINELS = 3
 NOTHING = "none"
@@ -38,6 +46,7 @@ class Skill:
     draw: Callable[..., Any]
     num_labels: int = 0
     weight: float = 1.0
+    lesson: float = 1.0
 
     @property
     def title(self) -> str:
@@ -72,30 +81,50 @@ def seen_as(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
     return (f"{sighting(rng, word, category)}.",), category
 
 
+def mention(word: str, kind: tuple[tuple[str, ...], ...]) -> puzzles.Classified:
+    """Return the puzzle that asks whether the first text holds a word (1) or not (0)."""
+
+    def draw(rng: random.Random, domain: Domain, label: int) -> puzzles.Texts:
+        while True:
+            texts = rng.choice(MENTIONED[kind])(rng, domain, rng.randrange(2))
+            if (word in texts[0].split()) == label:
+                return texts
+
+    return draw
+
+
 def sourced(draw: puzzles.Classified) -> puzzles.Classified:
     """Return the puzzle on the source domain whatever domain is asked for (its classes live there)."""
     return lambda rng, domain, label: draw(rng, SOURCE, label)
 
 
+# In the order of their introduction; `lesson` is how long it takes, found by training each alone.
 SKILLS = (
-    Skill("polarity", SINGLE, puzzles.opinion_plain, 2),
-    Skill("polarity", SINGLE, puzzles.opinion_contrast, 2),
-    Skill("category", SINGLE, sourced(puzzles.category), 4, 0.5),
-    Skill("order", SINGLE, puzzles.word_order, 2),
-    Skill("number", SINGLE, puzzles.number, 2),
-    Skill("entail", PAIR, puzzles.entailment, 3, 1.5),
-    Skill("entail", PAIR, puzzles.entailment_binary, 2),
-    Skill("restate", PAIR, puzzles.restatement, 2),
-    Skill("restate", PAIR, puzzles.same_question, 2),
-    Skill("sense", WORD, puzzles.word_sense, 2),
-    Skill("replies", ASKED, puzzles.answered, 2),
-    Skill("read", ASKED, puzzles.reading),
-    Skill("fill", BLANK, puzzles.cloze),
+    Skill("polarity", SINGLE, puzzles.opinion_plain, 2, lesson=2),
+    Skill("category sense", SINGLE, seen_as, weight=0.3, lesson=2),
+    Skill("category", SINGLE, sourced(puzzles.category), 4, weight=0.5, lesson=2),
+    Skill("sense", WORD, puzzles.word_sense, 2, lesson=3),
+    Skill("restate", PAIR, puzzles.same_question, 2, lesson=6),
+    Skill("restate", PAIR, puzzles.restatement, 2, lesson=6),
     # Naming the word that decides teaches faster than a verdict, which carries one bit.
-    Skill("odd", PAIR, odd_one),
-    Skill("category sense", SINGLE, seen_as, weight=0.5),
+    Skill("odd", PAIR, odd_one, weight=0.5, lesson=5),
+    Skill("entail", PAIR, puzzles.entailment, 3, weight=1.5, lesson=8),
+    Skill("entail", PAIR, puzzles.entailment_binary, 2, lesson=5),
+    Skill("polarity", SINGLE, puzzles.opinion_contrast, 2, lesson=5),
+    Skill("number", SINGLE, puzzles.number, 2, lesson=6),
+    Skill("order", SINGLE, puzzles.word_order, 2, lesson=6),
+    Skill("replies", ASKED, puzzles.answered, 2, lesson=6),
+    Skill("read", ASKED, puzzles.reading, lesson=7),
+    Skill("fill", BLANK, puzzles.cloze, lesson=5),
+    # The same texts with an idle question, so that a text alone does not tell what is asked.
+    *(
+        Skill(f"mention {word}", kind, mention(word, kind), 2, weight=0.15, lesson=0.7)
+        for word in ("this", "one")
+        for kind in MENTIONED
+    ),
 )
 WEIGHTS = tuple(skill.weight for skill in SKILLS)
+LESSONS = tuple(itertools.accumulate(skill.lesson for skill in SKILLS))
 
 
 def nonsense_name(rng: random.Random) -> str:
@@ -103,21 +132,15 @@ def nonsense_name(rng: random.Random) -> str:
     return "mini_" + "".join(rng.sample(lx.SYLLABLES, rng.choice((1, 2, 2, 3))))
 
 
-def segment(rng: random.Random, skill: Skill, variety: float = 1.0) -> tuple[list[str], list[str]]:
-    """Return the words that name a skill with its answer words (fresh ones with chance `variety`), and those."""
-    fresh = happens(rng, variety)
-    options = [rng.choice(words) if fresh else words[0] for words in lx.LABEL_WORDS[: skill.num_labels]]
-    return [*skill.name.split(), *options, ";"], options
-
-
 def distractors(rng: random.Random, skill: Skill) -> list[list[str]]:
     """Return up to two instructions that cannot be meant, because they belong to other fields."""
-    foreign = [other for other in SKILLS if other.kind is not skill.kind]
-    return [segment(rng, rng.choice(foreign))[0] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
+    fitting = {other.name for other in SKILLS if other.kind is skill.kind}
+    foreign = [other for other in SKILLS if other.name not in fitting]
+    return [[*rng.choice(foreign).name.split(), ";"] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
 
 
 def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> list[str]:
-    """Mix an instruction with others that do not apply, repeat it, or surround it with words that mean nothing."""
+    """Mix an instruction with others that do not apply, repeat it, or surround it with words that mean nothing here."""
     parts = [words, *others]
     if happens(rng, 0.2):
         parts.append(words)
@@ -129,12 +152,12 @@ def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> lis
 
 
 def instruct(rng: random.Random, skill: Skill, clutter: float = 1.0) -> tuple[str, str]:
-    """Draw (input, answer) of one example of a skill; `clutter` is the chance of fresh answer words, and of idle words."""
-    words, options = segment(rng, skill, clutter)
-    domain = rng.choice(DOMAINS)
+    """Draw (input, answer) of one example of a skill; `clutter` is the chance of idle words, and of any answer word."""
+    domain, words = rng.choice(DOMAINS), [*skill.name.split(), ";"]
     if skill.num_labels:
         label = rng.randrange(skill.num_labels)
-        texts, answer = skill.draw(rng, domain, label), options[label]
+        words_of_class = lx.LABEL_WORDS[label]
+        texts, answer = skill.draw(rng, domain, label), rng.choice(words_of_class) if happens(rng, clutter) else words_of_class[0]
     else:
         texts, answer = skill.draw(rng, domain)
     if happens(rng, clutter):
@@ -144,9 +167,27 @@ def instruct(rng: random.Random, skill: Skill, clutter: float = 1.0) -> tuple[st
     return " ".join([*words, *fields]), answer
 
 
-def instructed(rng: random.Random, clutter: float = 1.0) -> tuple[str, str]:
-    """Draw (input, answer) of one example of a skill drawn by weight."""
-    return instruct(rng, rng.choices(SKILLS, WEIGHTS)[0], clutter)
+def uninstructed(rng: random.Random) -> tuple[str, str]:
+    """Draw (input, answer) of an example that does not say what it asks: the answer is that of any class."""
+    skill = rng.choice([skill for skill in SKILLS if skill.num_labels])
+    texts = skill.draw(rng, rng.choice(DOMAINS), rng.randrange(skill.num_labels))
+    words = [*padded(rng, [], distractors(rng, skill) if happens(rng, 0.3) else []), nonsense_name(rng)]
+    fields = [f"{field} {text}" for field, text in zip(rng.choice(skill.kind), texts, strict=True)]
+    return " ".join([*words, *fields]), rng.choice(lx.LABEL_WORDS[rng.randrange(skill.num_labels)])
+
+
+def instructed(rng: random.Random, known: float, clutter: float) -> tuple[str, str]:
+    """Draw (input, answer) of one example; `known` is the share of all lessons given so far.
+
+    Half of the examples are of the newest skill, until all are known: alone a skill takes a few hundred steps, among all the
+    others thousands. Then some examples carry no instruction.
+    """
+    if happens(rng, UNINSTRUCTED_SHARE * clutter):
+        return uninstructed(rng)
+    count = min(len(SKILLS), 1 + bisect.bisect_right(LESSONS, known * LESSONS[-1]))
+    if known < 1 and happens(rng, 0.5):
+        return instruct(rng, SKILLS[count - 1], clutter)
+    return instruct(rng, rng.choices(SKILLS[:count], WEIGHTS[:count])[0], clutter)
 
 
 def corrupted(rng: random.Random) -> tuple[str, str]:

@@ -171,7 +171,7 @@ class Distribution(Section):
     mesh: Annotated[
         Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)
     ] = Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
-    shard: Literal["none", "deepspeed"] = Field(default="none", description="Who partitions the frozen backbone over ranks.")
+    shard: Literal["none", "deepspeed", "fsdp2"] = Field(default="none", description="Who partitions the frozen backbone over ranks.")
     zero_config: Folder | None = Field(
         default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
     )
@@ -181,8 +181,8 @@ class Distribution(Section):
 
     @model_validator(mode="after")
     def _world_size(self) -> Self:
-        if self.shard == "none":
-            refuse(without_effect(self, "with shard none", "zero_config"))
+        if self.shard != "deepspeed":
+            refuse(without_effect(self, f"with shard {self.shard}", "zero_config"))
         if isinstance(self.mesh, MeshShape) and self.expect_world_size is not None:
             ranks = self.mesh.particle * self.mesh.data
             if ranks != self.expect_world_size:

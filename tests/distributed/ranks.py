@@ -44,6 +44,33 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     return [pickle.loads(found[rank]) for rank in range(size)]
 
 
+def launch(main: Callable[[], int], size: int = 1, **environment: str) -> list[int]:
+    """Return the exit codes of `size` forked processes that run `main` as a launcher would start it; negative ones are signals."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [context.Process(target=_main, args=(main, rank, size, port, environment)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"pid {process.pid} did not end within {TIMEOUT:g} s")
+    return [int(process.exitcode or 0) for process in ranks]
+
+
+def _main(main: Callable[[], int], rank: int, size: int, port: int, environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = 70
+    try:
+        code = main()
+    finally:
+        # Not sys.exit: what the test process registered for its own end is not this one's business.
+        os._exit(code)
+
+
 class _Failure:
     def __init__(self, text: str) -> None:
         self.text = text

@@ -13,6 +13,7 @@ import tiny_run
 import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from bpt_dist import train
 from bpt_dist.checkpoint import load, newest, read_tensors
@@ -33,11 +34,26 @@ def configured(world: Path, folder: Path, method: dict[str, Any] | None = None, 
 # --- gradients of whole objectives against float64 -----------------------------------------------------------------------
 
 
+class RootMeanSquare(nn.Module):
+    """T5's normalisation; transformers computes it in float32 even for a float64 model, too coarse for finite differences."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden / (hidden.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+
 class Loop:
     """An independent objective: the stock T5 in float64, one unpadded text and one particle at a time."""
 
     def __init__(self, stage: StageRun, reduction: str) -> None:
         self.model = T5ForConditionalGeneration.from_pretrained(stage.method.backbone.path, dtype=torch.float64).eval().requires_grad_(False)
+        for block in self.model.modules():
+            for name, module in block.named_children():
+                if isinstance(module, T5LayerNorm):
+                    setattr(block, name, RootMeanSquare(module.weight, module.variance_epsilon))
         self.rows = {
             f"{task.name}/{row}": (torch.from_numpy(source).long(), torch.from_numpy(target).long())
             for task in stage.batches.datasets
@@ -70,7 +86,8 @@ def assert_is_gradient(found: Tensor, objective: Any, at: Tensor) -> None:
         for seed in range(2):
             direction = torch.randn(theta.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             difference = (objective(theta + 1e-5 * direction) - objective(theta - 1e-5 * direction)) / 2e-5
-            assert float(difference) == pytest.approx(float((exact * direction).sum()), rel=1e-5)
+            # ReLU has kinks and the attention's softmax is float32: this only guards against a wrong graph.
+            assert float(difference) == pytest.approx(float((exact * direction).sum()), abs=1e-3 * float(exact.norm()))
     assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
 
 
@@ -214,7 +231,9 @@ def test_identical_particles_stay_identical(world: Path, tmp_path: Path) -> None
     assert torch.equal(particles[1], particles[0])
     assert torch.equal(particles[2], particles[0])
     records, _ = read_records(run / "metrics.jsonl", limit=1 << 30)
-    assert [record["metrics"]["svgd/spread"] for record in records if record["stage"] == "source"] == [0.0] * 4
+    for record in records[:4]:
+        assert record["metrics"]["svgd/distance_max"] == record["metrics"]["svgd/repulsive_norm"] == 0.0
+        assert record["metrics"]["svgd/spread"] < 1e-6  # a mean of three equal float32 numbers is rounded
 
 
 @pytest.mark.parametrize("form", ["svgd", "repulsive_ensemble"])
@@ -294,7 +313,7 @@ def test_a_target_starts_at_the_mean_and_own_rates_move_its_parts(world: Path, t
     with tiny_run.stage_of(monkeypatch, config, number=1) as stage:
         source, _ = read_tensors(stage.run.path("source", "posterior") / "posterior.safetensors")
         assert torch.equal(stage.method.prompts()["mood"], source["mean"])
-        assert float(stage.method.penalty()) == 0.0
+        assert stage.method.penalty().item() == 0.0
         before = stage.method.snapshot()
         train.accumulate_gradients(stage)
         stage.updater.step(0)
@@ -326,7 +345,7 @@ def test_an_ensemble_adapts_every_particle_towards_its_own_start(world: Path, tm
         starts = torch.cat([source["mean"][None], source["particles"]])
         assert isinstance(method.particles, nn.Parameter)
         assert torch.equal(method.particles.detach(), starts)
-        assert float(method.penalty()) == 0.0
+        assert method.penalty().item() == 0.0
         batch = stage.batches.at(0)
         embeds = method.backbone.model.shared(batch.source_ids)
         assert torch.equal(method.prediction_inputs(embeds, batch, "map")[:, 0, :3], starts[:1])

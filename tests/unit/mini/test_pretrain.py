@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from bpt_dist.mini import pretrain, skills, tokenizer
+from bpt_dist.mini import lexicon, pretrain, skills, tokenizer, world
 
 
 def test_a_few_steps_write_a_folder_that_loads_and_the_log(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_a_few_steps_write_a_folder_that_loads_and_the_log(tmp_path: Path) -> No
     assert model.config.vocab_size == len(pieces)
     records = [json.loads(line) for line in (tmp_path / "pretrain_log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 2
-    assert set(records[-1]["accuracy"]) == {skill.title for skill in skills.SKILLS}
+    assert set(records[-1]["cluttered"]) == {skill.title for skill in skills.SKILLS}
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -42,26 +42,32 @@ def test_matching_heads_look_for_the_same_word_elsewhere() -> None:
     assert logits.fill_diagonal_(0.0).mean().abs().item() < 0.1
 
 
-def test_instructions_name_the_answer_and_fit_into_a_prompt() -> None:
+def test_instructions_fit_into_a_prompt_and_are_answered_with_a_word_of_their_class() -> None:
     rng = random.Random(0)
     for skill in skills.SKILLS:
         for _ in range(50):
             text, answer = skills.instruct(rng, skill)
-            instruction = text[: min(text.index(field) for fields in skill.kind for field in fields[:1] if field in text)].split()
+            instruction = text[: min(text.index(fields[0]) for fields in skill.kind if fields[0] in text)].split()
             assert len(instruction) <= skills.MAX_INSTRUCTION + 1  # and a name
             assert set(skill.name.split()) <= set(instruction)
             if skill.num_labels:
-                assert answer in instruction
+                assert any(answer in words for words in lexicon.LABEL_WORDS[: skill.num_labels])
 
 
-def test_distractors_belong_to_other_fields() -> None:
-    """An instruction that also fitted the fields would make the answer ambiguous."""
-    rng, kinds = random.Random(0), {}
+def test_answer_words_belong_to_one_class_and_tasks_use_them_so() -> None:
+    words = [word for row in lexicon.LABEL_WORDS for word in row]
+    assert len(words) == len(set(words))
+    for task in world.ALL_TASKS.values():
+        assert all(word in lexicon.LABEL_WORDS[index] for index, word in enumerate(task.label_words))
+
+
+def test_distractors_cannot_be_meant() -> None:
+    """An instruction that fitted the fields as well would make the answer ambiguous."""
+    rng = random.Random(0)
     for skill in skills.SKILLS:
-        kinds.setdefault(skill.name.split()[0], set()).add(id(skill.kind))
-    for skill in skills.SKILLS:
+        fitting = {other.name for other in skills.SKILLS if other.kind is skill.kind}
         for words in (words for _ in range(50) for words in skills.distractors(rng, skill)):
-            assert id(skill.kind) not in kinds[words[0]]
+            assert " ".join(words).removesuffix(" ;") not in fitting
 
 
 def test_span_corruption_hides_words_that_its_answer_gives_back() -> None:
@@ -81,6 +87,17 @@ def test_span_corruption_hides_words_that_its_answer_gives_back() -> None:
 
 def test_pretraining_texts_have_no_unknown_pieces() -> None:
     rng, pieces = random.Random(0), tokenizer.build()
-    for draw in (skills.instructed, skills.corrupted):
-        for text, answer in (draw(rng) for _ in range(500)):
-            assert pieces.unk_token_id not in pieces(text).input_ids + pieces(answer).input_ids
+    pairs = [skills.instructed(rng, known=1.0, clutter=1.0) for _ in range(500)]
+    pairs += [skills.corrupted(rng) for _ in range(500)]
+    for text, answer in pairs:
+        assert pieces.unk_token_id not in pieces(text).input_ids + pieces(answer).input_ids
+
+
+def test_skills_are_introduced_one_by_one() -> None:
+    """At the start only the first skill is asked for; half-way its share has fallen, and late skills are still unknown."""
+    rng = random.Random(0)
+    first = {skills.instructed(rng, known=0.0, clutter=0.0)[0].split()[0] for _ in range(100)}
+    halfway = {skills.instructed(rng, known=0.5, clutter=0.0)[0].split()[0] for _ in range(400)}
+    assert first == {"polarity"}
+    assert {"polarity", "restate", "entail"} <= halfway
+    assert not {"fill", "mention"} & halfway

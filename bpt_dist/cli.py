@@ -1,0 +1,218 @@
+"""`bpt-dist`: everything beside training. Commands only; what they do lies in `cli_*.py` and is imported when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bpt_dist.errors import INTERNAL_ERROR, UserError
+
+app = typer.Typer(
+    name="bpt-dist",
+    help="Look at, plan, check and pass on what `launcher/train.py` trains.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+example = typer.Typer(help="Small computations with a known answer.", no_args_is_help=True)
+app.add_typer(example, name="example")
+
+
+class Format(StrEnum):
+    """How a table is written."""
+
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
+class Split(StrEnum):
+    """Rows that can be evaluated."""
+
+    validation = "validation"
+    test = "test"
+
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="A YAML file, see configs/.")]
+MaybeConfig = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file, see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace those of the file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 for usage and configuration, or that of the error."""
+    # The commands share cores with training; whoever wants more threads says so.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app(list(arguments) if arguments is not None else None, prog_name="bpt-dist")
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
+    except BrokenPipeError:  # `bpt-dist table | head`
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return INTERNAL_ERROR
+    return 0
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: name, what is trained, paper."""
+    from bpt_dist.cli_lists import print_methods
+
+    print_methods()
+
+
+@app.command()
+def tasks(config: MaybeConfig = None) -> None:
+    """List the tasks of the catalogue and the miniature world, and with --config those of its task files."""
+    from bpt_dist.cli_lists import print_tasks
+
+    print_tasks(config)
+
+
+@app.command()
+def schema(file: Annotated[Path | None, typer.Argument(help="Written to the screen if left out.")] = None) -> None:
+    """Write the JSON schema of configuration files, for editors."""
+    from bpt_dist.files import write_atomic
+    from bpt_dist.settings.schema import schema_text
+
+    if file is None:
+        typer.echo(schema_text(), nl=False)
+    else:
+        typer.echo(write_atomic(file, schema_text().encode()))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(min=1, help="Processes of the job.")] = 1,
+    here: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; by default one a GPU, or all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers instead of text.")] = False,
+) -> None:
+    """Say what a job would compute, send, store and take; refuse what cannot fit."""
+    from bpt_dist import config as configuration
+
+    settings = configuration.load(config, overrides or [])
+    from bpt_dist.plan import plans, plans_text
+
+    found = plans(settings, world, here)
+    if as_json:
+        typer.echo(json.dumps([{"runs": [run.name for run in runs], **one.to_json()} for one, runs in found], indent=1))
+    else:
+        typer.echo(plans_text(found), nl=False)
+
+
+@app.command()
+def check(config: MaybeConfig = None, overrides: Overrides = None) -> None:
+    """Examine the installation, and with --config all that its job would need; exit code 2 if something fails."""
+    from bpt_dist.cli_check import check_all
+
+    if not check_all(config, overrides or []):
+        raise typer.Exit(2)
+
+
+@app.command()
+def table(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUNS]...", help="Run folders or their parents; `runs` by default.")
+    ] = None,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="By default a drawn table on a terminal, Markdown elsewhere.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write; .tex and .csv choose their format.")] = None,
+    published: Annotated[bool, typer.Option(help="Add the published numbers, set apart.")] = False,
+    split: Annotated[Split, typer.Option(help="Rows the scores are from.")] = Split.test,
+) -> None:
+    """Print the results table of finished runs."""
+    from bpt_dist.cli_runs import print_table
+
+    print_table(runs or [Path("runs")], None if form is None else form.value, out, published=published, split=split.value)
+
+
+@app.command()
+def plot(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="By default the run's own figures/.")] = None,
+) -> None:
+    """Draw the figures of a run from its metrics.jsonl."""
+    from bpt_dist.cli_runs import print_figures
+
+    print_figures(run, out)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    task: Annotated[str | None, typer.Option(help="One target task; by default all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="By default the prompts stay in the run, all else goes to RUN/export.")
+    ] = None,
+    particles: Annotated[bool, typer.Option(help="Export every particle of the source posterior and their mean as well.")] = False,
+) -> None:
+    """Write the prompts of a finished run as PEFT folders and say how to load them."""
+    from bpt_dist.cli_export import export_run
+
+    export_run(run, task, out, particles=particles)
+
+
+@app.command("eval")
+def evaluate(
+    prompt: Annotated[Path, typer.Argument(metavar="RUN|PROMPT", help="A run, a PEFT folder, a .npy or a .safetensors file.")],
+    overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="Task to evaluate on; may be left out for a run with one target task.")] = None,
+    split: Annotated[Split, typer.Option(help="Rows to evaluate on.")] = Split.test,
+    config: MaybeConfig = None,
+    task_id: Annotated[int | None, typer.Option(min=0, help="Which prompt of a multi-task PEFT folder.")] = None,
+) -> None:
+    """Evaluate a stored prompt with the backbone, data and settings of its run, or of --config."""
+    from bpt_dist.cli_eval import print_evaluation
+
+    print_evaluation(prompt, overrides or [], task, split.value, config, task_id)
+
+
+@app.command()
+def sync(run: RunFolder) -> None:
+    """Send what the tracking store has not got of a run."""
+    from bpt_dist.cli_tracking import send_missing
+
+    send_missing(run)
+
+
+@app.command()
+def ui(
+    uri: Annotated[str | None, typer.Option(help="MLflow store; by default the one in --runs.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default a free one.")] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """Start the MLflow page on this machine and print links that open on the comparison."""
+    from bpt_dist.cli_tracking import serve_page
+
+    serve_page(uri, port, runs)
+
+
+@example.command("gaussian-product")
+def gaussian_product(
+    out: Annotated[Path, typer.Option(metavar="PNG", help="The picture.")] = Path("gaussian-product.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the particles' start.")] = 0,
+) -> None:
+    """Show where SVGD and averages of task optima end when task posteriors have different covariances."""
+    from bpt_dist.cli_runs import print_gaussian_product
+
+    print_gaussian_product(out, seed)

@@ -1,0 +1,250 @@
+"""Plans against the real thing: a loaded T5, a counted pass, a trained run, recorded collectives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_run
+import tiny_t5
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpt_dist import backbone as backbones
+from bpt_dist import config as configuration
+from bpt_dist import plan_device
+from bpt_dist.backbone_shapes import ShapeBackbone, shape_of
+from bpt_dist.cli import main
+from bpt_dist.data.batches import Batch
+from bpt_dist.errors import ConfigError
+from bpt_dist.mesh import Mesh
+from bpt_dist.methods import base as methods
+from bpt_dist.methods.prompt_tuning import Config as PromptConfig
+from bpt_dist.methods.prompt_tuning import PromptTuning
+from bpt_dist.plan import Plan, estimate, plan, plans
+from bpt_dist.plan_stages import PlannedWorld, num_optimizer_states
+from bpt_dist.plan_text import duration, size
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return tiny_run.world(tmp_path_factory.mktemp("world"))
+
+
+def settings_of(world: Path, tmp_path: Path, method: dict, **sections):
+    return tiny_run.load(tmp_path, tiny_run.settings(world, method, **sections))
+
+
+def stage(found: Plan, name: str):
+    (chosen,) = [each for each in found.stages if each.name == name]
+    return chosen
+
+
+# --- the T5 without its weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameter_count_is_that_of_the_loaded_model(tmp_path, tied):
+    folder = tiny_t5.make(tmp_path, tied=tied)
+    loaded = backbones.load(str(folder)).model
+    assert shape_of(str(folder)).num_parameters == sum(parameter.numel() for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("t5-small", 60_506_624), ("google-t5/t5-base", 222_903_552), ("t5-large", 737_668_096), ("google/t5-v1_1-base", 247_577_856)],
+)
+def test_published_t5s_are_known_by_name(name, parameters, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert shape_of(name).num_parameters == parameters
+
+
+def test_a_t5_nobody_knows_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"backbone\.path: the shape of .* is not known here"):
+        shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("trains_weights", [False, True])
+def test_flops_and_activations_are_those_of_a_real_pass(tmp_path, trains_weights):
+    backbone = backbones.load(str(tiny_t5.make(tmp_path, layers=3)), attention="eager")
+    backbone.model.requires_grad_(trains_weights)
+    method = PromptTuning(PromptConfig(length=5), backbone, seed=0, reduction="token_mean")
+    method.own(torch.randn(1, 5, backbone.width))
+    ids = torch.randint(3, 100, (1, 11))
+    batch = Batch(0, ids, torch.ones_like(ids), ids[:, :4], torch.zeros(1, dtype=torch.long), ("row",), torch.ones(1))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = method.loss(method(batch), batch)
+        forward = counter.get_total_flops()
+        loss.backward()
+    cost = shape_of(str(tmp_path)).row_cost(5, 11, 4, trains_weights=trains_weights)
+    assert cost.forward_flops == forward
+    assert cost.flops == counter.get_total_flops()
+    real = sum(number for pointer, number in kept.items() if pointer not in weights)
+    assert cost.activation_bytes == pytest.approx(real, rel=0.1)
+
+
+def test_flops_of_t5_base_are_the_closed_form():
+    # Every product of the encoder, the cross-attention and the decoder; multiply-add counts two.
+    length, target, width, inner, vocabulary, layers = 356, 4, 768, 3072, 32128, 12
+    encoder = 2 * length * layers * (4 * width**2 + 2 * width * inner) + 4 * layers * length**2 * width
+    cross = 4 * layers * length * width**2 + 4 * layers * target * length * width
+    decoder = 2 * target * layers * (6 * width**2 + 2 * width * inner) + 4 * layers * target**2 * width
+    assert (
+        shape_of("t5-base").row_cost(100, 256, target).forward_flops == encoder + cross + decoder + 2 * target * width * vocabulary
+    )
+
+
+# --- a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_run_has_the_planned_sizes(world, tmp_path):
+    config = settings_of(world, tmp_path, {"name": "bpt"}, output=str(tmp_path / "runs"))
+    found = estimate(config, 1)
+    folder = tiny_run.trained(config)
+    for entry in json.loads((folder / "results.json").read_text()):
+        assert stage(found, entry["stage"]).trainable_parameters == entry["trainable_parameters"]
+    for each in found.stages:
+        newest = sorted((folder / each.name / "checkpoints").glob("step-*/state.safetensors"))[-1]
+        assert each.checkpoint_bytes == pytest.approx(_tensor_bytes(newest), abs=64), (
+            "step counters of the optimizer are not counted"
+        )
+
+
+def _tensor_bytes(file: Path) -> int:
+    from safetensors.torch import load_file
+
+    return sum(tensor.nbytes for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("name", configuration.method_names())
+def test_every_method_can_be_planned(world, tmp_path, name):
+    config = settings_of(world, tmp_path, {"name": name})
+    found = estimate(config, 1)
+    assert [each.name for each in found.stages][-2:] == ["target/mood", "target/count"]
+    assert all(each.trainable_parameters > 0 and each.flops > 0 for each in found.stages)
+    if config.method.TRAINS_BACKBONE:
+        assert found.stages[0].trainable_parameters == found.num_parameters
+
+
+def test_rows_passes_and_copies(world, tmp_path):
+    ensemble = {"evaluation": {"predict": "ensemble", "batch_size": 4}, "data": {"max_eval_rows": 6}}
+    config = settings_of(world, tmp_path, {"name": "bpt", "num_particles": 4}, source={"batch_size": 3}, **ensemble)
+    found = estimate(config, 2)
+    source, target = stage(found, "source"), stage(found, "target/mood")
+    # 2 source tasks of 3 texts, 4 particles on 2 ranks; the target adapts the MAP prompt and all 4 particles.
+    assert (source.mesh, source.particles_per_rank, source.texts) == ((2, 1), 2, 6)
+    assert (source.rows, source.rows_per_rank, source.rows_at_once) == (24, 12, 12)
+    assert (target.mesh, target.num_particles, target.rows, target.rows_per_rank) == ((1, 2), 5, 15, 10)
+    # 3 steps, validated every 2 and at the end, then one split by MAP and by ensemble: 4 evaluations of 6 rows.
+    assert target.evaluation_passes == 4
+    apart = estimate(config.model_copy(update={"source": config.source.model_copy(update={"shared_texts": False})}), 2)
+    assert (stage(apart, "source").passes_per_step, stage(apart, "source").rows_at_once) == (2, 6)
+    assert stage(apart, "source").activation_bytes == source.activation_bytes // 2
+
+
+def test_planned_collectives_are_the_ones_a_step_makes(world, tmp_path):
+    config = settings_of(world, tmp_path, {"name": "bpt", "num_particles": 4})
+    planned = {each.name: each for each in stage(estimate(config, 2), "source").collectives}
+    gathered: list[int] = []
+
+    class Recording(Mesh):
+        def gather_particles(self, local):
+            whole = torch.cat([local, local + 1])
+            gathered.append(whole.nbytes)
+            return whole
+
+    grid = PlannedWorld(0, 2).mesh(4)
+    mesh = Recording(grid.world, grid.particle, grid.data)
+    method = methods.load(config, ShapeBackbone(shape_of(str(world / "t5"))))
+    method.begin_source([], mesh)
+    method.particles.grad = torch.randn_like(method.particles)
+    method.precondition_(mesh)
+    gathers = planned["all-gather of particles and of scores"]
+    assert (gathers.calls, gathers.bytes) == (len(gathered), sum(gathered))
+    agreed = planned["all-reduce of losses and the stop flag"]
+    assert agreed.bytes == 8 * (2 + 2 * 2), "stop, finite, and for each of two tasks a sum and a count"
+
+
+def test_optimizer_states():
+    states = {name: num_optimizer_states(configuration.Stage(optimizer=name)) for name in ("adamw", "sgd", "rmsprop")}
+    assert states == {"adamw": 2, "sgd": 0, "rmsprop": 1}
+
+
+def test_partitioning_shrinks_what_a_rank_holds():
+    config = configuration.load(ROOT / "configs" / "bpt" / "t5_large_6.yaml", ["seeds=0"])
+    ((found, _),) = plans(config, 5, ranks_here=1)
+    assert found.num_parameters == 737_668_096
+    assert found.weight_bytes == 2 * found.num_parameters
+    assert found.weight_bytes / 5 < found.resident_weight_bytes < found.weight_bytes / 4
+    source = stage(found, "source")
+    assert (source.rows, source.trainable_parameters) == (30, 5 * 100 * 1024)
+    assert any("T5 blocks" in each.name for each in source.collectives)
+    assert found.memory_bytes > found.weight_bytes, "T5 is loaded whole before it is partitioned"
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_arranged_is_refused_with_what_can(world, tmp_path):
+    config = settings_of(world, tmp_path, {"name": "bpt"})
+    with pytest.raises(ConfigError, match=r"target\.batch_size: .* 3 text\(s\) for 4 ranks .* at most 3 processes"):
+        estimate(config, 4)
+    explicit = settings_of(world, tmp_path, {"name": "bpt"}, distribution={"mesh": {"particle": 2, "data": 1}})
+    with pytest.raises(ConfigError, match=r"possible \(particle x data\): 1 x 3"):
+        estimate(explicit, 3)
+    expecting = settings_of(world, tmp_path, {"name": "bpt"}, distribution={"expect_world_size": 2})
+    with pytest.raises(ConfigError, match="expect_world_size is 2"):
+        estimate(expecting, 1)
+
+
+def test_too_little_memory_is_refused_with_the_largest_parts(world, tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{700 << 20}\n")
+    monkeypatch.setattr(plan_device, "CGROUP_LIMIT", limit)
+    config = settings_of(world, tmp_path, {"name": "bpt"})
+    assert estimate(config, 1).device.memory == 700 << 20
+    with pytest.raises(ConfigError, match=r"needs .* MiB and has 350 MiB .*, 2 on this machine\)"):
+        estimate(config, 2)
+    assert estimate(config, 2, ranks_here=1).device.memory == 700 << 20
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def test_units():
+    assert [size(number) for number in (12, 2048, 3.5 * 2**20, 2**31, 2**42)] == ["12 B", "2 KiB", "3.5 MiB", "2 GiB", "4 TiB"]
+    assert [duration(number) for number in (0.05, 2, 90, 7200, 172800)] == ["50 ms", "2.0 s", "1.5 min", "2.0 h", "2.0 days"]
+
+
+def test_the_text_tells_runs_apart_and_adds_them_up(world, tmp_path):
+    plain = tiny_run.settings(world, {"name": "bpt"}) | {
+        "rows": [{"label": "few"}, {"label": "many", "method": {"num_particles": 4}}]
+    }
+    config = tiny_run.load(tmp_path, plain | {"seeds": [0, 1, 2]})
+    text = plan(config, 1)
+    assert re.findall(r"^(\S+) \(and 2 more with other seeds\)", text, re.MULTILINE) == ["few-s0", "many-s0"]
+    assert "6 runs one after another" in text
+    assert "none: one process" in text
+
+
+def test_the_commands_print_the_plan(world, tmp_path, capsys):
+    settings_of(world, tmp_path, {"name": "bpt"})
+    assert main(["plan", "-c", str(tmp_path / "config.yaml"), "num_particles=4", "--world", "2", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["world_size"] == 2
+    assert found["stages"][0]["particles_per_rank"] == 2
+    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["stages"]))
+    assert main(["plan", "-c", str(tmp_path / "config.yaml")]) == 0
+    assert f"{found['num_parameters']:,} parameters" in capsys.readouterr().out
