@@ -108,9 +108,7 @@ def newest(folder: Path, *, fingerprint: str | None, warn: Callable[[str], objec
             warn(f"{error}; passing over this checkpoint")
             continue
         if fingerprint is not None and found.fingerprint != fingerprint:
-            raise ConfigError(
-                f"{path}: written under another configuration; restore that one or choose another name="
-            )
+            raise ConfigError(f"{path}: written under another configuration; restore that one or choose another name=")
         return found
     if candidates:
         raise StorageError(
@@ -259,9 +257,7 @@ def _manifest(path: Path) -> Checkpoint:
     try:
         manifest = decode_json(data)
         sha256 = manifest.pop("sha256")
-        unaltered = sha256 == _sha256(encode_json(manifest)) and data == encode_json(
-            manifest | {"sha256": sha256}
-        )
+        unaltered = sha256 == _sha256(encode_json(manifest)) and data == encode_json(manifest | {"sha256": sha256})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise StorageError(f"{file}: not a manifest ({type(error).__name__})") from error
     if not unaltered:

@@ -82,19 +82,23 @@ class StoredRun:
         """Return the facts of a card about prompts of `tasks` that started from `particles`."""
         from bpt_dist.model_card import CardFacts, PosteriorFacts
 
-        facts: Mapping[str, Any] = {} if self.posterior is None else read_json(self.posterior / "posterior.json")
         results = read_json(self.folder / "results.json")
+        facts: Mapping[str, Any] = read_json(self.folder / results[0]["stage"] / "result.json")
         return CardFacts(
             title=title,
             method=self.config.method.name,
-            backbone_hash=facts.get("backbone_hash", "not recorded"),
-            tokenizer_hash=facts.get("tokenizer_hash", "not recorded"),
+            backbone_hash=facts["backbone_hash"],
+            tokenizer_hash=facts["tokenizer_hash"],
             protocol=self.config.data.protocol,
             target_tasks=tasks,
             source_tasks=self.config.data.source_tasks,
             results=[entry for entry in results if entry["task"] in tasks and entry["predict"] == "map"],
-            posterior=None if particles is None else PosteriorFacts.of(particles, facts["steps"]),
+            posterior=None if particles is None else PosteriorFacts.of(particles, self._source_steps()),
         )
+
+    def _source_steps(self) -> int:
+        assert self.posterior is not None
+        return int(read_json(self.posterior / "posterior.json")["steps"])
 
     def particles(self) -> Tensor | None:
         """Return the particles [M, P, D] of the source posterior, None for a method without."""

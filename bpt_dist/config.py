@@ -203,9 +203,7 @@ def _refusal(document: Document, overridden: Overridden, problems: list[Problem]
     """Return the error that lists `problems` in the order of the file, the command line last."""
     lines: list[tuple[int, str]] = []
     for problem in dict.fromkeys(problems):
-        of_command_line = problem in overridden.problems or any(
-            problem.key[: len(key)] == key for key in overridden.keys
-        )
+        of_command_line = problem in overridden.problems or any(problem.key[: len(key)] == key for key in overridden.keys)
         text = f"{problem.dotted}: {problem.text}" if problem.key else problem.text
         line = problem.line or document.line_of(problem.key)
         place = "command line" if of_command_line else f"{document.path}:{line}"

@@ -46,7 +46,7 @@ def place(backbone: Backbone, distribution: Distribution, world: World) -> None:
         return
     if not torch.distributed.is_initialized():
         raise ConfigError(
-            f"distribution.shard: {distribution.shard} needs a process group; start with `deepspeed launcher/train.py ...` or torchrun"
+            f"distribution.shard: {distribution.shard} needs a process group; start with `deepspeed launcher/train.py` or torchrun"
         )
     if distribution.shard == "fsdp2":
         _partition_with_fsdp2(backbone, world)

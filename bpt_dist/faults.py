@@ -64,9 +64,7 @@ def _due(fault: str, name: str, context: dict[str, object]) -> bool:
     point, _, rest = fault.strip().partition(",")
     *conditions, action = rest.split(",")
     if point not in POINTS or action.partition(":")[0] not in ACTIONS:
-        raise ConfigError(
-            f"BPT_FAULT={fault!r}: write POINT[,key=value...],ACTION with an action of {', '.join(ACTIONS)}"
-        )
+        raise ConfigError(f"BPT_FAULT={fault!r}: write POINT[,key=value...],ACTION with an action of {', '.join(ACTIONS)}")
     wanted = dict(condition.split("=", 1) for condition in conditions)
     hit = wanted.pop("hit", None)
     if point != name or any(str(context.get(key)) != value for key, value in wanted.items()):

@@ -107,9 +107,7 @@ def _explanation(path: Path, num_bytes: int, error: OSError) -> str:
     if error.errno in FULL:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         cause += f"; it needs {num_bytes} bytes, {free} are free"
-        remedy = (
-            "free some space (or move the run to another disk) and run the same command again: it resumes"
-        )
+        remedy = "free some space (or move the run to another disk) and run the same command again: it resumes"
     return f"{cause}; {remedy}"
 
 
@@ -138,9 +136,7 @@ def write_atomic(path: Path, data: bytes, *, fs: Files = OS_FILES) -> Path:
 
 def encode_json(value: object, *, indent: int | None = None) -> bytes:
     """Encode strict JSON: sorted keys, UTF-8, and a ValueError for NaN or infinity (they are not JSON)."""
-    text = json.dumps(
-        value, allow_nan=False, sort_keys=True, ensure_ascii=False, indent=indent, default=_plain
-    )
+    text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False, indent=indent, default=_plain)
     return (text + "\n").encode()
 
 
@@ -171,9 +167,7 @@ def read_json(path: Path) -> Any:
     try:
         return decode_json(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise StorageError(
-            f"{path}: not valid JSON ({error}); restore it from a backup or remove it"
-        ) from error
+        raise StorageError(f"{path}: not valid JSON ({error}); restore it from a backup or remove it") from error
 
 
 def _plain(value: object) -> object:

@@ -114,9 +114,7 @@ class Guard:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _watch(self) -> None:
@@ -133,9 +131,7 @@ class Guard:
                     EXIT_STOPPED,
                 )
             if now - self._last_beat > self._timeout:
-                self._leave(
-                    "failed", f"no progress for {self._timeout:g} s at '{self._place}'", EXIT_PEER_LOST
-                )
+                self._leave("failed", f"no progress for {self._timeout:g} s at '{self._place}'", EXIT_PEER_LOST)
             self._arm_last_words()
 
     def _read_signals(self) -> None:

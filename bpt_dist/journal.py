@@ -24,9 +24,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(
-                path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
-            )
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened ({error.strerror})") from error
         self._size = os.fstat(self._descriptor).st_size
@@ -103,9 +101,7 @@ def read_records(path: Path, start: int = 0, limit: int = 1 << 22) -> tuple[list
     try:
         return [decode_json(line) for line in whole.splitlines()], start + len(whole)
     except ValueError as error:
-        raise StorageError(
-            f"{path}: a line after byte {start} is not JSON ({error}); restore the file"
-        ) from error
+        raise StorageError(f"{path}: a line after byte {start} is not JSON ({error}); restore the file") from error
 
 
 def _finite(value: Any) -> Any:

@@ -109,10 +109,7 @@ class RunLock:
         if holder is None:  # released or moved this moment
             return False
         if not self._is_dead(path, holder):
-            raise ConfigError(
-                f"{self.path.parent}: a run is alive here ({holder}); "
-                "wait for it, stop it, or choose another name="
-            )
+            raise ConfigError(f"{self.path.parent}: a run is alive here ({holder}); wait for it, stop it, or choose another name=")
         return self._try(self.path.with_name(f"{NAME}.after-{holder.id}"), [*chain, holder])
 
     def _create(self, path: Path) -> bool:

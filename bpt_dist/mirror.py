@@ -31,9 +31,7 @@ LONGEST_WAIT = 120
 ORPHAN_SECONDS = 8
 INTERVAL, LONGEST_INTERVAL = 1.0, 60.0
 log = logging.getLogger(__name__)
-_process: subprocess.Popen[bytes] | None = (
-    None  # one for all runs of this process: importing mlflow takes seconds
-)
+_process: subprocess.Popen[bytes] | None = None  # one for all runs of this process: importing mlflow takes seconds
 
 
 class Mirror:
@@ -88,9 +86,7 @@ def shutdown() -> list[str]:
     process.wait()
     process.stdout.close()
     for folder in behind:
-        log.warning(
-            "the tracking store did not get all of %s; complete it with: bpt-dist sync %s", folder, folder
-        )
+        log.warning("the tracking store did not get all of %s; complete it with: bpt-dist sync %s", folder, folder)
     return behind
 
 
@@ -192,9 +188,7 @@ class _Loop:
     def _await_settled(self, seconds: float) -> None:
         """Our pipe closes a moment before the parent is gone, and only then its run counts as killed."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not all(
-            sender.is_settled() for sender in self.senders.values()
-        ):
+        while time.monotonic() < deadline and not all(sender.is_settled() for sender in self.senders.values()):
             time.sleep(0.05)
 
     def _read_commands(self) -> None:

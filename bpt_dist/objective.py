@@ -103,7 +103,7 @@ def sigma_from_relative(mean: Float[Tensor, "P D"], sigma_relative: float) -> fl
 
 
 def low_rank_product(
-    full: Float[Tensor, "P D"], u: Float[Tensor, "*task R P"], v: Float[Tensor, "*task R D"]
+    full: Float[Tensor, "*#task P D"], u: Float[Tensor, "*task R P"], v: Float[Tensor, "*task R D"]
 ) -> Float[Tensor, "*task P D"]:
     """Return F * sum_r u_r v_r^T (elementwise with F), one prompt for every leading task of u and v that shares F."""
     return full * (u.mT @ v)

@@ -101,25 +101,19 @@ class Run:
         place = self.folder
         for name in "/".join(parts).split("/"):
             if not _NAME.fullmatch(name):
-                raise ConfigError(
-                    f"{name!r}: no name for a file of a run; use a-z, 0-9, '.', '_', '-' (at most 64)"
-                )
+                raise ConfigError(f"{name!r}: no name for a file of a run; use a-z, 0-9, '.', '_', '-' (at most 64)")
             place = place / name
             if place.is_symlink():
-                raise StorageError(
-                    f"{place}: is a link, and a run holds its own files; put the folder itself there"
-                )
+                raise StorageError(f"{place}: is a link, and a run holds its own files; put the folder itself there")
         return place
 
-    def status(
-        self, state: State, reason: str | None = None, *, step: int | None = None, stage: str | None = None
-    ) -> None:
+    def status(self, state: State, reason: str | None = None, *, step: int | None = None, stage: str | None = None) -> None:
         """Write `status.json` (rank 0; other ranks only log)."""
         log.info("%s%s%s", state, f" {stage}" if stage else "", f": {reason}" if reason else "")
         if self.rank != 0:
             return
         fault_point("status.before_write", state=state)
-        fields = {"state": state, "reason": redacted(reason) if reason else None, "updated": _now()}
+        fields: dict[str, Any] = {"state": state, "reason": redacted(reason) if reason else None, "updated": _now()}
         fields |= {key: value for key, value in (("step", step), ("stage", stage)) if value is not None}
         self._status |= fields | {"next": self._command if state in ("stopped", "failed") else None}
         write_json_atomic(self.folder / "status.json", self._status)
@@ -142,9 +136,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             if exit_code(error) == INTERNAL_ERROR:
                 log.error("internal error", exc_info=error)
@@ -158,9 +150,7 @@ class Run:
         folder = self.folder
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
         if "run.json" not in names and (foreign := sorted(n for n in names if not _PREAMBLE.fullmatch(n))):
-            raise ConfigError(
-                f"{folder}: is not a run but holds {foreign[0]!r}; choose another name= or output="
-            )
+            raise ConfigError(f"{folder}: is not a run but holds {foreign[0]!r}; choose another name= or output=")
         if fresh and "run.json" in names:
             remedy = "move it away or choose another name="
             raise ConfigError(f"{folder}: holds a run, and --fresh needs an empty directory; {remedy}")
@@ -204,9 +194,7 @@ class Run:
     def _reopen(self, fingerprint: str, changed: Changed) -> dict[str, Any]:
         record = read_json(self.folder / "run.json")
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ConfigError(
-                f"{self.folder}/run.json: no record this version can read; choose another name="
-            )
+            raise ConfigError(f"{self.folder}/run.json: no record this version can read; choose another name=")
         if record["fingerprint"] != fingerprint:
             old = read_bytes(self.folder / "config.yaml").decode()
             lines = "".join(f"\n  {line}" for line in changed(old))
@@ -317,13 +305,9 @@ def git_state() -> dict[str, Any] | None:
 def _checked_folder(run_dir: Path) -> Path:
     text = os.fspath(run_dir)
     if not text.isprintable() or not _FOLDER.fullmatch(run_dir.name):
-        raise ConfigError(
-            f"{text!r}: no run directory; its last name has letters, digits, '.', '_', '-' (at most 64)"
-        )
+        raise ConfigError(f"{text!r}: no run directory; its last name has letters, digits, '.', '_', '-' (at most 64)")
     if run_dir.is_symlink() or (run_dir.exists() and not run_dir.is_dir()):
-        raise ConfigError(
-            f"{text}: is a link or a file instead of a directory; choose another name= or output="
-        )
+        raise ConfigError(f"{text}: is a link or a file instead of a directory; choose another name= or output=")
     return run_dir.resolve()
 
 

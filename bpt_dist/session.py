@@ -24,7 +24,7 @@ from bpt_dist.methods import base as methods
 from bpt_dist.model_card import CardFacts, PosteriorFacts
 from bpt_dist.posterior import FACTS, Posterior
 from bpt_dist.run import Run
-from bpt_dist.stage import StageRun
+from bpt_dist.stage import StageRun, check_texts
 
 log = logging.getLogger(__name__)
 RESULT = "result.json"
@@ -48,6 +48,10 @@ class Session:
     def __post_init__(self) -> None:
         config = self.config
         self.method = methods.load(config, self.backbone)
+        # What can be known of the last stage is said before the first one is trained.
+        if config.target.steps:
+            num_tasks = len(config.data.target_tasks) if config.target.joint else 1
+            check_texts("target", config.target.batch_size, num_tasks, self.world.size)
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         options = config.data
         if config.method.HAS_SOURCE_STAGE and self.config.source.posterior is None:
@@ -160,7 +164,13 @@ class Session:
             self.log.flush()
             self._export(tasks, entries)
             fault_point("results.before_write", stage=stage.name)
-            result = {"position": self.log.position(), "results": entries, "selected_step": stage.best.step}
+            result = {
+                "position": self.log.position(),
+                "selected_step": stage.best.step,
+                "backbone_hash": self.backbone.identity,
+                "tokenizer_hash": self.backbone.tokenizer_hash,
+                "results": entries,
+            }
             write_json_atomic(self.run.path(stage.name, RESULT), result)
         self.world.barrier()
         self.has_results(tasks)
@@ -171,9 +181,21 @@ class Session:
         self.backbone.verify_unchanged()
         if self.run.rank == 0:
             files = [self.run.path(self.stage_name(tasks), RESULT) for tasks in self.target_groups()]
-            write_json_atomic(self.run.folder / "results.json", [entry for file in files for entry in read_json(file)["results"]])
+            results = [entry for file in files for entry in read_json(file)["results"]]
+            write_json_atomic(self.run.folder / "results.json", results)
+            self._log_score(results)
             self._draw()
         self.world.barrier()
+
+    def _log_score(self, results: Sequence[dict[str, Any]]) -> None:
+        """Record the one number runs are compared by: the mean headline metric over the targets, on the last reported split."""
+        split = self.config.evaluation.splits[-1]
+        headlines = [e["value"] for e in results if e["headline"] and e["predict"] == "map" and e["split"] == split]
+        self.log.cut(self.position)
+        if headlines:
+            score = sum(headlines) / len(headlines)
+            self.log.append({"step": 0, "stage": "results", "metrics": {"best/score": score}})
+            self.log.flush()
 
     def _entries(
         self, task: TaskData, split: str, predict: str, found: Evaluated, stage: StageRun, num_tasks: int

@@ -67,6 +67,15 @@ class Selection:
             self.since += 1
 
 
+def check_texts(stage: str, batch_size: int, num_tasks: int, num_ranks: int) -> None:
+    """Refuse a stage whose steps have fewer texts than the data axis has ranks."""
+    if num_tasks * batch_size < num_ranks:
+        raise ConfigError(
+            f"{stage}.batch_size is {batch_size}: a step has {num_tasks * batch_size} text(s) for {num_ranks} ranks of the data "
+            "axis; raise it, or start fewer processes"
+        )
+
+
 @dataclass
 class StageRun:
     """Everything one stage needs; `train.run_stage` reads like the algorithm because the rest is here."""
@@ -88,12 +97,7 @@ class StageRun:
         self.best = Selection()
         self.step = 0
         self.task_names = [task.name for task in self.batches.datasets]
-        num_texts = self.batches.tasks_per_step * self.batches.batch_size
-        if num_texts < self.mesh.data.size:
-            raise ConfigError(
-                f"{self.name.split('/')[0]}.batch_size is {self.batches.batch_size}: a step has {num_texts} text(s) for "
-                f"{self.mesh.data.size} ranks of the data axis; raise it, or start fewer processes"
-            )
+        check_texts(self.stage, self.batches.batch_size, self.batches.tasks_per_step, self.mesh.data.size)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 

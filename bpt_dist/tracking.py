@@ -115,9 +115,7 @@ class Sender:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise StorageError(
-                f"{folder}: another process is sending this run to the tracking store"
-            ) from error
+            raise StorageError(f"{folder}: another process is sending this run to the tracking store") from error
         self.state: dict[str, Any] = {"run_id": None, "sent": {}, "sending": {}, "images": {}, "files": {}}
         self.state |= read_json(folder / "tracking.json")
         if request is not None:
@@ -170,9 +168,7 @@ class Sender:
         run = client.get_run(run_id)
         tags, known = self.state["tags"], run.data.params
         new = {name: value for name, value in self.state["params"].items() if name not in known}
-        _log_batch(
-            client, run_id, params=new, tags={**tags, "bpt.resumes": str(self.state.get("resumes", 0))}
-        )
+        _log_batch(client, run_id, params=new, tags={**tags, "bpt.resumes": str(self.state.get("resumes", 0))})
         if self._true_state() is None and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
         # What was in flight when a sender ended: the store knows how far it came.
@@ -202,9 +198,7 @@ class Sender:
     def _create_experiment(self, client: Any) -> str:
         store = _sqlite_path(self.state["uri"])
         # Beside the database: MLflow's default is relative to the working directory of whoever comes first.
-        location = (
-            None if store is None else (store.parent / "mlartifacts" / self.state["experiment"]).as_uri()
-        )
+        location = None if store is None else (store.parent / "mlartifacts" / self.state["experiment"]).as_uri()
         return client.create_experiment(self.state["experiment"], artifact_location=location)
 
     def _send_metrics(self) -> None:
@@ -262,8 +256,8 @@ class Sender:
                 self._save()
 
     def _send_files(self) -> None:
-        names = ["config.yaml", "run.json", "results.json", *self.folder.glob("figures/*.png")]
-        for path in (self.folder / name for name in names):
+        records = [self.folder / name for name in ("config.yaml", "run.json", "results.json")]
+        for path in [*records, *self.folder.glob("figures/*.png")]:
             name = path.relative_to(self.folder)
             if not path.is_file():
                 continue
@@ -292,9 +286,7 @@ def metric_key(stage: str, name: str) -> str:
 def sync(folder: Path) -> Summary:
     """Send what the mirror of a run could not. Raises StorageError if the store fails."""
     if not (folder / "tracking.json").exists():
-        raise ConfigError(
-            f"{folder}: has no tracking.json; only a run with tracking.mlflow: true can be sent"
-        )
+        raise ConfigError(f"{folder}: has no tracking.json; only a run with tracking.mlflow: true can be sent")
     sender = Sender(folder)
     try:
         sender.finish()
@@ -302,9 +294,7 @@ def sync(folder: Path) -> Summary:
         raise
     except Exception as error:
         place = sender.state["uri"]
-        raise StorageError(
-            f"{place}: {_short(error)}; start the server, then run the command again"
-        ) from error
+        raise StorageError(f"{place}: {_short(error)}; start the server, then run the command again") from error
     finally:
         sender.close()
     state = sender.state

@@ -43,9 +43,7 @@ class Page:
             self.process.wait(timeout=20)
 
 
-def ui(
-    uri: str, port: int | None = None, *, headline: str = HEADLINE, params: Sequence[str] = COLUMNS
-) -> Page:
+def ui(uri: str, port: int | None = None, *, headline: str = HEADLINE, params: Sequence[str] = COLUMNS) -> Page:
     """Start the page of a sqlite store on 127.0.0.1 (on a free port if None is given) and wait for it.
 
     The links open on parallel coordinates of `params` and `headline`. Raises ConfigError for an occupied
@@ -109,10 +107,7 @@ def install_view(client: Any, experiment_id: str, *, headline: str, params: Sequ
 def _links(address: str, experiments: dict[str, str]) -> dict[str, str]:
     # Without the workflow type the page opens on traces of language-model applications.
     query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={VIEW}"
-    return {
-        name: f"{address.rstrip('/')}/#/experiments/{number}/runs?{query}"
-        for name, number in experiments.items()
-    }
+    return {name: f"{address.rstrip('/')}/#/experiments/{number}/runs?{query}" for name, number in experiments.items()}
 
 
 def _free_port(port: int | None) -> int:
@@ -138,9 +133,7 @@ def _serve(uri: str, port: int) -> subprocess.Popen[bytes]:
     ]
     # Job workers would cost eight more processes and 1.1 GB.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return subprocess.Popen(
-        command, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _await_answer(address: str, process: subprocess.Popen[bytes]) -> None:

@@ -126,7 +126,8 @@ def run_stage(stage: StageRun) -> None:
             stage.record(losses, progress)
             if stage.validation_due:
                 stage.select()
-            if stop or stage.step % settings.checkpoint_every == 0 or stage.step == settings.steps:
+            due = stage.step % settings.checkpoint_every == 0 or stage.step == settings.steps
+            if stop or due or stage.converged:
                 stage.save()
             if stop:
                 raise Stopped(f"stopped on request after {stage.name} step {stage.step}; the same command resumes")

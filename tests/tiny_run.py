@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import tiny_t5
 import torch
 import yaml
 
-import tiny_t5
 from bpt_dist import config as configuration
 from bpt_dist import train
 from bpt_dist.config import Config
@@ -62,7 +62,7 @@ def world(folder: Path, **options: Any) -> Path:
 
 
 def settings(world_folder: Path, method: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
-    """Return plain settings of a short run: two source tasks where the method has them, two targets; sections are merged over it."""
+    """Return plain settings of a short run: two source tasks where the method has them, two targets; `sections` win."""
     options = method_options(method["name"])
     fields = options.model_fields
     short = {"length": 3, "num_particles": 2, "sigma_relative": 1.0}
@@ -111,7 +111,7 @@ def trained(config: Config, mesh_world: World | None = None) -> Path:
     return config.directory
 
 
-class Reached(Exception):  # noqa: N818 - no error: the stage a test asked for
+class Reached(Exception):
     """Carries the stage that is about to take its first step."""
 
 

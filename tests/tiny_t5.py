@@ -8,8 +8,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-WORDS = ("sentence premise hypothesis question text : the a cat dog bird sat ran flew on mat yes no maybe good bad true false "
-         "entailment neutral contradiction positive negative not is was red blue green one two three").split()
+WORDS = (
+    "sentence premise hypothesis question text : the a cat dog bird sat ran flew on mat yes no maybe good bad true false "
+    "entailment neutral contradiction positive negative not is was red blue green one two three"
+).split()
 
 
 def make(folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, seed: int = 0) -> Path:
@@ -22,8 +24,18 @@ def make(folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, s
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=128, d_model=width, d_kv=width // 4, num_heads=4, d_ff=2 * width, num_layers=layers, num_decoder_layers=layers,
-        dropout_rate=0.1, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=tied,
+        vocab_size=128,
+        d_model=width,
+        d_kv=width // 4,
+        num_heads=4,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
     )
     model = T5ForConditionalGeneration(config)
     if not tied:  # transformers ties T5 whatever the flag says; a really untied head needs its own tensor

@@ -7,7 +7,7 @@ a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,7 @@ class Config(PromptOptions):
     lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the low-rank factors.")
 
     @model_validator(mode="after")
-    def _particles(self) -> Self:
+    def _particles(self) -> "Config":
         problems = []
         if self.particle_init == "independent":
             problems = without_effect(self, "with particle_init independent", "spread")
@@ -65,7 +65,7 @@ class Config(PromptOptions):
         return self
 
     @model_validator(mode="after")
-    def _prior(self) -> Self:
+    def _prior(self) -> "Config":
         problems = []
         if self.prior == "none":
             problems = without_effect(self, "with prior none", "sigma", "sigma_relative")

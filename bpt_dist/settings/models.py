@@ -168,10 +168,12 @@ def _mesh_form(value: Any) -> str:
 class Distribution(Section):
     """Processes: how the work is divided and how long to wait for peers."""
 
-    mesh: Annotated[
-        Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)
-    ] = Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
-    shard: Literal["none", "deepspeed", "fsdp2"] = Field(default="none", description="Who partitions the frozen backbone over ranks.")
+    mesh: Annotated[Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)] = (
+        Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
+    )
+    shard: Literal["none", "deepspeed", "fsdp2"] = Field(
+        default="none", description="Who partitions the frozen backbone over all ranks."
+    )
     zero_config: Folder | None = Field(
         default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
     )
@@ -229,8 +231,8 @@ class Config(Section):
     rows: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="One run a row: keys that differ from the rest of the file, and `label` to name the row."
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = (
-        Field(default=None, description="One run a seed.")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="One run a seed."
     )
 
     @property

@@ -62,7 +62,9 @@ def _main(main: Callable[[], int], rank: int, size: int, port: int, environment:
     torch.set_num_threads(1)
     os.environ.update(environment)
     if size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     code = 70
     try:
         code = main()
@@ -79,13 +81,18 @@ class _Failure:
 def _rank(work: Callable[..., Any], rank: int, size: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        TORCH_DISTRIBUTED_DEBUG="DETAIL", DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCH_DISTRIBUTED_DEBUG="DETAIL",
+        DS_ACCELERATOR="cpu",
     )
     try:
         world = World.start(timeout_seconds=60)
         # As bytes: tensors in a queue are shared memory, gone with the rank.
         results.put((rank, pickle.dumps(work(world, *arguments))))
         world.stop()
-    except BaseException:  # noqa: BLE001 - whatever a rank dies of is the test's finding
+    except BaseException:
         results.put((rank, _Failure(f"rank {rank}: {traceback.format_exc()}")))

@@ -93,7 +93,7 @@ def nothing_was_trained(world: Path) -> bool:
     )
 
 
-# --- the configuration -----------------------------------------------------------------------------------------------------------
+# --- the configuration ------------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_keys_and_wrong_types_are_all_named_at_once(world: Path, tmp_path: Path) -> None:
@@ -117,12 +117,17 @@ def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_option_is_refused_by_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "launcher/train.py", "--config", "x.yaml", "--lr", "3"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "launcher/train.py", "--config", "x.yaml", "--lr", "3"],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, "unrecognized arguments: --lr" in done.stderr) == (2, True)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------------------
 
 
 BAD_ROWS = {
@@ -157,7 +162,9 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(world: Path, tmp_path:
 
 def test_data_that_is_not_there_says_what_to_put_where(world: Path, tmp_path: Path) -> None:
     shutil.rmtree(world / "tasks" / "mood")
-    assert_refused(command(tmp_path, plain(world)), 65, r"task 'mood' reads train\.jsonl and validation\.jsonl", str(world / "tasks" / "mood"))
+    assert_refused(
+        command(tmp_path, plain(world)), 65, r"task 'mood' reads train\.jsonl and validation\.jsonl", str(world / "tasks" / "mood")
+    )
 
 
 def test_a_bad_row_is_mended_and_the_same_command_goes_on(world: Path, tmp_path: Path) -> None:
@@ -170,12 +177,14 @@ def test_a_bad_row_is_mended_and_the_same_command_goes_on(world: Path, tmp_path:
     assert read_json(world / "runs" / "run" / "status.json")["state"] == "finished"
 
 
-# --- backbone, prompts, posteriors -------------------------------------------------------------------------------------------------
+# --- backbone, prompts, posteriors ------------------------------------------------------------------------------------------------
 
 
 def test_a_backbone_with_pickled_weights_only_is_refused(world: Path, tmp_path: Path) -> None:
     (world / "t5" / "model.safetensors").rename(world / "t5" / "pytorch_model.bin")
-    assert_refused(command(tmp_path, plain(world)), 2, "backbone.path: " + re.escape(str(world / "t5")), r"never read", "save_pretrained")
+    assert_refused(
+        command(tmp_path, plain(world)), 2, "backbone.path: " + re.escape(str(world / "t5")), r"never read", "save_pretrained"
+    )
     assert nothing_was_trained(world)
 
 
@@ -184,7 +193,9 @@ def test_a_stored_prompt_of_another_width_is_refused_before_training(method: str
     numpy.save(tmp_path / "prompt.npy", numpy.zeros((3, 48), dtype=numpy.float32))
     options = {"name": method, "init": "file", "init_file": str(tmp_path / "prompt.npy")}
     answer = command(tmp_path, tiny_run.settings(world, options))
-    assert_refused(answer, 2, re.escape(f"{tmp_path / 'prompt.npy'}: the prompt is 48 wide, the backbone 32"), "choose a backbone of width 48")
+    assert_refused(
+        answer, 2, re.escape(f"{tmp_path / 'prompt.npy'}: the prompt is 48 wide, the backbone 32"), "choose a backbone of width 48"
+    )
     assert nothing_was_trained(world)
 
 
@@ -207,8 +218,12 @@ def test_a_posterior_of_another_backbone_or_tokenizer_is_refused(
     before = hashes(world / "runs" / "giver")
     shutil.copytree(world / "t5", world / "other")
     change(world / "other")
-    settings = plain(world, name="taker", backbone={"path": str(world / "other")}, source={"posterior": str(world / "runs" / "giver")})
-    assert_refused(command(tmp_path, settings), 2, rf"source\.posterior: .* made with another {what}", "set backbone.path to that one")
+    settings = plain(
+        world, name="taker", backbone={"path": str(world / "other")}, source={"posterior": str(world / "runs" / "giver")}
+    )
+    assert_refused(
+        command(tmp_path, settings), 2, rf"source\.posterior: .* made with another {what}", "set backbone.path to that one"
+    )
     assert not list((world / "runs" / "taker").rglob("step-*"))
     assert hashes(world / "runs" / "giver") == before
     # The same backbone takes it, wherever it lies.
@@ -228,14 +243,16 @@ def test_a_backbone_that_changed_under_a_run_is_refused_at_resume(
     kept = shutil.copytree(world / "t5", world / "kept")
     change(world / "t5")
     answer = command(tmp_path, plain(world))
-    assert_refused(answer, 2, rf"backbone\.path: {re.escape(str(world / 't5'))} holds another {what}", "put the old one back to resume")
+    assert_refused(
+        answer, 2, rf"backbone\.path: {re.escape(str(world / 't5'))} holds another {what}", "put the old one back to resume"
+    )
     assert hashes(world / "runs" / "run" / "source") == before
     shutil.rmtree(world / "t5")
     shutil.copytree(kept, world / "t5")
     assert command(tmp_path, plain(world)).code == 0
 
 
-# --- run directories ---------------------------------------------------------------------------------------------------------------
+# --- run directories --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_that_is_no_run_is_not_touched(world: Path, tmp_path: Path) -> None:
@@ -243,7 +260,9 @@ def test_a_directory_that_is_no_run_is_not_touched(world: Path, tmp_path: Path) 
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("irreplaceable")
     before = hashes(folder)
-    assert_refused(command(tmp_path, plain(world)), 2, re.escape(str(folder)), r"is not a run but holds 'thesis\.tex'", "choose another name=")
+    assert_refused(
+        command(tmp_path, plain(world)), 2, re.escape(str(folder)), r"is not a run but holds 'thesis\.tex'", "choose another name="
+    )
     assert hashes(folder) == before
 
 
@@ -261,7 +280,14 @@ def test_a_run_with_another_configuration_is_not_touched(world: Path, tmp_path: 
     folder = world / "runs" / "run"
     before = hashes(folder)
     answer = command(tmp_path, plain(world), "source.lr=0.1", "num_particles=4")
-    assert_refused(answer, 2, re.escape(str(folder)), r"\bsource\.lr\b", r"\bmethod\.num_particles\b", "restore these values .* or choose another name=")
+    assert_refused(
+        answer,
+        2,
+        re.escape(str(folder)),
+        r"\bsource\.lr\b",
+        r"\bmethod\.num_particles\b",
+        "restore these values .* or choose another name=",
+    )
     assert hashes(folder) == before
     assert_refused(command(tmp_path, plain(world), "--fresh"), 2, "--fresh needs an empty directory")
     assert hashes(folder) == before
@@ -280,7 +306,7 @@ def test_an_output_that_cannot_be_written_is_named(world: Path, tmp_path: Path) 
     assert_refused(answer, answer.code, re.escape(str(world / "runs")), "choose another")
 
 
-# --- a full disk -------------------------------------------------------------------------------------------------------------------
+# --- a full disk ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["ckpt.before_rename,step=4", "ckpt.before_rename,step=2", "status.before_write,state=finished"])

@@ -1,6 +1,6 @@
 """F1, F5, F13, F25: whatever ends a run, the same command finishes it with the bits of an undisturbed one.
 
-Every trial forks this process, in which torch is already imported, and does what `launcher/train.py` does after reading its options.
+Every trial forks this process, which has imported torch, and runs what `launcher/train.py` runs once its options are read.
 """
 
 from __future__ import annotations
@@ -81,12 +81,18 @@ def started(config: Config, fault: str = "", size: int = 1) -> list[int]:
 
 
 def left_by(run: Path) -> dict[str, Any]:
-    """Everything a finished run leaves, but for times, what describes its starts, and checkpoints that are not the last of a stage."""
+    """Everything a finished run leaves, but for times, what describes its starts, and all but the last checkpoint of a stage."""
     lasts = {max(folder.iterdir()) for folder in run.rglob("checkpoints")}
     found: dict[str, Any] = {}
     for file in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(file.relative_to(run))
-        if name.startswith(("logs/", "run.lock")) or name in ("run.json", "status.json", "config.yaml", "metrics.jsonl", "bad_step.json"):
+        if name.startswith(("logs/", "run.lock")) or name in (
+            "run.json",
+            "status.json",
+            "config.yaml",
+            "metrics.jsonl",
+            "bad_step.json",
+        ):
             continue
         if "/checkpoints/" not in name or file.parent in lasts:
             found[name] = file.read_bytes()
@@ -160,7 +166,9 @@ def test_a_gradient_that_is_not_a_number_stops_before_anything_changes(
     bad = read_json(config.directory / "bad_step.json")
     tasks = ("colour", "truth") if stage == "source" else (stage.split("/")[1],)
     assert (bad["stage"], bad["step"]) == (stage, step)
-    assert [row.split("/")[0] for row in bad["row_ids"]["0"]] == [task for task in tasks for _ in range(2 if stage == "source" else 3)]
+    assert [row.split("/")[0] for row in bad["row_ids"]["0"]] == [
+        task for task in tasks for _ in range(2 if stage == "source" else 3)
+    ]
     last = checkpoint.newest(config.directory / stage / "checkpoints", fingerprint=None, warn=print)
     assert (last.step if last else 0) == step // 2 * 2  # the last good step that was due
     assert started(config) == [0]
@@ -209,7 +217,9 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_both(world: Path, undistu
     assert_finished_as(undisturbed_pair, config)
 
 
-def test_one_rank_asked_to_stop_stops_both_after_the_same_step(world: Path, undisturbed_pair: dict[str, Any], tmp_path: Path) -> None:
+def test_one_rank_asked_to_stop_stops_both_after_the_same_step(
+    world: Path, undisturbed_pair: dict[str, Any], tmp_path: Path
+) -> None:
     config = configured(world, tmp_path)
     assert started(config, "step.before_forward,stage=source,step=1,rank=1,term", size=2) == [75, 75]
     assert read_json(config.directory / "status.json")["state"] == "stopped"

@@ -71,12 +71,8 @@ class CrashingFiles(OsFiles):
         self._call(super().fsync, path, lambda: self._sync(path))
 
     def rename(self, source: Path, target: Path) -> None:
-        assert source.parent == target.parent, (
-            "one rename inside one directory is what file systems keep atomic"
-        )
-        self._call(
-            lambda _: OsFiles.rename(self, source, target), source, lambda: self._rename(source, target)
-        )
+        assert source.parent == target.parent, "one rename inside one directory is what file systems keep atomic"
+        self._call(lambda _: OsFiles.rename(self, source, target), source, lambda: self._rename(source, target))
 
     def unlink(self, path: Path) -> None:
         self._call(super().unlink, path, lambda: self._parent(path).change(**{path.name: None}))

@@ -78,9 +78,9 @@ def test_heavy_packages_are_imported_in_one_place(package: str) -> None:
     for path in FILES:
         users = [name for name in imports(path) if name.split(".")[0] == package]
         own = module_name(path)
-        assert not users or any(own == place or own.startswith(f"{place}.") or own.startswith(f"{place}_") for place in ONE_PLACE[package]), (
-            f"{own} imports {package}"
-        )
+        assert not users or any(
+            own == place or own.startswith(f"{place}.") or own.startswith(f"{place}_") for place in ONE_PLACE[package]
+        ), f"{own} imports {package}"
 
 
 @pytest.mark.parametrize("name", sorted(PURE))
@@ -102,7 +102,11 @@ def test_no_method_is_named_outside_its_file() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name in ("methods",) or path.stem == "published":
             continue
-        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         assert not strings & names, f"{path} names {strings & names}"
 
 

@@ -206,7 +206,7 @@ def test_a_low_rank_pair_around_a_linear_layer_is_a_changed_weight(tied: Backbon
     changed = stock(Path(tied.path), torch.float32)
     for name, parameter in changed.named_parameters():
         if name.endswith((".q.weight", ".v.weight")):
-            parameter += b @ a
+            parameter.add_(b @ a)
     for n, row in enumerate(rows()):
         expected = logits_of_row(changed, prompts()[0], *row).logits[0]
         torch.testing.assert_close(logits(tied)[0, n, : len(row[1])], expected, rtol=1e-4, atol=1e-5)

@@ -48,9 +48,7 @@ def test_what_is_saved_is_loaded(folder):
 
 def test_saved_bytes_depend_on_the_content_only(tmp_path):
     metadata = {f"key{i}": str(i) for i in range(9)}
-    data = {
-        checkpoint.write_tensors_atomic(tmp_path / "p", state(1), metadata).read_bytes() for _ in range(5)
-    }
+    data = {checkpoint.write_tensors_atomic(tmp_path / "p", state(1), metadata).read_bytes() for _ in range(5)}
     assert len(data) == 1
     assert checkpoint.read_tensors(tmp_path / "p")[1] == metadata
 
@@ -194,9 +192,7 @@ def test_a_disk_that_lies_keeps_the_older_ones(folder):
 
 def hostile_files():
     header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
-    overlap = json.dumps(
-        {n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in ("a", "b")}
-    ).encode()
+    overlap = json.dumps({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in ("a", "b")}).encode()
     call = b"cposix\nsystem\n(S'touch /tmp/bpt-pwned'\ntR."
     yield "pickle", call
     yield "pickle protocol 4", b"\x80\x04" + call

@@ -1,10 +1,11 @@
-"""The update of a stage: schedule, clipping particle by particle, state that resumes to the same bits; what ZeRO settings are refused."""
+"""The update of a stage: schedule, clipping particle by particle, state that resumes to the same bits; refused ZeRO settings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny_t5
@@ -149,10 +150,20 @@ def test_a_tensor_without_a_learning_rate_is_our_mistake() -> None:
 # --- partitioning (the real thing is in tests/distributed/test_training.py) ---------------------------------------------------
 
 
-def test_partitioning_without_a_process_group_says_how_to_start(tmp_path: Path) -> None:
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", ["deepspeed", "fsdp2"])
+def test_partitioning_without_a_process_group_says_how_to_start(shard: Literal["deepspeed", "fsdp2"], tmp_path: Path) -> None:
     backbone = backbones.load(str(tiny_t5.make(tmp_path)))
-    with pytest.raises(ConfigError, match=r"distribution\.shard: deepspeed needs a process group; start with `deepspeed launcher/train\.py"):
-        engine.place(backbone, Distribution(shard="deepspeed"), World())
+    with pytest.raises(
+        ConfigError, match=r"distribution\.shard: .* needs a process group; start with `deepspeed launcher/train\.py"
+    ):
+        engine.place(backbone, Distribution(shard=shard), World())
 
 
 @pytest.mark.parametrize(
@@ -165,6 +176,7 @@ def test_partitioning_without_a_process_group_says_how_to_start(tmp_path: Path) 
         (None, r"is no DeepSpeed JSON"),
     ],
 )
+@pytest.mark.usefixtures("group_of_one")
 def test_zero_settings_that_cannot_hold_a_frozen_t5_are_refused(tmp_path: Path, content: str | None, remedy: str) -> None:
     backbone = backbones.load(str(tiny_t5.make(tmp_path / "t5")))
     file = tmp_path / "zero.json"

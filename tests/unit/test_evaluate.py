@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import T5ForConditionalGeneration
 
+from bpt_dist import backbone as backbones
 from bpt_dist.config import Evaluation
 from bpt_dist.data.prepared import TaskData, prepare
 from bpt_dist.evaluate import Evaluated, decoding, evaluate
 from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods.base import Method, load
-from bpt_dist import backbone as backbones
 
 WORDS = {"truth": ("true", "false"), "mood": ("good", "not good"), "colour": ("red", "blue", "green")}
 
@@ -36,7 +36,9 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method,
     plain = tiny_run.settings(world, {"name": "bpt", "num_particles": 3, "spread": 1.0}, evaluation={"predict": "ensemble"})
     config = tiny_run.load(tmp_path_factory.mktemp("config"), plain)
     backbone = backbones.load(str(world / "t5"))
-    tasks = prepare(["truth", "mood", "colour", "count"], config.data, backbone.tokenizer, splits=("train", "validation", "test"), seed=0)
+    tasks = prepare(
+        ["truth", "mood", "colour", "count"], config.data, backbone.tokenizer, splits=("train", "validation", "test"), seed=0
+    )
     method = load(config, backbone)
     method.begin_source([], Mesh())
     method.begin_target(method.end_source(Mesh()), [task.spec for task in tasks], [32] * 4, Mesh())
@@ -45,11 +47,13 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method,
     return method, tasks
 
 
-def run(made: tuple[Method, list[TaskData]], index: int, predict: str = "map", beat: Any = lambda place: None, **settings: Any) -> Evaluated:
+def run(
+    made: tuple[Method, list[TaskData]], index: int, predict: str = "map", beat: Any = lambda place: None, **settings: Any
+) -> Evaluated:
     return evaluate(made[0], made[1], index, "test", predict, Evaluation(**settings), World(), beat)
 
 
-def probabilities(made: tuple[Method, list[TaskData]], index: int, hypotheses: Iterator[int]) -> numpy.ndarray:
+def probabilities(made: tuple[Method, list[TaskData]], index: int, hypotheses: Sequence[int]) -> numpy.ndarray:
     """The predictive distribution over label words, one text, one word and one prompt at a time."""
     method, task = made[0], made[1][index]
     model = T5ForConditionalGeneration.from_pretrained(method.backbone.path).eval()
@@ -72,10 +76,12 @@ def probabilities(made: tuple[Method, list[TaskData]], index: int, hypotheses: I
 @pytest.mark.parametrize("predict", ["map", "ensemble"])
 @pytest.mark.parametrize("index", [0, 1, 2])
 @torch.no_grad()
-def test_closed_labels_are_ranked_by_the_predictive_distribution(made: tuple[Method, list[TaskData]], index: int, predict: str) -> None:
+def test_closed_labels_are_ranked_by_the_predictive_distribution(
+    made: tuple[Method, list[TaskData]], index: int, predict: str
+) -> None:
     task, found = made[1][index], run(made, index, predict)
     words = WORDS[task.spec.name]
-    expected = probabilities(made, index, range(1) if predict == "map" else range(1, 4))  # type: ignore[arg-type]
+    expected = probabilities(made, index, range(1) if predict == "map" else range(1, 4))
     numpy.testing.assert_allclose([row["probabilities"] for row in found.predictions], expected, rtol=1e-4)
     assert [row["prediction"] for row in found.predictions] == [words[choice] for choice in expected.argmax(1)]
     right = [words.index(example.target) for example in task.splits["test"].examples]
@@ -103,7 +109,9 @@ def test_the_batch_size_changes_speed_only(made: tuple[Method, list[TaskData]], 
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-4)
 
 
-def test_every_rank_makes_as_many_passes_and_takes_its_turn(made: tuple[Method, list[TaskData]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_makes_as_many_passes_and_takes_its_turn(
+    made: tuple[Method, list[TaskData]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A partitioned T5 is gathered in every pass: one rank with one pass fewer would leave the others waiting."""
     shares: dict[int, list[Any]] = {}
     monkeypatch.setattr(World, "gather_objects", lambda self, found: shares.setdefault(self.rank, found) and [*shares.values()])
@@ -143,8 +151,7 @@ def test_how_a_task_is_decoded(made: tuple[Method, list[TaskData]]) -> None:
 
 
 def test_generation_is_bounded_by_the_longest_label_or_the_setting(made: tuple[Method, list[TaskData]]) -> None:
-    limits = []
-    method, tasks = made
+    limits, method = [], made[0]
     original = method.generate
     method.generate = lambda batch, limit: limits.append(limit) or original(batch, limit)  # type: ignore[method-assign]
     try:

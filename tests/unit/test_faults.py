@@ -32,9 +32,7 @@ def test_conditions_must_all_hold(fault, monkeypatch):
     assert fault_point("step.after_backward", step=7)
     assert not fault_point("step.after_backward", step=8)
     assert not fault_point("step.before_update", step=7)
-    assert not fault_point("step.after_backward"), (
-        "a condition on something the place does not know is not met"
-    )
+    assert not fault_point("step.after_backward"), "a condition on something the place does not know is not met"
 
 
 def test_hit_counts_matches(fault):

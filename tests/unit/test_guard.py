@@ -27,9 +27,7 @@ def ready():
 
 def start(tmp_path, body, **keywords):
     script = PRELUDE + textwrap.dedent(body)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, **keywords
-    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, **keywords)
     assert process.stdout.readline() == b"ready\n"
     return process
 

@@ -1,4 +1,4 @@
-"""Bayesian prompt tuning as it is trained: gradients of whole objectives in float64, and the checks that would expose a wrong BPT."""
+"""BPT as it is trained: gradients of whole objectives in float64, and the checks that would expose a wrong BPT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(world: Path, folder: Path, method: dict[str, Any] | None = None, **sections: Any) -> Config:
-    return tiny_run.load(folder, tiny_run.settings(world, {"name": "bpt", **(method or {})}, output=str(folder / "runs"), **sections))
+    return tiny_run.load(
+        folder, tiny_run.settings(world, {"name": "bpt", **(method or {})}, output=str(folder / "runs"), **sections)
+    )
 
 
 # --- gradients of whole objectives against float64 -----------------------------------------------------------------------
@@ -49,7 +51,9 @@ class Loop:
     """An independent objective: the stock T5 in float64, one unpadded text and one particle at a time."""
 
     def __init__(self, stage: StageRun, reduction: str) -> None:
-        self.model = T5ForConditionalGeneration.from_pretrained(stage.method.backbone.path, dtype=torch.float64).eval().requires_grad_(False)
+        self.model = (
+            T5ForConditionalGeneration.from_pretrained(stage.method.backbone.path, dtype=torch.float64).eval().requires_grad_(False)
+        )
         for block in self.model.modules():
             for name, module in block.named_children():
                 if isinstance(module, T5LayerNorm):
@@ -148,7 +152,7 @@ def test_the_gradient_of_the_target_objective(
         parameters = dict(stage.method.named_parameters())
         with torch.no_grad():  # away from the start, where the penalty and half of the factors' gradients are zero
             for seed, parameter in enumerate(parameters.values()):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
         train.accumulate_gradients(stage)
         loop, rows = Loop(stage, config.reduction), rows_of_step(stage, 0)
         source, _ = read_tensors(stage.run.path("source", "posterior") / "posterior.safetensors")
@@ -198,10 +202,15 @@ def test_the_gradient_reaches_only_particles_own_score(world: Path, tmp_path: Pa
 def bits(run: Path) -> dict[str, Any]:
     """Everything a run leaves, but for what names the method and where the run is."""
     results = [
-        {key: value for key, value in entry.items() if key not in ("method", "run")} for entry in json.loads((run / "results.json").read_text())
+        {key: value for key, value in entry.items() if key not in ("method", "run")}
+        for entry in json.loads((run / "results.json").read_text())
     ]
     metrics = [
-        (record["stage"], record["step"], {name: value for name, value in record["metrics"].items() if not name.startswith("svgd/")})
+        (
+            record["stage"],
+            record["step"],
+            {name: value for name, value in record["metrics"].items() if not name.startswith("svgd/")},
+        )
         for record in read_records(run / "metrics.jsonl", limit=1 << 30)[0]
     ]
     files = sorted([*run.rglob("*.safetensors"), *run.rglob("predictions*.jsonl")])
@@ -226,7 +235,9 @@ def particles_of(run: Path, step: int) -> Tensor:
 
 def test_identical_particles_stay_identical(world: Path, tmp_path: Path) -> None:
     source = {"steps": 4, "clip": 1.0}
-    run = tiny_run.trained(configured(world, tmp_path, {"num_particles": 3, "spread": 0.0}, source=source, target={"steps": 1, "eval_every": 1}))
+    run = tiny_run.trained(
+        configured(world, tmp_path, {"num_particles": 3, "spread": 0.0}, source=source, target={"steps": 1, "eval_every": 1})
+    )
     particles = particles_of(run, 4)
     assert torch.equal(particles[1], particles[0])
     assert torch.equal(particles[2], particles[0])
@@ -257,7 +268,9 @@ def test_permuted_particles_take_permuted_paths(form: str, world: Path, tmp_path
 @pytest.mark.parametrize(("kernel", "scope"), [("rbf", "prompt"), ("imq", "prompt"), ("rbf", "token")])
 def test_logged_diagnostics_are_those_of_the_checkpointed_particles(kernel: str, scope: str, world: Path, tmp_path: Path) -> None:
     options = {"num_particles": 4, "spread": 0.2, "kernel": kernel, "scope": scope}
-    run = tiny_run.trained(configured(world, tmp_path, options, source={"steps": 4, "checkpoint_every": 1}, target={"steps": 1, "eval_every": 1}))
+    run = tiny_run.trained(
+        configured(world, tmp_path, options, source={"steps": 4, "checkpoint_every": 1}, target={"steps": 1, "eval_every": 1})
+    )
     records, _ = read_records(run / "metrics.jsonl", limit=1 << 30)
     (logged,) = [record["metrics"] for record in records if record["stage"] == "source" and record["step"] == 4]
     cloud = particles_of(run, 3).double().numpy()  # step 4 logs what it started from
@@ -308,7 +321,9 @@ def test_the_posterior_is_the_last_particles_and_their_mean(world: Path, tmp_pat
 # --- the target stage ------------------------------------------------------------------------------------------------------
 
 
-def test_a_target_starts_at_the_mean_and_own_rates_move_its_parts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_starts_at_the_mean_and_own_rates_move_its_parts(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configured(world, tmp_path, {"lr_full": 0.25, "lr_low_rank": 0.5}, target={"schedule": "constant"})
     with tiny_run.stage_of(monkeypatch, config, number=1) as stage:
         source, _ = read_tensors(stage.run.path("source", "posterior") / "posterior.safetensors")
@@ -317,7 +332,9 @@ def test_a_target_starts_at_the_mean_and_own_rates_move_its_parts(world: Path, t
         before = stage.method.snapshot()
         train.accumulate_gradients(stage)
         stage.updater.step(0)
-        moved = {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in stage.method.named_parameters()}
+        moved = {
+            name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in stage.method.named_parameters()
+        }
     # The first step of Adam moves every coordinate by the learning rate.
     assert moved == pytest.approx({"particles": 0.25, "u": 0.5, "v": 0.5}, rel=1e-3)
 
@@ -337,7 +354,9 @@ def test_joint_targets_share_the_full_matrix_and_own_their_factors(world: Path, 
         torch.testing.assert_close(exported["prompt_embeddings"], expected)
 
 
-def test_an_ensemble_adapts_every_particle_towards_its_own_start(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ensemble_adapts_every_particle_towards_its_own_start(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configured(world, tmp_path, {"sigma": 1.0, "num_particles": 3}, evaluation={"predict": "ensemble"})
     with tiny_run.stage_of(monkeypatch, config, number=1) as stage:
         method = stage.method

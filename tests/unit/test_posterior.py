@@ -45,7 +45,9 @@ def test_a_posterior_is_found_from_run_folder_or_file(stored: Posterior, backbon
 def test_without_its_facts_a_posterior_does_not_exist(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:
     """They are written last: a crash between the two files leaves none."""
     (tmp_path / "run/source/posterior/posterior.json").unlink()
-    with pytest.raises(ConfigError, match=r"source\.posterior: no posterior\.safetensors with posterior\.json in .*; give a finished run"):
+    with pytest.raises(
+        ConfigError, match=r"source\.posterior: no posterior\.safetensors with posterior\.json in .*; give a finished run"
+    ):
         Posterior.load(tmp_path / "run", backbone)
 
 
@@ -55,7 +57,9 @@ def test_a_posterior_of_other_weights_is_refused(stored: Posterior, tmp_path: Pa
         Posterior.load(tmp_path / "run", other)
 
 
-def test_a_posterior_of_a_tokenizer_with_two_pieces_swapped_is_refused(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_posterior_of_a_tokenizer_with_two_pieces_swapped_is_refused(
+    stored: Posterior, backbone: Backbone, tmp_path: Path
+) -> None:
     """F16: same weights, same size of the vocabulary, another meaning of every text."""
     folder = Path(shutil.copytree(backbone.path, tmp_path / "swapped"))
     content = json.loads((folder / "tokenizer.json").read_text())

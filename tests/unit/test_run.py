@@ -192,9 +192,7 @@ def test_only_rank_0_writes_shared_files(tmp_path):
 def test_logs_hold_no_secret_and_no_control_character(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-123")
     with open_run(tmp_path / "run") as run:
-        logging.getLogger("bpt_dist.x").info(
-            "text \x1b[31m from data, canary-123, https://me:canary-456@host/"
-        )
+        logging.getLogger("bpt_dist.x").info("text \x1b[31m from data, canary-123, https://me:canary-456@host/")
         run.status("failed", "at https://me:canary-456@host/")
     written = "".join(path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert "canary" not in written

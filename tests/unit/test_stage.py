@@ -26,7 +26,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(world: Path, folder: Path, method: str = "bpt", options: dict[str, Any] | None = None, **sections: Any) -> Config:
-    return tiny_run.load(folder, tiny_run.settings(world, {"name": method, **(options or {})}, output=str(folder / "runs"), **sections))
+    return tiny_run.load(
+        folder, tiny_run.settings(world, {"name": method, **(options or {})}, output=str(folder / "runs"), **sections)
+    )
 
 
 def records(run: Path, stage: str) -> list[dict[str, Any]]:
@@ -67,7 +69,9 @@ def test_particles_with_their_own_texts_read_those_of_their_place_among_all(
 def test_more_ranks_than_texts_are_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path)) as stage:
         # Two source tasks of two texts each.
-        with pytest.raises(ConfigError, match=r"source\.batch_size is 2: a step has 4 text\(s\) for 5 ranks of the data axis; raise it"):
+        with pytest.raises(
+            ConfigError, match=r"source\.batch_size is 2: a step has 4 text\(s\) for 5 ranks of the data axis; raise it"
+        ):
             replace_mesh(stage, Mesh(data=Axis(0, 5)))
         replace_mesh(stage, Mesh(data=Axis(0, 4)))
 
@@ -111,7 +115,11 @@ def test_validations_fall_on_their_steps_and_the_best_prompt_is_what_is_exported
         tiny_run.assert_same(stage.method.snapshot(), snapshots[4])
     assert sorted(snapshots) == [2, 4, 5]  # every second step and the last
     validated = [record for record in records(config.directory, "target/mood") if "target/validation/accuracy" in record["metrics"]]
-    assert [(record["step"], record["metrics"]["target/validation/accuracy"]) for record in validated] == [(2, 20.0), (4, 60.0), (5, 40.0)]
+    assert [(record["step"], record["metrics"]["target/validation/accuracy"]) for record in validated] == [
+        (2, 20.0),
+        (4, 60.0),
+        (5, 40.0),
+    ]
 
 
 def test_patience_ends_a_stage_that_does_not_improve(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +202,9 @@ def test_a_number_that_is_not_finite_changes_no_particle_and_names_its_rows(
             losses.sums[1] = float("inf")
         else:
             next(iter(stage.method.parameters())).grad[1, 0, 0] = float("nan")
-        with pytest.raises(NonFinite, match=r"source step 0: .* on rank\(s\) 0; no particle was changed\. .*bad_step\.json.*source\.clip"):
+        with pytest.raises(
+            NonFinite, match=r"source step 0: .* on rank\(s\) 0; no particle was changed\. .*bad_step\.json.*source\.clip"
+        ):
             stage.agree(losses, False)
         tiny_run.assert_same(stage.method.snapshot(), before)
         bad = json.loads((config.directory / "bad_step.json").read_text())

@@ -81,8 +81,7 @@ def stored(run, uri):
     run_id = json.loads((run.folder / "tracking.json").read_text())["run_id"]
     found = client.get_run(run_id)
     history = {
-        name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
-        for name in found.data.metrics
+        name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in found.data.metrics
     }
     return found, {name: sorted(points) for name, points in history.items()}
 
@@ -147,9 +146,7 @@ def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, mo
 def test_more_points_than_one_call_may_carry(run, store):
     log = MetricsLog(run.folder / "metrics.jsonl")
     for step in range(70):
-        log.append(
-            {"step": step, "stage": "source", "metrics": {f"source/loss/{k}": k + step for k in range(40)}}
-        )
+        log.append({"step": step, "stage": "source", "metrics": {f"source/loss/{k}": k + step for k in range(40)}})
     log.append({"step": 70, "stage": "source", "metrics": {f"wide/{k}": float(k) for k in range(1500)}})
     log.close()
     sender = sender_for(run, store)
@@ -356,9 +353,7 @@ def test_an_outage_costs_nothing_and_sync_completes(tmp_path, store, outage):
     assert slowest < 0.05
     assert delay <= 5
     state = json.loads((folder / "tracking.json").read_text())
-    (folder / "tracking.json").write_text(
-        json.dumps({**state, "uri": store})
-    )  # the server is back, elsewhere
+    (folder / "tracking.json").write_text(json.dumps({**state, "uri": store}))  # the server is back, elsewhere
     assert sync(folder).points == 100
     assert sync(folder).points == 0
     run = type("Folder", (), {"folder": folder})
