@@ -190,8 +190,8 @@ def counted(rng: random.Random, domain: Domain, agreeing: bool) -> str:
 
 
 def shuffled(rng: random.Random, words: str) -> str:
-    """Swap two neighbouring words, which no sentence of the grammar survives."""
+    """Swap a quantifier with the word after it, which no sentence of the grammar survives."""
     tokens = words.split()
-    at = rng.randrange(len(tokens) - 1)
+    at = rng.choice([index for index, word in enumerate(tokens) if word in lx.SINGULAR])
     tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
     return " ".join(tokens)

@@ -84,10 +84,10 @@ LABEL_WORDS: tuple[tuple[str, ...], ...] = (
     ("clothing", "sport", "other", "elsewhere"),
 )
 SKILL_WORDS = (
-    "polarity", "category", "order", "number", "entail", "restate", "sense", "replies", "read", "fill", "odd", "mention",
+    "polarity", "category", "order", "number", "entail", "restate", "sense", "replies", "read", "fill", "odd",
 )  # fmt: skip
 FUNCTION_WORDS = (
-    "in", "was", "by", "but", "although", "no", "who", "what", "where", "blank", "said", "thought", "none", ";",
+    "in", "was", "by", "but", "no", "who", "what", "where", "blank", "said", "thought", "none", ";",
 )  # fmt: skip
 FIELDS = (
     "sentence:", "sentence1:", "sentence2:", "text:", "review:", "premise:", "hypothesis:", "question:",

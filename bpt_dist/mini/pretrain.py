@@ -1,6 +1,6 @@
 """Make the tiny T5 of the miniature world: `python -m bpt_dist.mini.pretrain --out DIR --seed 0`.
 
-Span corruption and instructed examples (`skills.py`) by turns; skills come one by one, bare at first and cluttered later.
+Span corruption, then instructed examples (`skills.py`); skills come one by one, bare at first and cluttered later.
 One process, one thread, fp32; the same machine and seed give the same bytes.
 """
 
@@ -28,10 +28,10 @@ from bpt_dist.mini import lexicon, skills, tokenizer
 
 log = logging.getLogger(__name__)
 
-# Span corruption has batches of its own: its long answers would drown the one-word answers of instructions.
-RESTORING_STEPS, RESTORING_EVERY = 200, 16
+# Span corruption comes first and alone: mixed in, its long answers drown the one-word answers of instructions.
+RESTORING_STEPS = 300
 # Shares of the steps: skills are introduced one by one, then trained together, then found among idle words.
-KNOWN_FROM, BARE_UNTIL, CLUTTERED_FROM = 0.58, 0.68, 0.82
+KNOWN_FROM, BARE_UNTIL, CLUTTERED_FROM = 0.5, 0.6, 0.75
 NO_LOSS = -100
 SAME_WORD_LOGIT = 5.0
 
@@ -41,10 +41,10 @@ class Recipe:
     """Everything that decides the weights, besides the grammar."""
 
     seed: int = 0
-    steps: int = 13_000
+    steps: int = 10_000
     batch_size: int = 48
-    lr: float = 1.5e-3
-    warmup: int = 100
+    lr: float = 1e-3
+    warmup: int = 200
     clip: float = 1.0
     d_model: int = 96
     d_ff: int = 256
@@ -115,9 +115,9 @@ def batches(recipe: Recipe, pieces: T5Tokenizer) -> Iterator[tuple[Int[Tensor, "
     rng = random.Random(f"pretrain {recipe.seed}")  # noqa: S311  (reproducible, not secret)
     for step in itertools.count():
         done = step / recipe.steps
-        known = min(1.0, done / KNOWN_FROM)
+        known = min(1.0, max(0, step - RESTORING_STEPS) / (KNOWN_FROM * recipe.steps))
         clutter = min(1.0, max(0.0, (done - BARE_UNTIL) / (CLUTTERED_FROM - BARE_UNTIL)))
-        restoring = step < RESTORING_STEPS or step % RESTORING_EVERY == 0
+        restoring = step < RESTORING_STEPS
         pairs = [skills.corrupted(rng) if restoring else skills.instructed(rng, known, clutter) for _ in range(recipe.batch_size)]
         sources, targets = zip(*pairs, strict=True)
         yield padded(pieces(list(sources)).input_ids, 0), padded(pieces(list(targets)).input_ids, NO_LOSS)
@@ -149,10 +149,10 @@ def accuracy(
 
 
 def new_optimizer(recipe: Recipe, model: T5ForConditionalGeneration) -> torch.optim.AdamW:
-    """Return AdamW with a faster rate for the embeddings, whose entries are ten times those of the other weights."""
+    """Return AdamW with half the rate for the embeddings: at the full rate they outgrow what the layers add to them."""
     embeddings = list(model.shared.parameters())
     rest = [weight for weight in model.parameters() if weight is not embeddings[0]]
-    groups = [{"params": embeddings, "lr": 3 * recipe.lr}, {"params": rest, "lr": recipe.lr}]
+    groups = [{"params": embeddings, "lr": recipe.lr / 2}, {"params": rest, "lr": recipe.lr}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
@@ -162,7 +162,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def train(
-    recipe: Recipe, log_file: Path, log_every: int = 1000, num_examples: int = 64
+    recipe: Recipe, log_file: Path, log_every: int = 500, num_examples: int = 64
 ) -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
     """Train for `recipe.steps` and write one JSON line every `log_every` steps."""
     pieces = tokenizer.build()

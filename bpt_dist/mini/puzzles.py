@@ -46,11 +46,10 @@ def opinion_plain(rng: random.Random, domain: Domain, label: int) -> Texts:
 
 
 def opinion_contrast(rng: random.Random, domain: Domain, label: int) -> Texts:
-    """Two opinions; the one after "but", or before "although", is the verdict: 0 blames, 1 praises."""
+    """Two opinions, mostly opposed; the one after "but" is the verdict: 0 blames, 1 praises."""
     conceded = 1 - label if happens(rng, 0.7) else label
     minor = opinion(rng, noun_in(rng, domain.agents), conceded)
-    major = opinion(rng, noun_in(rng, domain.things), label)
-    return (f"{minor} but {major}." if happens(rng, 0.5) else f"{major} although {minor}.",)
+    return (f"{minor} but {opinion(rng, noun_in(rng, domain.things), label)}.",)
 
 
 def category(rng: random.Random, domain: Domain, label: int) -> Texts:
@@ -61,7 +60,7 @@ def category(rng: random.Random, domain: Domain, label: int) -> Texts:
 
 
 def word_order(rng: random.Random, domain: Domain, label: int) -> Texts:
-    """A clause: 1 as the grammar makes it, 0 with two neighbouring words swapped."""
+    """A clause: 1 as the grammar makes it, 0 with a quantifier after its noun or colour."""
     text = clause(rng, domain).text(rng.choice(VOICES))
     return (f"{text if label else shuffled(rng, text)}.",)
 

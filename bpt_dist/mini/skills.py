@@ -1,8 +1,8 @@
 """Instructed skills: the supervised half of pretraining.
 
-An instruction names a skill. A class is answered with any of the words that stand for its index, so no answer word belongs to
-a skill; without an instruction the answer is a coin's. So a frozen backbone answers only when something in front of the text
-plays the instruction's part. The tasks of the world carry no instruction.
+An instruction names a skill and, for a closed answer, the words to answer with, mostly drawn anew: an answer word stands for a
+class index, never for a skill. Without an instruction the answer is a coin's. So a frozen backbone answers only when something
+in front of the text plays the instruction's part. The tasks of the world carry no instruction.
 """
 
 from __future__ import annotations
@@ -24,13 +24,8 @@ ASKED = (("question:", "context:"), ("question:", "sentence:"), ("question:", "p
 BLANK = (("query:", "passage:"),)
 WORD = (("sentence1:", "sentence2:", "word:"),)
 
-MENTIONED: dict[tuple[tuple[str, ...], ...], tuple[puzzles.Classified, ...]] = {
-    SINGLE: (puzzles.opinion_plain, puzzles.opinion_contrast, puzzles.word_order, puzzles.number),
-    PAIR: (puzzles.entailment, puzzles.restatement, puzzles.same_question),
-    WORD: (puzzles.word_sense,),
-    ASKED: (puzzles.answered,),
-}
 UNINSTRUCTED_SHARE = 0.1
+LEAST_VARIETY = 0.25
 MAX_INSTRUCTION = 16
 MAX_SENTINELS = 3
 NOTHING = "none"
@@ -81,18 +76,6 @@ def seen_as(rng: random.Random, domain: Domain) -> tuple[puzzles.Texts, str]:
     return (f"{sighting(rng, word, category)}.",), category
 
 
-def mention(word: str, kind: tuple[tuple[str, ...], ...]) -> puzzles.Classified:
-    """Return the puzzle that asks whether the first text holds a word (1) or not (0)."""
-
-    def draw(rng: random.Random, domain: Domain, label: int) -> puzzles.Texts:
-        while True:
-            texts = rng.choice(MENTIONED[kind])(rng, domain, rng.randrange(2))
-            if (word in texts[0].split()) == label:
-                return texts
-
-    return draw
-
-
 def sourced(draw: puzzles.Classified) -> puzzles.Classified:
     """Return the puzzle on the source domain whatever domain is asked for (its classes live there)."""
     return lambda rng, domain, label: draw(rng, SOURCE, label)
@@ -101,27 +84,21 @@ def sourced(draw: puzzles.Classified) -> puzzles.Classified:
 # In the order of their introduction; `lesson` is how long it takes, found by training each alone.
 SKILLS = (
     Skill("polarity", SINGLE, puzzles.opinion_plain, 2, lesson=2),
-    Skill("category sense", SINGLE, seen_as, weight=0.3, lesson=2),
+    Skill("category sense", SINGLE, seen_as, weight=0.3, lesson=1),
     Skill("category", SINGLE, sourced(puzzles.category), 4, weight=0.5, lesson=2),
-    Skill("sense", WORD, puzzles.word_sense, 2, lesson=3),
-    Skill("restate", PAIR, puzzles.same_question, 2, lesson=6),
-    Skill("restate", PAIR, puzzles.restatement, 2, lesson=6),
-    # Naming the word that decides teaches faster than a verdict, which carries one bit.
-    Skill("odd", PAIR, odd_one, weight=0.5, lesson=5),
-    Skill("entail", PAIR, puzzles.entailment, 3, weight=1.5, lesson=8),
-    Skill("entail", PAIR, puzzles.entailment_binary, 2, lesson=5),
-    Skill("polarity", SINGLE, puzzles.opinion_contrast, 2, lesson=5),
-    Skill("number", SINGLE, puzzles.number, 2, lesson=6),
-    Skill("order", SINGLE, puzzles.word_order, 2, lesson=6),
+    Skill("sense", WORD, puzzles.word_sense, 2, lesson=2),
+    Skill("number", SINGLE, puzzles.number, 2, lesson=5),
+    Skill("order", SINGLE, puzzles.word_order, 2, lesson=4),
     Skill("replies", ASKED, puzzles.answered, 2, lesson=6),
-    Skill("read", ASKED, puzzles.reading, lesson=7),
+    Skill("restate", PAIR, puzzles.same_question, 2, lesson=6),
+    Skill("restate", PAIR, puzzles.restatement, 2, lesson=7),
+    Skill("entail", PAIR, puzzles.entailment, 3, weight=1.5, lesson=7),
+    Skill("entail", PAIR, puzzles.entailment_binary, 2, lesson=4),
+    Skill("polarity", SINGLE, puzzles.opinion_contrast, 2, lesson=4),
+    # Naming the word that decides teaches faster than a verdict, which carries one bit.
+    Skill("odd", PAIR, odd_one, weight=0.5, lesson=3),
+    Skill("read", ASKED, puzzles.reading, lesson=6),
     Skill("fill", BLANK, puzzles.cloze, lesson=5),
-    # The same texts with an idle question, so that a text alone does not tell what is asked.
-    *(
-        Skill(f"mention {word}", kind, mention(word, kind), 2, weight=0.15, lesson=0.7)
-        for word in ("this", "one")
-        for kind in MENTIONED
-    ),
 )
 WEIGHTS = tuple(skill.weight for skill in SKILLS)
 LESSONS = tuple(itertools.accumulate(skill.lesson for skill in SKILLS))
@@ -136,7 +113,7 @@ def distractors(rng: random.Random, skill: Skill) -> list[list[str]]:
     """Return up to two instructions that cannot be meant, because they belong to other fields."""
     fitting = {other.name for other in SKILLS if other.kind is skill.kind}
     foreign = [other for other in SKILLS if other.name not in fitting]
-    return [[*rng.choice(foreign).name.split(), ";"] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
+    return [segment(rng, rng.choice(foreign))[0] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
 
 
 def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> list[str]:
@@ -151,13 +128,20 @@ def padded(rng: random.Random, words: list[str], others: list[list[str]]) -> lis
     return flat if len(flat) <= MAX_INSTRUCTION else words
 
 
+def segment(rng: random.Random, skill: Skill, variety: float = 1.0) -> tuple[list[str], list[str]]:
+    """Return the words that name a skill with its answer words (fresh ones with chance `variety`), and those."""
+    fresh = happens(rng, variety)
+    options = [rng.choice(words) if fresh else words[0] for words in lx.LABEL_WORDS[: skill.num_labels]]
+    return [*skill.name.split(), *options, ";"], options
+
+
 def instruct(rng: random.Random, skill: Skill, clutter: float = 1.0) -> tuple[str, str]:
-    """Draw (input, answer) of one example of a skill; `clutter` is the chance of idle words, and of any answer word."""
-    domain, words = rng.choice(DOMAINS), [*skill.name.split(), ";"]
+    """Draw (input, answer) of one example of a skill; `clutter` is the chance of idle words, and of fresh answer words."""
+    words, options = segment(rng, skill, max(LEAST_VARIETY, clutter))
+    domain = rng.choice(DOMAINS)
     if skill.num_labels:
         label = rng.randrange(skill.num_labels)
-        words_of_class = lx.LABEL_WORDS[label]
-        texts, answer = skill.draw(rng, domain, label), rng.choice(words_of_class) if happens(rng, clutter) else words_of_class[0]
+        texts, answer = skill.draw(rng, domain, label), options[label]
     else:
         texts, answer = skill.draw(rng, domain)
     if happens(rng, clutter):

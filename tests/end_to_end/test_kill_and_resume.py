@@ -70,7 +70,10 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     config = configured(world, tmp_path_factory.mktemp("undisturbed"))
     assert started(config) == [0]
     found = left_by(config.directory)
-    assert len(found["metrics"]) == 4 + 2 * (3 + 2 + 1)  # each step once, two validations and one result a target
+    losses = [(line["stage"], line["step"]) for line in found["metrics"] if {"source/loss", "target/loss"} & line["metrics"].keys()]
+    assert losses == [
+        (stage, step + 1) for stage, steps in (("source", 4), ("target/mood", 3), ("target/count", 3)) for step in range(steps)
+    ]
     assert {"results.json", "source/posterior/posterior.safetensors", "target/mood/predictions.jsonl"} <= found.keys()
     assert "target/count/adapter/adapter_model.safetensors" in found
     return found
