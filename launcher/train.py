@@ -61,6 +61,10 @@ def prepare_process(first: bool) -> None:
     if not Path("/dev/nvidia0").exists():
         # Said here, because DeepSpeed otherwise warns on every rank that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if ranks_here > 1:
+        # Otherwise every rank takes every core, and the ranks wait for each other's threads.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here)))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger().handlers[0].setLevel(logging.INFO if first else logging.ERROR)
 
