@@ -113,10 +113,11 @@ class Updater:
     def __init__(self, method: Method, stage: Stage) -> None:
         self.method, self.stage = method, stage
         self.names = {parameter: name for name, parameter in method.named_parameters() if parameter.requires_grad}
-        groups = method.param_groups(stage)
+        # A stage without steps, an untrained prompt, needs no rate.
+        groups = [{**group, "lr": group["lr"] or 0.0} for group in method.param_groups(stage)]
         listed = [parameter for group in groups for parameter in group["params"]]
         assert {id(p) for p in listed} == {id(p) for p in self.names}, "param_groups() must list every trainable tensor once"
-        self.rates = [float(group["lr"]) for group in groups]
+        self.rates = [group["lr"] for group in groups]
         self.optimizer = OPTIMIZERS[stage.optimizer](groups, stage)
 
     def step(self, step: int) -> None:
