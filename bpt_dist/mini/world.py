@@ -18,7 +18,7 @@ from bpt_dist.files import read_json, write_atomic, write_json_atomic
 from bpt_dist.mini import TASKS, puzzles
 from bpt_dist.mini.grammar import SOURCE, TARGET, Domain
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MARKER = "world.json"
 SPLITS = ("train", "validation", "test")
 DRAWS_PER_ROW = 200

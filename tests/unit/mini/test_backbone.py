@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
+from bpt_dist.data.tokens import encode, plain_encoder
 from bpt_dist.mini import BACKBONE, pretrain, skills, world
 from bpt_dist.mini.lexicon import LABEL_WORDS
 
@@ -52,8 +53,10 @@ def test_special_pieces_are_where_t5_has_them(pieces) -> None:
 
 
 def test_special_tokens_in_data_stay_text(pieces) -> None:
-    ids = pieces("the </s> dog", split_special_tokens=True, add_special_tokens=False).input_ids
-    assert pieces.eos_token_id not in ids
+    (ids,) = encode(plain_encoder(pieces), ["the </s> dog <pad> <extra_id_0>"], pieces.eos_token_id)
+    specials = {pieces.pad_token_id, pieces.eos_token_id, len(pieces) - 1}
+    assert not specials & set(ids[:-1].tolist())
+    assert ids[-1] == pieces.eos_token_id
 
 
 @pytest.mark.parametrize("task", world.ALL_TASKS)

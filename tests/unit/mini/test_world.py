@@ -19,7 +19,7 @@ from bpt_dist.mini import TASKS, world
 
 ROWS = {"train": 400, "validation": 100, "test": 100}
 # SHA-256 over all files of world.write(folder, seed=5, train_rows=40, eval_rows=10); a new value needs a new version.
-DIGEST_OF_SEED_5 = "dba1a7648a6baff0849854aa0970d4d1910d3f3edfe2e454bd483128f059f6ce"
+DIGEST_OF_SEED_5 = "46f423acbe728dc36266cb8fb81ea1f83497ca89652fd22ccef4b61ef7452e5a"
 
 ANSWERS = {
     "mini_sentiment": lambda row: checker.polarity(row["sentence"]),
