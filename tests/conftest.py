@@ -8,7 +8,7 @@ from pathlib import Path
 # Before torch is imported: threads of several tests that wait for each other's cores made the suite ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
