@@ -34,16 +34,16 @@ types: $(READY)  ## static types
 	$(BIN)/mypy bpt_dist launcher
 
 unit: $(READY)   ## pure functions, one process
-	$(BIN)/pytest -q tests/unit
+	$(BIN)/pytest -q -n 2 tests/unit
 
 contract: $(READY)  ## every task and every method behind its interface
-	$(BIN)/pytest -q tests/contract
+	$(BIN)/pytest -q -n 2 tests/contract
 
 distributed: $(READY)  ## 2-4 gloo processes on this machine
 	$(BIN)/pytest -q tests/distributed
 
 end-to-end: $(READY)  ## commands as a user gives them
-	$(BIN)/pytest -q tests/end_to_end
+	$(BIN)/pytest -q -n 2 tests/end_to_end
 
 faults: $(READY)  ## kills, full disks, torn files
 	$(BIN)/pytest -q tests/faults
