@@ -181,3 +181,4 @@ def test_matplotlib_is_imported_only_to_draw_and_never_pyplot(tmp_path):
     )
     root = Path(figures.__file__).parents[1]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "k.png")], check=True, cwd=root, timeout=60)
+    assert (tmp_path / "k.png").stat().st_size > 0
