@@ -195,6 +195,10 @@ class Run:
         record = read_json(self.folder / "run.json")
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ConfigError(f"{self.folder}/run.json: no record this version can read; choose another name=")
+        if record["fingerprint"] != fingerprint and self._failed_before_training():
+            # A mistyped path or a bad row: the mended command is the same run, and nothing is lost.
+            (self.folder / "backbone.json").unlink(missing_ok=True)
+            return {**record, "fingerprint": fingerprint}
         if record["fingerprint"] != fingerprint:
             old = read_bytes(self.folder / "config.yaml").decode()
             lines = "".join(f"\n  {line}" for line in changed(old))
@@ -206,6 +210,14 @@ class Run:
         status = self.folder / "status.json"
         self.previous = self._status = read_json(status) if status.exists() else {}
         return record
+
+    def _failed_before_training(self) -> bool:
+        """Whether an earlier start failed and left nothing that was trained."""
+        status, metrics = self.folder / "status.json", self.folder / "metrics.jsonl"
+        if any((self.folder / stage).exists() for stage in ("source", "target")) or not status.exists():
+            return False
+        recorded = metrics.stat().st_size if metrics.exists() else 0
+        return recorded == 0 and read_json(status)["state"] == "failed"
 
     def _open_log(self) -> None:
         try:

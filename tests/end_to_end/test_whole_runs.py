@@ -29,6 +29,18 @@ def test_an_untrained_prompt_is_evaluated_without_a_learning_rate(tmp_path: Path
     assert abs(float(prompt.std()) - 1) < 0.3
 
 
+def test_a_mistyped_backbone_is_mended_under_the_same_name(tmp_path: Path) -> None:
+    world = tiny_run.world(tmp_path / "world")
+    plain = tiny_run.settings(world, {"name": "prompt_tuning"}, output=str(tmp_path / "runs"))
+    wrong = tiny_run.load(tmp_path, {**plain, "backbone": {"path": str(tmp_path / "nowhere")}})
+    assert run_all(wrong) == 2
+    right = tiny_run.load(tmp_path, plain)
+    assert run_all(right) == 0
+    # What was trained is not overwritten by a third configuration, failed or not.
+    assert run_all(tiny_run.load(tmp_path, {**plain, "seed": 1})) == 2
+    assert json.loads((right.directory / "status.json").read_text())["state"] == "finished"
+
+
 @pytest.fixture(scope="module")
 def random_t5(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t5")
