@@ -237,6 +237,8 @@ def load(
     Raises ConfigError when the folder is not such a checkpoint.
     """
     local = Path(path).is_dir()
+    if not local and path.startswith((".", "/", "~")):
+        raise ConfigError(f"backbone.path: there is no folder {path}; give one made by `save_pretrained`, or a hub id")
     if local and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"backbone.path: {path} has no config.json; give a folder made by `save_pretrained` or a hub id")
     if local and not list(Path(path).glob("*.safetensors")):
