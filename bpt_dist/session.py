@@ -105,6 +105,19 @@ class Session:
             name, settings, self.method, mesh, batches, self.run, self.log, self.fingerprint, self.guard, validate, self.position
         )
 
+    def prelude(self, name: str, prelude: methods.Prelude, settings: Stage, mesh: Mesh, batches: Batches) -> StageRun:
+        """Return the prelude of the stage `name`: its own steps and rate, no validation, everything else alike."""
+        own = {"steps": prelude.steps, "lr": prelude.lr or settings.lr}
+        unset = {"eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
+        update = own | {key: value for key, value in unset.items() if key in type(settings).model_fields}
+        stage = self.stage(f"{name}/{prelude.name}", settings.model_copy(update=update), mesh, batches)
+        stage.prelude = prelude.name
+        return stage
+
+    def close_prelude(self, stage: StageRun) -> None:
+        """Let the next stage begin where this one ended."""
+        self.position = stage.position
+
     # --- what a stage leaves ------------------------------------------------------------------------------------------
 
     def stored_posterior(self) -> Posterior | None:

@@ -90,7 +90,8 @@ class StageRun:
     fingerprint: str
     guard: Guard
     validate: Callable[[], dict[str, float]] | None = None
-    position: int = 0  # of the metrics log when the stage began
+    position: int = 0  # of the metrics log: when the stage began, then at its newest checkpoint
+    prelude: str | None = None  # the name of the prelude this is, if it is one
 
     def __post_init__(self) -> None:
         self.updater = Updater(self.method, self.settings)
@@ -115,6 +116,11 @@ class StageRun:
     def stage(self) -> str:
         """`source` or `target`."""
         return self.name.split("/")[0]
+
+    @property
+    def metric_prefix(self) -> str:
+        """What its metrics are called by; a prelude counts its own steps (on targets the stage's name tells them apart)."""
+        return f"source/{self.prelude}" if self.prelude and self.stage == "source" else self.stage
 
     @property
     def _shared_texts(self) -> bool:
@@ -158,10 +164,11 @@ class StageRun:
         mean = [total / count for total, count in zip(losses.sums, losses.counts, strict=True) if count]
         progress.update(self.step, f"loss {sum(mean) / len(mean):.4f}")
         if self.run.rank == 0 and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
-            values = {f"{self.stage}/loss": sum(mean) / len(mean)}
+            prefix = self.metric_prefix
+            values = {f"{prefix}/loss": sum(mean) / len(mean)}
             if len(self.task_names) > 1:
                 pairs = zip(self.task_names, losses.sums, losses.counts, strict=True)
-                values |= {f"{self.stage}/loss/{name}": total / count for name, total, count in pairs if count}
+                values |= {f"{prefix}/loss/{name}": total / count for name, total, count in pairs if count}
             extra = self.method.diagnostics()
             self.write({**values, **extra.pop("metrics", {})}, **extra)
 
@@ -208,6 +215,7 @@ class StageRun:
                 self.log.flush()
                 best = {"value": self.best.value if self.best.tensors else None, "step": self.best.step, "since": self.best.since}
                 meta = {"fingerprint": self.fingerprint, "position": self.log.position(), "best": best, "stage": self.name}
+                self.position = self.log.position()
                 checkpoint.save(self.folder, self.step, state, meta)
             except StorageError as error:
                 problem = str(error)
@@ -218,7 +226,6 @@ class StageRun:
     def restore(self) -> None:
         """Continue from the newest intact checkpoint, or start the stage (collective: every rank)."""
         found = checkpoint.newest(self.folder, fingerprint=self.fingerprint, warn=log.warning)
-        position = self.position
         if found is not None:
             state, meta = checkpoint.load(found)
             parts = {part: {key.removeprefix(f"{part}/"): tensor for key, tensor in state.items() if key.startswith(f"{part}/")}
@@ -227,13 +234,14 @@ class StageRun:
             kept = meta["best"]
             value = -math.inf if kept["value"] is None else kept["value"]
             self.best = Selection(value, kept["step"], kept["since"], parts[BEST])
-            self.step, position = found.step, meta["position"]
+            self.step, self.position = found.step, meta["position"]
             log.info("%s: resuming at step %d", self.name, self.step)
         steps = self.mesh.world.gather_objects(self.step)
         if len(set(steps)) > 1:
             raise StorageError(f"{self.folder}: ranks see different newest checkpoints ({steps}); is the run directory shared?")
-        if self.run.rank == 0:
-            self.log.cut(position)
+        # What follows a prelude that is over belongs to the next stage, which knows how much of it counts.
+        if self.run.rank == 0 and not (self.prelude and self.step == self.settings.steps):
+            self.log.cut(self.position)
 
     def finish(self) -> None:
         """Put back the best validated tensors, where there were validations."""

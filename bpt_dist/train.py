@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 
 from bpt_dist import config as configuration
-from bpt_dist.config import Config
+from bpt_dist.config import Config, Stage
 from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepared import TaskData
 from bpt_dist.errors import Stopped
 from bpt_dist.evaluate import evaluate
 from bpt_dist.faults import fault_point
-from bpt_dist.mesh import World
+from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods.base import Method, Tensors
 from bpt_dist.mirror import shutdown
 from bpt_dist.objective import task_weights
@@ -73,6 +73,7 @@ def source_stage(session: Session, method: Method) -> Tensors:
         task_weight=task_weights([len(task.train.tokens) for task in tasks], weights, config.likelihood_scale),
         num_particles=method.num_particles,
     )
+    run_preludes(session, "source", config, mesh, batches)
     stage = session.stage("source", config, mesh, batches)
     run_stage(stage)
     return session.store_posterior(Posterior(dict(method.end_source(mesh))), stage).tensors
@@ -101,10 +102,21 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
             values[name] = found.metrics[task.spec.headline]
         return values
 
-    stage = session.stage(session.stage_name(tasks), config, mesh, batches, headlines)
+    name = session.stage_name(tasks)
+    run_preludes(session, name, config, mesh, batches)
+    stage = session.stage(name, config, mesh, batches, headlines)
     run_stage(stage)
     stage.finish()
     session.store_results(tasks, stage)
+
+
+def run_preludes(session: Session, name: str, settings: Stage, mesh: Mesh, batches: Batches) -> None:
+    """Train what the method wants to know before its main stage: MPT's teachers, SPoT's short prompt on the target."""
+    for prelude in session.method.preludes():
+        stage = session.prelude(name, prelude, settings, mesh, batches)
+        run_stage(stage)
+        session.close_prelude(stage)
+        session.method.end_prelude(mesh)
 
 
 def run_stage(stage: StageRun) -> None:

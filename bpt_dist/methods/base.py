@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,14 @@ from bpt_dist.mesh import Mesh
 from bpt_dist.objective import Reduction
 
 Tensors = Mapping[str, Tensor]
+
+
+class Prelude(NamedTuple):
+    """A shorter stage that comes before the main one; `lr` None is the stage's own rate."""
+
+    name: str
+    steps: int
+    lr: float | None = None
 
 
 class Method(nn.Module):
@@ -61,6 +69,14 @@ class Method(nn.Module):
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
         """Create the trainable tensors of a target stage from what `end_source` returned; `num_examples` is |D| of each task."""
         raise NotImplementedError
+
+    def preludes(self) -> Sequence[Prelude]:
+        """Return the stages to train before the one just begun, each on the same tasks and batches; `begin_...` set up the first."""
+        return ()
+
+    def end_prelude(self, mesh: Mesh) -> None:
+        """Keep what the prelude just trained has learned and set up the next one, or the main stage (collective: every rank)."""
+        raise NotImplementedError(f"{type(self).__name__} has no preludes")
 
     # --- how it enters the model ------------------------------------------------------------------------------------------------
 
