@@ -61,9 +61,11 @@ __all__ = [
 CHANGEABLE = frozenset({
     "name", "output", "run_dir", "rows", "seeds", "figures",
     "data.cache",
+    "source.pass_size", "target.pass_size",
     "source.checkpoint_every", "source.log_every", "target.checkpoint_every", "target.log_every",
     "evaluation.batch_size",
     "distribution.mesh", "distribution.mesh.particle", "distribution.mesh.data", "distribution.shard", "distribution.zero_config",
+    "distribution.scope", "distribution.offload", "distribution.activation_checkpointing",
     "distribution.expect_world_size", "distribution.startup_timeout", "distribution.step_timeout",
     "tracking.mlflow", "tracking.uri", "tracking.experiment", "tracking.allow_insecure",
 })  # fmt: skip

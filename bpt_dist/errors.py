@@ -20,9 +20,19 @@ class DataError(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank or host is gone; the run resumes from its newest checkpoint."""
+    """Another rank or host is gone; the run resumes from its newest checkpoint. `spokesman` is the rank that says so, if known."""
 
     exit_code = 69
+
+    def __init__(self, message: str, spokesman: int | None = 0) -> None:
+        super().__init__(message)
+        self.spokesman = spokesman
+
+
+class OutOfMemory(UserError):
+    """One rank has no memory left for a pass; smaller passes, or more ranks, mend it."""
+
+    exit_code = 70
 
 
 class StorageError(UserError):

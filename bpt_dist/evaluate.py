@@ -14,6 +14,7 @@ from bpt_dist.config import Evaluation
 from bpt_dist.data import metrics
 from bpt_dist.data.batches import Batch, TokenisedTask, collate
 from bpt_dist.data.prepared import TaskData
+from bpt_dist.exhaustion import named
 from bpt_dist.faults import fault_point
 from bpt_dist.mesh import World
 from bpt_dist.methods.base import Method
@@ -57,7 +58,11 @@ def evaluate(
             fault_point("eval.batch", task=task.spec.name)
             picks = [(index, row) for row in rows or [0]]
             batch = collate([each.splits[split].tokens for each in tasks], picks, [1.0] * len(picks), step=0)
-            found += zip(rows, _predict(method, task, tokens, batch, decode, predict, settings), strict=False)
+            shape = f"{len(picks)} text(s) of {batch.source_ids.shape[1]} tokens"
+            with named(world, f"the evaluation of {task.spec.name}", shape, "lower evaluation.batch_size"):
+                # A list: also the pass that only keeps a partitioned T5 in step, whose rows are none, has to run.
+                predicted = list(_predict(method, task, tokens, batch, decode, predict, settings))
+            found += zip(rows, predicted, strict=False)
     gathered = dict(pair for share in world.gather_objects(found) for pair in share)
     return _score(task, split, [gathered[row] for row in range(len(tokens))], decode)
 

@@ -6,6 +6,7 @@ decided by a thread: signals reach it through the wake-up descriptor, which the 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import select
@@ -19,10 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from bpt_dist.last_resort import LastResort
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STOPPED, EXIT_PEER_LOST = 75, 69
 # Ctrl-C reaches a rank twice, from the terminal and from the launcher: only a later one means "now".
 SAME_REQUEST_SECONDS = 1.0
+# A rank that waits for another one in vain is told so by the collective, and finds out which one it is, before this watch ends it.
+NAMING_SECONDS = 8.0
 
 
 class Guard:
@@ -44,12 +49,13 @@ class Guard:
         step_timeout: float = 120.0,
         grace: float = 20.0,
         orphan_grace: float = 5.0,
+        naming: float = NAMING_SECONDS,
         poll: float = 0.5,
         watch_launcher: bool | None = None,
         on_leave: Callable[[str, str], object] | None = None,
     ) -> None:
         self.folder, self.rank, self.on_leave = folder, rank, on_leave
-        self.step_timeout, self.grace, self.orphan_grace, self.poll = step_timeout, grace, orphan_grace, poll
+        self.step_timeout, self.naming, self.grace, self.orphan_grace, self.poll = step_timeout, naming, grace, orphan_grace, poll
         self.reason: str | None = None
         self._timeout = startup_timeout
         self._last_beat, self._place = time.monotonic(), "start"
@@ -62,6 +68,7 @@ class Guard:
         self._old_handlers: dict[signal.Signals, Any] = {}
         self._reader, self._writer = socket.socketpair()
         self._last_words: IO[bytes] | None = None
+        self._last_resort: LastResort | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -79,14 +86,19 @@ class Guard:
         self._thread.start()
         return self
 
+    def attend(self, folder: Path, on_leave: Callable[[str, str], object]) -> None:
+        """From now on write stacks below `folder` and call `on_leave`: the run directory is open."""
+        self.folder, self.on_leave = folder, on_leave
+
     def beat(self, place: str) -> None:
         """Say that the main thread is alive at `place` (the name of a step or of the next collective)."""
         self._last_beat, self._place = time.monotonic(), place
 
     def steady(self) -> None:
         """Change from the start-up timeout to the step timeout; call it after the first step."""
-        self._timeout = self.step_timeout
+        self._timeout = self.step_timeout + self.naming
         self.beat("first step done")
+        self._wake()
 
     def request_stop(self, reason: str, *, grace: float | None = None) -> None:
         """Ask this rank to stop, as a signal would."""
@@ -96,15 +108,17 @@ class Guard:
     def close(self) -> None:
         """Restore the signal handlers and end the thread."""
         self._closed.set()
-        self._writer.send(b"\0")
+        self._wake()
         if self._old_handlers:
             signal.set_wakeup_fd(self._old_wakeup)
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
         self._thread.join(timeout=5)
-        faulthandler.cancel_dump_traceback_later()
+        self._disarm()
         self._reader.close()
         self._writer.close()
+        if self._last_resort is not None:
+            self._last_resort.close()
         if self._last_words is not None:
             is_empty = self._last_words.tell() == 0
             self._last_words.close()
@@ -152,7 +166,7 @@ class Guard:
         # In a thread of its own: a full disk or a lost mount must not keep this process here.
         words = threading.Thread(target=self._say_why, args=(state, reason, with_stacks), daemon=True)
         try:
-            faulthandler.cancel_dump_traceback_later()
+            self._disarm()
             words.start()
             words.join(timeout=2)
         finally:
@@ -171,12 +185,27 @@ class Guard:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _arm_last_words(self) -> None:
-        """Re-arm the C-level watchdog: it dumps and exits (1) while a call holds the interpreter lock."""
+        """Re-arm what works while a call holds the interpreter lock: a dump of the stacks, and a second later the end (69)."""
         if self.folder is None:
             return
         if self._last_words is None:
             self._last_words = self._open_stuck()
-        faulthandler.dump_traceback_later(self._timeout + 2 * self.poll + 1, file=self._last_words, exit=True)
+            with contextlib.suppress(OSError):
+                self._last_resort = LastResort(EXIT_PEER_LOST)
+        seconds = self._timeout + 2 * self.poll + 1
+        # Where there is no such timer the dump itself ends the process, with code 1.
+        faulthandler.dump_traceback_later(seconds, file=self._last_words, exit=self._last_resort is None)
+        if self._last_resort is not None:
+            self._last_resort.end_after(seconds + 1)
+
+    def _disarm(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._last_resort is not None:
+            self._last_resort.end_after(0)
+
+    def _wake(self) -> None:
+        """Let the thread look at once, not at its next turn."""
+        self._writer.send(b"\0")
 
     def _open_stuck(self) -> IO[bytes]:
         if self.folder is None:

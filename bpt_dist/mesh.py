@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpt_dist.errors import ConfigError, PeerLost
+from bpt_dist.peers import RollCall, Verdict
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,29 @@ class Axis:
     group: Any = None
 
 
+@dataclass
+class Progress:
+    """How many collective calls this rank has made (equal on ranks in step), where its main thread is, how long a call may take."""
+
+    calls: int = 0
+    place: str = "start"
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+
+
 @dataclass(frozen=True)
 class World:
-    """All processes of the job, before any method decides how they are arranged."""
+    """All processes of the job, before any method decides how they are arranged.
+
+    `control` is a gloo group beside whatever moves tensors: flags, numbers and objects travel on it, from the CPU.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hosts: tuple[str, ...] = ("localhost",)
+    control: Any = field(default=None, repr=False, compare=False)
+    progress: Progress = field(default_factory=Progress, repr=False, compare=False)
+    _roll_call: list[RollCall] = field(default_factory=list, repr=False, compare=False)
     # Process groups are created collectively and cannot be freed cheaply: one cache for the life of the job.
     _axes: dict[tuple[int, int], tuple[Axis, Axis]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -44,7 +62,8 @@ class World:
     def start(cls, timeout_seconds: float, expected_size: int | None = None) -> World:
         """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK (collective: every rank); one process needs no variables.
 
-        `timeout_seconds` bounds every collective. Raises ConfigError when the job is not as large as `expected_size`.
+        `timeout_seconds` bounds every collective until `set_timeout`. Raises ConfigError when the job is not as large as
+        `expected_size`.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if expected_size is not None and size != expected_size:
@@ -57,14 +76,51 @@ class World:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         if "MASTER_ADDR" in os.environ or size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
-        return cls(rank, size, device)
+            backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
+            dist.init_process_group(backend, timeout=limit)
+        if size == 1:
+            return cls(rank, size, device)
+        hosts: list[Any] = [None] * size
+        control = dist.new_group(backend="gloo", timeout=limit)
+        dist.all_gather_object(hosts, socket.gethostname(), group=control)
+        progress, store = Progress(timeout=limit), dist.distributed_c10d._get_default_store()
+        answers = RollCall(store, rank, hosts, lambda: (progress.calls, progress.place))
+        return cls(rank, size, device, tuple(hosts), control, progress, [answers])
 
     def stop(self) -> None:
         """Leave the job (collective: every rank)."""
+        while self._roll_call:
+            self._roll_call.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Bound every collective by `seconds` from now on (collective: every rank): long at a start, short once steps follow steps."""
+        if self.size == 1:
+            return
+        self.progress.timeout = datetime.timedelta(seconds=seconds)
+        self.barrier()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self.progress.timeout, group)
+        self.barrier()
+
+    def settle(self, seconds: float) -> None:
+        """Bound every collective by `seconds` now that the first step is done; nothing happens when it is so already (collective)."""
+        if self.progress.timeout.total_seconds() != seconds:
+            self.set_timeout(seconds)
+
+    def at(self, place: str) -> None:
+        """Say where the main thread is, for the message of a rank that waits for this one."""
+        self.progress.place = place
+
+    def say_last(self, words: str) -> None:
+        """Leave word of why this rank ends, for the ranks that will miss it."""
+        if self._roll_call:
+            self._roll_call[0].say_last(words)
+
+    def missing(self) -> Verdict:
+        """Return which rank does not answer after a collective failed, and who says so."""
+        return self._roll_call[0].verdict() if self._roll_call else Verdict("another rank did not appear", None)
 
     def mesh(self, num_particles: int, shape: tuple[int, int] | None = None) -> Mesh:
         """Arrange the ranks for `num_particles` (collective: every rank, in the same order on all).
@@ -85,42 +141,51 @@ class World:
 
     def _make_axes(self, particle: int, data: int) -> tuple[Axis, Axis]:
         a, c = divmod(self.rank, data)
-        across = [_group([i * data + j for i in range(particle)]) for j in range(data)]
-        along = [_group([i * data + j for j in range(data)]) for i in range(particle)]
+        across = [self._group([i * data + j for i in range(particle)]) for j in range(data)]
+        along = [self._group([i * data + j for j in range(data)]) for i in range(particle)]
         return Axis(a, particle, across[c]), Axis(c, data, along[a])
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of `values` over all ranks, in float64, the same bits on every rank (collective: every rank)."""
+    def _group(self, ranks: list[int]) -> Any:
+        """Create a group (collective: every rank, also those outside); a group of one needs none."""
+        return dist.new_group(ranks, timeout=self.progress.timeout) if len(ranks) > 1 else None
+
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the float64 `values` of all ranks in rank order (collective: every rank, equally many on each)."""
         if self.size == 1:
-            return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(value) for value in total.tolist()]
+            return [[float(value) for value in values]]
+        self.progress.calls += 1
+        own = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own, group=self.control)
+        return [each.tolist() for each in found]
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag (collective: every rank)."""
-        return self.sum([float(flag)])[0] > 0
+        return any(each[0] for each in self.gather_numbers([float(flag)]))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the values of all ranks in rank order (collective: every rank); for predictions and reports, not for tensors."""
         if self.size == 1:
             return [value]
+        self.progress.calls += 1
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank (collective: every rank)."""
         if self.size == 1:
             return value
+        self.progress.calls += 1
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks (collective: every rank)."""
         if self.size > 1:
-            dist.barrier()
+            self.progress.calls += 1
+            dist.barrier(group=self.control)
 
 
 @dataclass(frozen=True)
@@ -138,34 +203,53 @@ class Mesh:
 
     def gather_particles(self, local: Float[Tensor, "m ..."]) -> Float[Tensor, "M ..."]:
         """Return the rows of all ranks along `particle`, in order (collective: every rank). Always float32 or wider on the wire."""
+        return self.start_gather_particles(local)()
+
+    def start_gather_particles(self, local: Float[Tensor, "m ..."]) -> Callable[[], Float[Tensor, "M ..."]]:
+        """Start `gather_particles` and return what waits for it and gives the result: the gather runs beside the forward pass.
+
+        `local` must not change until then; every rank must wait for it, in the same order among its collectives.
+        """
         if self.particle.size == 1:
-            return local
+            return lambda: local
+        self.world.progress.calls += 1
         parts = [torch.empty_like(local) for _ in range(self.particle.size)]
-        dist.all_gather(parts, local.contiguous(), group=self.particle.group)
-        return torch.cat(parts)
+        pending = dist.all_gather(parts, local.contiguous(), group=self.particle.group, async_op=True)
+
+        def wait() -> Tensor:
+            pending.wait()
+            return torch.cat(parts)
+
+        return wait
+
+    def gather_over_data(self, local: Float[Tensor, " n"]) -> list[Float[Tensor, " n"]]:
+        """Return the vectors of all replicas along `data`, in order (collective: every rank)."""
+        if self.data.size == 1:
+            return [local]
+        self.world.progress.calls += 1
+        parts = [torch.empty_like(local) for _ in range(self.data.size)]
+        dist.all_gather(parts, local, group=self.data.group)
+        return parts
 
     def sum_over_data_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over `data`, the same bits on every replica (collective: every rank)."""
         if self.data.size == 1 or not tensors:
             return
+        self.world.progress.calls += 1
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=self.data.group)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
-def _group(ranks: list[int]) -> Any:
-    """Create a group (collective: every rank, also those outside); a group of one needs none."""
-    return dist.new_group(ranks) if len(ranks) > 1 else None
-
-
-def peer_lost(error: RuntimeError) -> PeerLost | None:
-    """Return what a failed collective means to a user, or None when `error` is something else."""
+def peer_lost(error: RuntimeError, world: World) -> PeerLost | None:
+    """Return what a failed collective means to a user, with the rank that is missing; None when `error` is something else."""
     text = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
     if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
         first = text.strip().splitlines()[0]
-        return PeerLost(f"another rank is gone or silent ({first}); the same command resumes from the newest checkpoint")
+        missing, spokesman = world.missing()
+        return PeerLost(f"{missing} ({first}); the same command resumes from the newest checkpoint", spokesman)
     return None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from bpt_dist import backbone as backbones
@@ -13,7 +14,7 @@ from bpt_dist import config as configuration
 from bpt_dist import engine, mini
 from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config
-from bpt_dist.errors import INTERNAL_ERROR, ConfigError, UserError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, OutOfMemory, PeerLost, UserError
 from bpt_dist.faults import fault_point
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.guard import Guard
@@ -31,37 +32,44 @@ UNTRACKED = ("name", "output", "run_dir", "seed", "tracking", "figures", "data.c
 def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | None]:
     """Open a run on every rank and close it whatever happens; yields None for a run that is finished (collective: every rank)."""
     with ExitStack() as stack:
+        limits = config.distribution
+        # Before anything is on disk: a signal must find somebody who says what became of the run.
+        guard = Guard(None, world.rank, startup_timeout=limits.startup_timeout, step_timeout=limits.step_timeout)
+        stack.enter_context(guard)
         run = _open_run(config, world, fresh)
         stack.enter_context(run)
+        guard.attend(run.path("logs"), _last_words(run))
         if world.broadcast(run.finished):
             yield None
             return
-        guard = stack.enter_context(_guard(config, run, world))
-        backbone = load_backbone(config, world)
-        _check_backbone(run, backbone, world)
-        journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
-        session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
-        if journal is not None:
-            stack.callback(journal.close)
-            if config.tracking.mlflow:
-                stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
+        # Another run of this job may have left the short limit of its steps.
+        world.set_timeout(config.distribution.startup_timeout)
         try:
-            yield session
+            yield _session(config, world, run, guard, stack)
         except RuntimeError as error:
-            raise peer_lost(error) or error from error
+            raise peer_lost(error, world) or error from error
         run.status("finished")
 
 
-def _guard(config: Config, run: Run, world: World) -> Guard:
-    """Return what watches this rank; a forced exit still leaves a true status."""
+def _session(config: Config, world: World, run: Run, guard: Guard, stack: ExitStack) -> Session:
+    """Load what a run needs; `stack` closes it (collective: every rank)."""
+    backbone = load_backbone(config, world)
+    _check_backbone(run, backbone, world)
+    journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
+    if journal is not None:
+        stack.callback(journal.close)
+        if config.tracking.mlflow:
+            stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
+    return Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
 
-    def on_leave(state: str, reason: str) -> None:
+
+def _last_words(run: Run) -> Callable[[str, str], None]:
+    """Return what leaves a true status behind when the guard ends this process."""
+
+    def say(state: str, reason: str) -> None:
         run.status("stopped" if state == "stopped" else "failed", reason)
 
-    limits = config.distribution
-    return Guard(
-        run.path("logs"), world.rank, startup_timeout=limits.startup_timeout, step_timeout=limits.step_timeout, on_leave=on_leave
-    )
+    return say
 
 
 def _open_run(config: Config, world: World, fresh: bool) -> Run:
@@ -113,7 +121,7 @@ def load_backbone(config: Config, world: World) -> Backbone:
         path, name=settings.path, revision=settings.revision, dtype=settings.dtype, attention=settings.attention
     )
     fault_point("backbone.loaded")
-    engine.place(backbone, config.distribution, world)
+    engine.place(backbone, config.distribution, world, trained=config.method.TRAINS_BACKBONE)
     return backbone
 
 
@@ -122,17 +130,32 @@ def leave(error: Exception, world: World) -> int:
 
     After a failed collective the process group can neither be used nor destroyed, and a rank that waits for it would hang.
     """
+    if isinstance(error, RuntimeError):
+        error = peer_lost(error, world) or error
     code = exit_code(error)
-    if code == INTERNAL_ERROR:
+    if code == INTERNAL_ERROR and not isinstance(error, UserError):
         logging.getLogger(__name__).error("internal error", exc_info=error)
-    if world.rank == 0 or not isinstance(error, UserError):
+    if not isinstance(error, PeerLost):
+        world.say_last(reason_of(error))
+    if not isinstance(error, UserError) or isinstance(error, OutOfMemory) or world.rank == _spokesman(error, world):
         sys.stderr.write(f"{reason_of(error)}\n")
     if world.rank == 0:
         shutdown()
+    if isinstance(error, PeerLost) and world.rank == 0:
+        time.sleep(0.5)  # this process keeps the job's store: the others still read there who is missing
     if world.size > 1:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _spokesman(error: UserError, world: World) -> int:
+    """Return the rank that tells the user; when rank 0 has taken the job's store with it, the first one left of each host."""
+    if not isinstance(error, PeerLost):
+        return 0
+    if error.spokesman is not None or world.rank == 0:
+        return error.spokesman or 0
+    return next(rank for rank, host in enumerate(world.hosts) if rank and host == world.hosts[world.rank])
 
 
 def tracking_request(config: Config, run: Run, world_size: int) -> Request:

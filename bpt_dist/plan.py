@@ -15,14 +15,16 @@ from typing import Any
 from bpt_dist import config as configuration
 from bpt_dist import mini
 from bpt_dist.backbone_shapes import ShapeBackbone, T5Shape, shape_of
-from bpt_dist.config import Config
+from bpt_dist.config import Config, Stage
 from bpt_dist.data import tasks
 from bpt_dist.data.prepared import specs as known_specs
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.errors import ConfigError
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods import base as methods
+from bpt_dist.methods.base import Method
 from bpt_dist.plan_device import RUNTIME_BYTES, Device, probe, processes_here
+from bpt_dist.plan_methods import skip_preludes
 from bpt_dist.plan_stages import PlannedWorld, StagePlan, stage_plan
 from bpt_dist.plan_text import run_text, size, total_text
 
@@ -148,18 +150,33 @@ def _stages(config: Config, world: PlannedWorld, shape: T5Shape) -> list[StagePl
     targets = [tasks.get(name, known) for name in config.data.target_tasks]
     mesh_shape = config.distribution.mesh
     explicit = None if isinstance(mesh_shape, str) else (mesh_shape.particle, mesh_shape.data)
-    found, carried = [], None
+    found: list[StagePlan] = []
+    carried = None
     if config.method.HAS_SOURCE_STAGE:
         method.begin_source(sources, Mesh())
         if config.source.posterior is None:
             mesh = world.mesh(method.num_particles, explicit)
-            found.append(stage_plan("source", config, config.source, method, mesh, sources, shape))
+            found += _with_preludes("source", config, config.source, method, mesh, sources, shape)
+        else:
+            skip_preludes(method)
         carried = method.end_source(Mesh())
     for group in [targets] if config.target.joint else [[target] for target in targets]:
         method.begin_target(carried, group, [config.data.max_train_rows or ASSUMED_TRAIN_ROWS] * len(group), Mesh())
         mesh = world.mesh(1, (1, world.size))
-        found.append(stage_plan(_target_name(config, group), config, config.target, method, mesh, group, shape))
+        found += _with_preludes(_target_name(config, group), config, config.target, method, mesh, group, shape)
     return found
+
+
+def _with_preludes(
+    name: str, config: Config, settings: Stage, method: Method, mesh: Mesh, specs: Sequence[TaskSpec], shape: T5Shape
+) -> list[StagePlan]:
+    """Return the stage just begun after the preludes its method wants."""
+    found = []
+    for prelude in method.preludes():
+        shorter = settings.model_copy(update={"steps": prelude.steps})
+        found.append(stage_plan(f"{name}/{prelude.name}", config, shorter, method, mesh, specs, shape, evaluated=False))
+        method.end_prelude(Mesh())
+    return [*found, stage_plan(name, config, settings, method, mesh, specs, shape)]
 
 
 def _target_name(config: Config, group: Sequence[TaskSpec]) -> str:

@@ -65,9 +65,20 @@ class PlannedWorld(World):
 
 
 def stage_plan(
-    name: str, config: Config, settings: Stage, method: Method, mesh: Mesh, specs: Sequence[TaskSpec], shape: T5Shape
+    name: str,
+    config: Config,
+    settings: Stage,
+    method: Method,
+    mesh: Mesh,
+    specs: Sequence[TaskSpec],
+    shape: T5Shape,
+    *,
+    evaluated: bool = True,
 ) -> StagePlan:
-    """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would."""
+    """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would.
+
+    A prelude is not `evaluated`.
+    """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStage) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
     refuse_idle_ranks(name, texts, mesh)
@@ -80,13 +91,14 @@ def stage_plan(
     costs = [shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights) for spec in specs]
     trained, whole = _bytes(method, mesh), _bytes(method, Mesh())
     states = num_optimizer_states(settings)
-    keeps_best = isinstance(settings, TargetStage)
+    keeps_best = isinstance(settings, TargetStage) and evaluated
     passes, evaluation_flops = (
         evaluation(config, settings, mesh, copies, [cost.forward_flops for cost in costs])
-        if isinstance(settings, TargetStage)
+        if isinstance(settings, TargetStage) and evaluated
         else (0, 0)
     )
-    num_passes = 1 if together else own
+    particles_at_once, texts_at_once = sequences_at_once(config, settings, own if together else 1, own_texts)
+    num_passes = -(-own // particles_at_once) * -(-own_texts // texts_at_once)
     return StagePlan(
         name=name,
         steps=settings.steps,
@@ -96,10 +108,10 @@ def stage_plan(
         texts=texts,
         rows=texts * copies,
         rows_per_rank=own * own_texts,
-        rows_at_once=(own if together else 1) * own_texts,
+        rows_at_once=particles_at_once * texts_at_once,
         passes_per_step=num_passes,
-        flops=round(copies * texts * sum(cost.flops for cost in costs) / len(costs)),
-        activation_bytes=(own if together else 1) * own_texts * max(cost.activation_bytes for cost in costs),
+        flops=round(copies * texts * flops_of_a_text([cost.flops for cost in costs], settings)),
+        activation_bytes=particles_at_once * texts_at_once * max(cost.activation_bytes for cost in costs),
         trainable_parameters=method.num_trainable(),
         trained_bytes=trained * (2 + keeps_best),
         optimizer_bytes=trained * states,
@@ -110,11 +122,26 @@ def stage_plan(
     )
 
 
+def sequences_at_once(config: Config, settings: Stage, particles: int, texts: int) -> tuple[int, int]:
+    """Return how many particles and texts meet in one pass through the T5."""
+    if config.distribution.exact:
+        return 1, 1
+    if settings.pass_size is None:
+        return particles, texts
+    particles = min(particles, settings.pass_size)
+    return particles, min(texts, max(1, settings.pass_size // particles))
+
+
 def lengths(spec: TaskSpec, config: Config) -> tuple[int, int]:
     """Return the longest source and target of a task in tokens, end token included; label words count by their characters."""
     source = config.data.max_source_length or spec.max_source_length
     words = spec.words(config.data.protocol)
     return source, max((-(-len(word) // CHARACTERS_A_TOKEN) + 1 for word in words), default=spec.max_target_length)
+
+
+def flops_of_a_text(flops: Sequence[int], settings: Stage) -> float:
+    """Return the FLOPs of a text: the mean over the tasks, or of a mixture, whose shares only the data know, the most."""
+    return sum(flops) / len(flops) if settings.sampling == "all" else max(flops)
 
 
 def refuse_idle_ranks(stage: str, texts: int, mesh: Mesh) -> None:
@@ -171,7 +198,8 @@ def _collectives(method: Method, mesh: Mesh, num_tasks: int, num_passes: int, co
     """Return what the ranks send one another in every step."""
     if mesh.world.size == 1:
         return []
-    found = [Collective("all-reduce of losses and the stop flag", 1, WORD * (2 + 2 * num_tasks))]
+    # Calls made, step, seconds, stop, not finite; and for each task a sum and a count.
+    found = [Collective("all-gather of flags and losses", 1, mesh.world.size * WORD * (5 + 2 * num_tasks))]
     if mesh.data.size > 1:
         found.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
     if mesh.particle.size > 1:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from bpt_dist.backbone import Backbone
-from bpt_dist.config import Config, Data, Stage
+from bpt_dist.config import Config, Data, Evaluation, Stage
 from bpt_dist.data import metrics
 from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepared import TaskData, prepare
 from bpt_dist.evaluate import Evaluated, evaluate
-from bpt_dist.export import export_prompt
+from bpt_dist.export import export_low_rank, export_prompt
+from bpt_dist.export_weights import write_weights
 from bpt_dist.faults import fault_point
 from bpt_dist.figures import draw_run
 from bpt_dist.files import encode_json, read_json, write_atomic, write_json_atomic
@@ -70,6 +73,17 @@ class Session:
             self.world.barrier()
         return found
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """How to evaluate; with `exact` text by text, for what shares a pass with a text changes its last bits."""
+        settings = self.config.evaluation
+        return settings.model_copy(update={"batch_size": 1}) if self.config.distribution.exact else settings
+
+    def beat(self, place: str) -> None:
+        """Say that this rank is alive at `place`: to its own guard, and to the ranks that may wait for it."""
+        self.guard.beat(place)
+        self.world.at(place)
+
     # --- what a stage starts from -------------------------------------------------------------------------------------
 
     def source_tasks(self) -> list[TaskData]:
@@ -102,8 +116,9 @@ class Session:
         if self.run.rank == 0:
             self.run.status("running", stage=name)
         return StageRun(
-            name, settings, self.method, mesh, batches, self.run, self.log, self.fingerprint, self.guard, validate, self.position
-        )
+            name, settings, self.method, mesh, batches, self.run, self.log, self.fingerprint, self.guard, validate, self.position,
+            exact=self.config.distribution.exact,
+        )  # fmt: skip
 
     def prelude(self, name: str, prelude: methods.Prelude, settings: Stage, mesh: Mesh, batches: Batches) -> StageRun:
         """Return the prelude of the stage `name`: its own steps and rate, no validation, everything else alike."""
@@ -127,6 +142,8 @@ class Session:
         if given is None and not (own / FACTS).is_file():
             return None
         self.posterior = Posterior.load(given or own, self.backbone)
+        self.posterior.require(self.config.method.name, self.method.source_tensors, self.backbone.width)
+        self.method.source_tasks = tuple(self.posterior.facts["source_tasks"])
         if given is None:
             self.position = self.posterior.facts["position"]
         return self.posterior
@@ -168,14 +185,17 @@ class Session:
         for index, task in enumerate(tasks):
             for split in self.config.evaluation.splits:
                 for predict in dict.fromkeys(("map", self.config.evaluation.predict)):
-                    found = evaluate(self.method, tasks, index, split, predict, self.config.evaluation, self.world, self.guard.beat)
+                    found = evaluate(self.method, tasks, index, split, predict, self.evaluation, self.world, self.beat)
                     entries += self._entries(task, split, predict, found, stage, len(tasks))
                     self._write_predictions(task, split, predict, found)
+        # A soft prompt is exported as one; of all else the tensors (collective where they lie in parts).
+        trained = None if self.method.prompts() is not None else stage.updater.whole(stage.updater.snapshot())
         if self.run.rank == 0:
             best = {f"best/{entry['task']}": entry["value"] for entry in entries if entry["headline"] and entry["predict"] == "map"}
             stage.write(best)
             self.log.flush()
             self._export(tasks, entries)
+            self._export_weights(tasks, trained, stage.name)
             fault_point("results.before_write", stage=stage.name)
             result = {
                 "position": self.log.position(),
@@ -254,11 +274,12 @@ class Session:
             write_atomic(folder / name, b"".join(encode_json(entry) for entry in found.predictions))
 
     def _export(self, tasks: Sequence[TaskData], entries: Sequence[dict[str, Any]]) -> None:
-        """Write each finished prompt as a PEFT folder."""
-        for name, prompt in (self.method.prompts() or {}).items():
+        """Write each finished prompt, or the low-rank changes of the T5, as a PEFT folder."""
+        prompts, pairs = self.method.prompts() or {}, self.method.low_rank_pairs()
+        for name in prompts if pairs is None else [task.spec.name for task in tasks]:
             fault_point("export.before_write", task=name)
             card = CardFacts(
-                title=f"Soft prompt for {name}",
+                title=f"Soft prompt for {name}" if pairs is None else f"Low-rank adapter for {name}",
                 method=self.config.method.name,
                 backbone_hash=self.backbone.identity,
                 tokenizer_hash=self.backbone.tokenizer_hash,
@@ -268,14 +289,20 @@ class Session:
                 results=[entry for entry in entries if entry["task"] == name],
                 posterior=self._posterior_facts(),
             )
-            export_prompt(
-                prompt,
-                self.run.path("target", name) / "adapter",
-                base_model=self.backbone.path,
-                revision=self.backbone.revision,
-                config_facts=self.backbone.model.config.to_dict(),
-                card=card,
-            )
+            folder, base = self.run.path("target", name) / "adapter", (self.backbone.path, self.backbone.revision)
+            if pairs is None:
+                facts = self.backbone.model.config.to_dict()
+                export_prompt(prompts[name], folder, base_model=base[0], revision=base[1], config_facts=facts, card=card)
+            else:
+                export_low_rank(pairs.pairs, pairs.alpha, folder, base_model=base[0], revision=base[1], card=card)
+
+    def _export_weights(self, tasks: Sequence[TaskData], trained: Mapping[str, Tensor] | None, stage: str) -> None:
+        """Write the trained tensors of a method that is no soft prompt."""
+        if trained is None:
+            return
+        source = self.posterior.tensors if self.posterior is not None else None
+        names, sizes = [task.spec.name for task in tasks], [len(task.train.tokens) for task in tasks]
+        write_weights(self.method, trained, source, names, sizes, self.run.path(stage, "weights"))
 
     def _posterior_facts(self) -> PosteriorFacts | None:
         if self.posterior is None or "particles" not in self.posterior.tensors:

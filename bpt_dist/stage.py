@@ -4,50 +4,44 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bpt_dist import checkpoint
 from bpt_dist.config import SourceStage, Stage
-from bpt_dist.data.batches import Batch, Batches
-from bpt_dist.engine import Updater
+from bpt_dist.data.batches import Batches
+from bpt_dist.engine import updater
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
+from bpt_dist.exhaustion import named
 from bpt_dist.files import write_json_atomic
+from bpt_dist.gradients import GradientSum, Losses, OrderedSum, ReducedSum
 from bpt_dist.guard import Guard
 from bpt_dist.journal import MetricsLog
-from bpt_dist.mesh import Mesh, deal
+from bpt_dist.mesh import Mesh
 from bpt_dist.methods.base import Method
 from bpt_dist.objective import annealing
+from bpt_dist.peers import StragglerAlarm
 from bpt_dist.progress import StepProgress
 from bpt_dist.run import Run
+from bpt_dist.work import Unit, ordered_units, shared_units
 
 log = logging.getLogger(__name__)
 BEST = "best"
+MOST_SKIPPED = 3  # non-finite steps in a row that end a run in any case
 
 
-@dataclass
-class Losses:
-    """Minus log-likelihoods of one step, summed by task over this rank's texts and particles."""
+class Agreed(NamedTuple):
+    """What all ranks know of a step before anything changes."""
 
-    sums: list[float]
-    counts: list[float]
-
-    @classmethod
-    def of(cls, num_tasks: int) -> Losses:
-        """Return zeros for `num_tasks` tasks."""
-        return cls([0.0] * num_tasks, [0.0] * num_tasks)
-
-    def add(self, log_likelihood: Tensor, batch: Batch) -> None:
-        """Count the log-likelihoods [m, N] of a batch."""
-        of_text = -log_likelihood.detach().double().sum(dim=0).cpu()
-        for task, value in zip(batch.task_index.tolist(), of_text.tolist(), strict=True):
-            self.sums[task] += value
-            self.counts[task] += len(log_likelihood)
+    losses: Losses
+    stop: bool  # some rank was asked to stop
+    usable: bool  # all losses and gradients are finite
 
 
 @dataclass
@@ -92,25 +86,62 @@ class StageRun:
     validate: Callable[[], dict[str, float]] | None = None
     position: int = 0  # of the metrics log: when the stage began, then at its newest checkpoint
     prelude: str | None = None  # the name of the prelude this is, if it is one
+    exact: bool = False  # one particle and one text a pass, summed in order: the same bits on every world size
 
     def __post_init__(self) -> None:
-        self.updater = Updater(self.method, self.settings)
+        self.updater = updater(self.method, self.settings)
         self.best = Selection()
         self.step = 0
+        self.skipped = 0  # steps in a row whose numbers were not finite
+        self.stragglers = StragglerAlarm(self.mesh.world.hosts)
+        self.seconds = 0.0  # this rank's own work in the last step
         self.task_names = [task.name for task in self.batches.datasets]
         check_texts(self.stage, self.batches.batch_size, self.batches.tasks_per_step, self.mesh.data.size)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def work(self, step: int) -> Iterator[tuple[slice, Batch]]:
-        """Yield (particles of this rank, its share of their texts); every rank yields equally often."""
-        share = self.mesh.data.index
-        own = range(self.method.num_particles)[self.mesh.rows(self.method.num_particles)]
-        for particles, key in [(slice(None), None)] if self._shared_texts else [(slice(i, i + 1), m) for i, m in enumerate(own)]:
-            batch = self.batches.at(step, particle=key)
-            shares = deal(batch.costs().tolist(), self.mesh.data.size)
-            own_texts = batch.select(shares[share])
-            yield particles, replace(own_texts, weight=own_texts.weight * self._temperature(step))
+    def work(self, step: int) -> Iterator[Unit]:
+        """Yield the passes of this rank, equally many on every rank, and measure how long they take."""
+        began = time.perf_counter()
+        own = self.mesh.rows(self.num_particles)
+        blocks: list[tuple[slice, int | None]] = [(own, None)]
+        if not self._shared_texts:
+            blocks = [(slice(m, m + 1), m) for m in range(own.start, own.stop)]
+        for rows, particle in blocks:
+            batch = self.batches.at(step, particle=particle)
+            batch = replace(batch, weight=batch.weight * self._temperature(step))
+            here = slice(rows.start - own.start, rows.stop - own.start)
+            if self.exact:
+                yield from ordered_units(batch, here, self.mesh)
+            else:
+                yield from shared_units(batch, here, self.mesh, self.settings.pass_size)
+        self.seconds = time.perf_counter() - began
+
+    def memory_for(self, unit: Unit) -> AbstractContextManager[None]:
+        """Return what names this rank, step and batch when the pass of `unit` runs out of memory."""
+        batch, particles = unit.batch, len(range(*unit.particles.indices(self.method.num_particles)))
+        shape = (
+            f"{particles} particle(s) x {len(batch)} text(s) of {batch.source_ids.shape[1]} source and "
+            f"{batch.target_ids.shape[1]} target tokens"
+        )
+        remedy = f"lower {self.stage}.pass_size or {self.stage}.batch_size, or start more processes"
+        return named(self.mesh.world, f"{self.name} step {self.step}", shape, remedy)
+
+    def gradients(self) -> GradientSum:
+        """Return what sums one step's gradients over its texts."""
+        num_tasks = len(self.task_names)
+        if not self.exact:
+            return ReducedSum(self.updater.replicated, self.mesh, num_tasks)
+        parameters = list(self.updater.names)
+        sharded = [parameter for parameter in parameters if self.updater.names[parameter] in self.method.particle_tensors]
+        return OrderedSum(parameters, sharded, self.mesh, num_tasks, self.num_particles)
+
+    @property
+    def num_particles(self) -> int:
+        """How many hypotheses all ranks train side by side in this stage: M in a source stage, usually one on a target."""
+        if self.stage == "source":
+            return self.method.num_particles
+        return next((len(tensor) for tensor, name in self.updater.names.items() if name in self.method.particle_tensors), 1)
 
     @property
     def stage(self) -> str:
@@ -131,36 +162,62 @@ class StageRun:
             return 1.0
         return annealing(step, self.settings.annealing_steps or self.settings.steps, self.settings.annealing)
 
+    def beat(self) -> None:
+        """Say that this rank begins a step: to its own guard, and to the ranks that may wait for it."""
+        place = f"{self.name} step {self.step}"
+        self.guard.beat(place)
+        self.mesh.world.at(place)
+
     # --- agreement ----------------------------------------------------------------------------------------------------
 
-    def agree(self, losses: Losses, stop_requested: bool) -> tuple[Losses, bool]:
-        """Return the losses of all ranks and whether any rank was asked to stop (collective: every rank).
+    def agree(self, losses: Losses, stop_requested: bool) -> Agreed:
+        """Return what all ranks know of the step before anything changes (collective: every rank).
 
-        Raises NonFinite on all ranks, before any particle has changed: the kernel would carry one NaN to every particle.
+        Non-finite numbers on any rank make the step useless for all: the kernel would carry one NaN to every particle. Raises
+        NonFinite on all ranks then, or with `on_non_finite: skip` after three such steps in a row.
         """
-        gradients = [parameter.grad for parameter in self.updater.names if parameter.grad is not None]
-        finite = all(math.isfinite(value) for value in losses.sums) and all(bool(g.isfinite().all()) for g in gradients)
-        num_tasks = len(losses.sums)
-        agreed = self.mesh.world.sum([float(stop_requested), float(not finite), *losses.sums, *losses.counts])
-        if agreed[1]:
-            self._refuse_non_finite(finite)
-        return Losses(agreed[2 : 2 + num_tasks], agreed[2 + num_tasks :]), agreed[0] > 0
+        finite = all(math.isfinite(value) for value in losses.sums) and all(
+            bool(gradient.isfinite().all()) for gradient in self.updater.gradients()
+        )
+        sums = losses.sums if finite else [0.0] * len(losses.sums)
+        world = self.mesh.world
+        own = [world.progress.calls, self.step, self.seconds, stop_requested, not finite, *sums, *losses.counts]
+        calls, steps, seconds, stops, bad, *of_task = zip(*world.gather_numbers(own), strict=True)
+        if len(set(calls)) > 1 or len(set(steps)) > 1:
+            raise RuntimeError(f"{self.name}: ranks are out of step: collective calls {calls}, steps {steps}; is it the same code?")
+        alarm = self.stragglers.observe(seconds)
+        if alarm and world.rank == 0:
+            log.warning("%s step %d: %s", self.name, self.step, alarm)
+        self.skipped = self.skipped + 1 if any(bad) else 0
+        if self.skipped:
+            self._refuse_or_skip(finite)
+        totals = [sum(values) for values in of_task]
+        agreed = Losses(totals[: len(sums)], totals[len(sums) :]).by_task(len(self.task_names))
+        return Agreed(agreed, any(stops), not self.skipped)
 
-    def _refuse_non_finite(self, finite: bool) -> None:
+    def _refuse_or_skip(self, finite: bool) -> None:
         """Name the step and its rows in `bad_step.json`; collective: every rank comes here."""
-        rows = [] if finite else [row for _, batch in self.work(self.step) for row in batch.row_ids]
+        rows = [] if finite else sorted({row for unit in self.work(self.step) for row in unit.batch.row_ids})
         by_rank = {str(rank): found for rank, found in enumerate(self.mesh.world.gather_objects(rows)) if found}
+        file = self.run.folder / "bad_step.json"
         if self.run.rank == 0:
-            write_json_atomic(self.run.folder / "bad_step.json", {"stage": self.name, "step": self.step, "row_ids": by_rank})
+            write_json_atomic(file, {"stage": self.name, "step": self.step, "row_ids": by_rank})
+        problem = f"{self.name} step {self.step}: a loss or gradient is NaN or infinite on rank(s) {', '.join(by_rank)}"
+        if self.settings.on_non_finite == "skip" and self.skipped < MOST_SKIPPED:
+            self.write({f"{self.metric_prefix}/skipped": 1.0})
+            log.warning("%s; no particle moves in this step. The rows are in %s", problem, file)
+            return
         raise NonFinite(
-            f"{self.name} step {self.step}: a loss or gradient is NaN or infinite on rank(s) {', '.join(by_rank)}; no particle was "
-            f"changed. The rows are in {self.run.folder / 'bad_step.json'}; lower the learning rate or set {self.stage}.clip"
+            f"{problem}; no particle was changed. The rows are in {file}; lower the learning rate or set {self.stage}.clip"
         )
 
     # --- records ------------------------------------------------------------------------------------------------------
 
     def record(self, losses: Losses, progress: StepProgress) -> None:
         """Say where the stage is, and write it down when it is due (rank 0)."""
+        if self.skipped:
+            progress.update(self.step, "skipped")
+            return
         mean = [total / count for total, count in zip(losses.sums, losses.counts, strict=True) if count]
         progress.update(self.step, f"loss {sum(mean) / len(mean):.4f}")
         if self.run.rank == 0 and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
@@ -188,7 +245,7 @@ class StageRun:
         """Validate, and keep the trained tensors if they are the best so far (collective: every rank)."""
         assert self.validate is not None
         values = self.validate()
-        self.best.offer(sum(values.values()) / len(values), self.step, self.method.snapshot())
+        self.best.offer(sum(values.values()) / len(values), self.step, self.updater.snapshot())
         self.write({f"{self.stage}/validation/{name}": value for name, value in values.items()})
 
     @property
@@ -207,7 +264,7 @@ class StageRun:
     def save(self) -> None:
         """Publish a checkpoint of this step (collective: every rank); if rank 0 cannot, every rank learns why."""
         state = {f"trained/{name}": tensor for name, tensor in self.updater.tensors(self.mesh).items()}
-        state |= {f"{BEST}/{name}": tensor for name, tensor in self.best.tensors.items()}
+        state |= {f"{BEST}/{name}": tensor for name, tensor in self.updater.whole(self.best.tensors).items()}
         problem = None
         if self.run.rank == 0:
             try:
@@ -233,7 +290,7 @@ class StageRun:
             self.updater.load(parts["trained"], self.mesh)
             kept = meta["best"]
             value = -math.inf if kept["value"] is None else kept["value"]
-            self.best = Selection(value, kept["step"], kept["since"], parts[BEST])
+            self.best = Selection(value, kept["step"], kept["since"], self.updater.own(parts[BEST]))
             self.step, self.position = found.step, meta["position"]
             log.info("%s: resuming at step %d", self.name, self.step)
         steps = self.mesh.world.gather_objects(self.step)
@@ -246,5 +303,4 @@ class StageRun:
     def finish(self) -> None:
         """Put back the best validated tensors, where there were validations."""
         if self.best.tensors:
-            with torch.no_grad():
-                self.method.restore(self.best.tensors)
+            self.updater.restore(self.best.tensors)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from bpt_dist import config as configuration
 from bpt_dist.config import Config, Stage
-from bpt_dist.data.batches import Batches
+from bpt_dist.data.batches import Batches, Sampling
 from bpt_dist.data.prepared import TaskData
 from bpt_dist.errors import Stopped
 from bpt_dist.evaluate import evaluate
 from bpt_dist.faults import fault_point
+from bpt_dist.gradients import Losses
 from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods.base import Method, Tensors
 from bpt_dist.mirror import shutdown
@@ -25,7 +26,7 @@ from bpt_dist.opening import leave, opened
 from bpt_dist.posterior import Posterior
 from bpt_dist.progress import StepProgress
 from bpt_dist.session import Session
-from bpt_dist.stage import Losses, StageRun
+from bpt_dist.stage import StageRun
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def source_stage(session: Session, method: Method) -> Tensors:
         tasks_per_step=config.tasks_per_step,
         task_weight=task_weights([len(task.train.tokens) for task in tasks], weights, config.likelihood_scale),
         num_particles=method.num_particles,
+        sampling=Sampling.of(config),
     )
     run_preludes(session, "source", config, mesh, batches)
     stage = session.stage("source", config, mesh, batches)
@@ -92,12 +94,13 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
         config.batch_size,
         session.config.seed,
         task_weight=[1 / len(tasks)] * len(tasks),
+        sampling=Sampling.of(config),
     )
 
     def headlines() -> dict[str, float]:
-        settings, values = session.config.evaluation, {}
+        settings, values = session.evaluation, {}
         for index, task in enumerate(tasks):
-            found = evaluate(method, tasks, index, "validation", "map", settings, session.world, session.guard.beat)
+            found = evaluate(method, tasks, index, "validation", "map", settings, session.world, session.beat)
             name = f"{task.spec.name}/{task.spec.headline}" if len(tasks) > 1 else task.spec.headline
             values[name] = found.metrics[task.spec.headline]
         return values
@@ -127,12 +130,14 @@ def run_stage(stage: StageRun) -> None:
         stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0
     ) as progress:
         while stage.step < settings.steps and not stage.converged:
-            guard.beat(f"{stage.name} step {stage.step}")
-            losses = accumulate_gradients(stage)
-            losses, stop = stage.agree(losses, guard.stop_requested)  # before anything changes
-            method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
+            stage.beat()
+            method.begin_step(mesh)
+            losses, stop, usable = stage.agree(accumulate_gradients(stage), guard.stop_requested)  # before anything changes
             fault_point("step.before_update", step=stage.step, stage=stage.name)
-            stage.updater.step(stage.step)
+            if usable:
+                method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
+                stage.updater.step(stage.step)
+            stage.updater.zero_grad()
             stage.step += 1
             fault_point("step.after_update", step=stage.step, stage=stage.name)
             stage.record(losses, progress)
@@ -144,19 +149,21 @@ def run_stage(stage: StageRun) -> None:
             if stop:
                 raise Stopped(f"stopped on request after {stage.name} step {stage.step}; the same command resumes")
             guard.steady()
+            mesh.world.settle(guard.step_timeout)
 
 
 def accumulate_gradients(stage: StageRun) -> Losses:
     """Leave in `.grad` the gradient of the step's objective for this rank's particles, whole on every replica."""
-    losses = Losses.of(len(stage.task_names))
-    for particles, batch in stage.work(stage.step):
+    total = stage.gradients()
+    for unit in stage.work(stage.step):
         fault_point("step.before_forward", step=stage.step, stage=stage.name)
-        forward = stage.method(batch, particles)  # log-likelihood [m, N] through the frozen T5
-        stage.method.loss(forward, batch).backward()
-        losses.add(forward.log_likelihood, batch)
+        with stage.memory_for(unit):
+            forward = stage.method(unit.batch, unit.particles)  # log-likelihood [m, N] through the frozen T5
+            stage.updater.backward(stage.method.loss(forward, unit.batch))
+        total.add(unit, forward.log_likelihood)
+    losses = total.close()
     if fault_point("step.after_backward", step=stage.step, stage=stage.name):
-        next(parameter.grad for parameter in stage.updater.names if parameter.grad is not None).view(-1)[0] = math.nan
-    stage.mesh.sum_over_data_([parameter.grad for parameter in stage.updater.names if parameter.grad is not None])
+        stage.updater.gradients()[0].view(-1)[0] = math.nan
     # The prior counts once: it is added after the sum over texts, alike on all replicas.
     penalty = stage.method.penalty()
     if penalty is not None:

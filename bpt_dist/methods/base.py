@@ -32,6 +32,13 @@ class Prelude(NamedTuple):
     lr: float | None = None
 
 
+class LowRankPairs(NamedTuple):
+    """B A alpha / rank, added to linear layers of the T5: by the layer's name, A [R, inputs] and B [outputs, R]."""
+
+    alpha: float
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+
 class Method(nn.Module):
     """One way to adapt a frozen T5. Owns exactly the tensors training may change, and nothing else."""
 
@@ -39,6 +46,13 @@ class Method(nn.Module):
     summary: ClassVar[str]
     # Names of the trainable tensors whose first axis counts particles: sharded over the mesh, clipped particle by particle.
     particle_tensors: frozenset[str] = frozenset()
+    # Names of trainable tensors whose first axis counts separate problems that every rank keeps: clipped row by row.
+    independent_rows: frozenset[str] = frozenset()
+    # What a target stage needs of the source stage: tensor name to axes, "K P D", where D is the width of the T5. A method that
+    # names nothing starts from its own posteriors only.
+    source_tensors: ClassVar[Mapping[str, str]] = {}
+    # The tasks along axis K of those tensors, in order; known once a source stage has begun or its posterior was read.
+    source_tasks: tuple[str, ...] = ()
 
     def __init__(
         self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: Reduction, evaluation: Evaluation | None = None
@@ -110,6 +124,9 @@ class Method(nn.Module):
         """Return minus the log prior on the scale of the loss, or None; added once, after the sum over texts."""
         return None
 
+    def begin_step(self, mesh: Mesh) -> None:
+        """Start what may run beside the forward pass, such as the gather of the particles (collective: every rank)."""
+
     def precondition_(self, mesh: Mesh) -> None:
         """Change the gradients before the update (collective: every rank); by default they stay."""
 
@@ -135,6 +152,10 @@ class Method(nn.Module):
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return the finished soft prompt of each target task, or None when the method is not a prompt."""
+        return None
+
+    def low_rank_pairs(self) -> LowRankPairs | None:
+        """Return what is added to linear layers, or None when the method adds no such thing."""
         return None
 
     def num_trainable(self) -> int:

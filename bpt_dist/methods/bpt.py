@@ -6,7 +6,7 @@ a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -85,6 +85,7 @@ class BayesianPromptTuning(VanillaTransfer):
     paper = "Lee et al. 2023 (BMTPT)"
     summary = "SVGD over M source prompts, then MAP adaptation around their mean"
     particle_tensors = frozenset({"particles", "u", "v"})
+    source_tensors: ClassVar[dict[str, str]] = {"particles": "M P D", "mean": "P D"}
     config: Config
 
     @property
@@ -105,6 +106,12 @@ class BayesianPromptTuning(VanillaTransfer):
             particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
         self.own(particles[mesh.rows(num_particles)])
         self.stage = "source"
+        self.gathering: Callable[[], Tensor] | None = None  # waits for the gather that `begin_step` started
+
+    def begin_step(self, mesh: Mesh) -> None:
+        """Start the gather of the particles: theta is known now, the Stein direction needs it after the backward pass."""
+        if self.stage == "source":
+            self.gathering = mesh.start_gather_particles(self.particles.detach())
 
     def precondition_(self, mesh: Mesh) -> None:
         """Turn the gradients of the source loss into minus the Stein direction (collective: every rank)."""
@@ -112,7 +119,8 @@ class BayesianPromptTuning(VanillaTransfer):
             return
         assert self.particles.grad is not None
         # A copy: on one rank the gathered tensor is the parameter itself, and the diagnostics come after its update.
-        particles = mesh.gather_particles(self.particles.detach()).clone()
+        particles = (self.gathering() if self.gathering else mesh.gather_particles(self.particles.detach())).clone()
+        self.gathering = None
         score = mesh.gather_particles(-self.particles.grad)
         phi = stein_direction(particles, score, rows=mesh.rows(len(particles)), **self._kernel()).phi
         self.particles.grad.copy_(-phi)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
-
+from bpt_dist.backbone import own_part
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.mesh import Mesh
@@ -31,10 +30,9 @@ class FineTuning(Method):
         """Start from the pretrained weights, also after an earlier target has changed them."""
         weights = dict(self.backbone.model.named_parameters())
         if not hasattr(self, "pretrained"):
-            self.pretrained = {name: weight.detach().clone() for name, weight in weights.items()}
+            self.pretrained = {name: own_part(weight).clone() for name, weight in weights.items()}
         for name, weight in weights.items():
-            with torch.no_grad():
-                weight.copy_(self.pretrained[name])
+            own_part(weight).copy_(self.pretrained[name])
             # Registered here, so that optimizer, checkpoints and counts find them where they find every method's tensors.
             weight.requires_grad = True
             self.register_parameter(name.replace(".", "/"), weight)
@@ -45,5 +43,9 @@ class FineTuning(Method):
         # Nothing was begun where an earlier process had stored all results.
         pretrained = getattr(self, "pretrained", {})
         for name, weight in self.backbone.model.named_parameters():
-            with torch.no_grad():
-                weight.requires_grad_(False).copy_(pretrained.get(name, weight))
+            part = own_part(weight.requires_grad_(False))
+            part.copy_(pretrained.get(name, part))
+
+    def num_trainable(self) -> int:
+        """Return the number of weights of the whole T5, of which this rank may hold a part."""
+        return sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.parameters())

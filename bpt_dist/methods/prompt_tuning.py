@@ -49,6 +49,6 @@ class PromptTuning(Method):
         """Put every particle before every text."""
         return prepend(self.particles, embeds)
 
-    def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
+    def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return the trained prompt under the name of each target task."""
         return {name: self.particles[0].detach().cpu() for name in self.target_tasks}

@@ -30,6 +30,7 @@ class VanillaTransfer(PromptTuning):
 
     paper = "thesis slides 2023; Vu et al. 2022 (SPoT, generic)"
     summary = "one soft prompt on the source mixture, continued on the target"
+    source_tensors: ClassVar[dict[str, str]] = {"mean": "P D"}
 
     def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
         """Start the one prompt all source tasks share."""

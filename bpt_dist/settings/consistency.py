@@ -67,12 +67,16 @@ def _particles(config: Config) -> Iterator[str]:
             yield f"evaluation.predict: ensemble needs particles, method {config.method.name} has none; use map"
 
 
-def _frozen_to_be_partitioned(config: Config) -> Iterator[str]:
-    if config.method.TRAINS_BACKBONE and config.distribution.shard != "none":
-        yield (
-            f"distribution.shard: {config.distribution.shard} partitions a frozen backbone, method {config.method.name} "
-            "trains it; use none"
-        )
+def _backbone_trained_in_parts(config: Config) -> Iterator[str]:
+    given, name = config.distribution, config.method.name
+    if not config.method.TRAINS_BACKBONE or given.shard == "none":
+        return
+    if given.scope == "node":
+        yield f"distribution.scope: node keeps a copy of the backbone on each host, and method {name} trains one; use world"
+    if given.offload != "none":
+        yield f"distribution.offload: {given.offload} is for frozen partitions, and method {name} trains the backbone; use none"
+    if given.exact:
+        yield f"distribution.exact: orders the sums of whole gradients, which shard {given.shard} sums in parts; use shard none"
 
 
 def _mesh_divides_work(config: Config) -> Iterator[str]:
@@ -121,6 +125,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_learning_rates, "method source.steps source.posterior source.lr target.lr target.steps"),
     (_tasks_of_a_step, "data.source_tasks source.tasks_per_step source.task_weights"),
     (_particles, "method source.shared_texts evaluation.predict"),
+    (_backbone_trained_in_parts, "method distribution"),
     (_mesh_divides_work, "method distribution.mesh data source target"),
     (_few_shot, "data.shots data.target_tasks"),
     (_one_or_many, "seed seeds"),

@@ -70,15 +70,39 @@ class Stage(Section):
     """What the source and the target stage share."""
 
     steps: int = Field(default=0, ge=0, description="Updates of the stage; 0 skips it.")
-    batch_size: int = Field(default=1, ge=1, description="Texts of each task in a step (B).")
+    batch_size: int = Field(
+        default=1, ge=1, description="Texts of each task in a step (B); a mixture draws K times as many from its K tasks."
+    )
+    sampling: Literal["all", "proportional", "temperature", "stochastic"] = Field(
+        default="all",
+        description="Tasks of a step: `all`, or a mixture: `proportional` to their rows, one task with a `temperature`, or "
+        "`stochastic` (MPT: 2 to K tasks with replacement).",
+    )
+    sampling_cap: int = Field(default=2**18, ge=1, description="Most rows a task counts in `proportional`, `stochastic`.")
+    sampling_temperature: float = Field(default=10.0, ge=1, description="T of `temperature`: a task weighs its rows^(1/T).")
     lr: float | None = Field(default=None, gt=0, description="Learning rate at its peak.")
     optimizer: Literal["adamw", "sgd", "rmsprop"] = Field(default="adamw", description="Rule that applies the direction.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the steps in which the rate rises from 0.")
     schedule: Literal["linear", "constant"] = Field(default="linear", description="Learning rate after the warm-up.")
     clip: float | None = Field(default=None, gt=0, description="Largest norm of the direction of one prompt.")
+    pass_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences (particles x texts) in one pass through the T5; null takes all. Changes memory and speed only.",
+    )
+    on_non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="A NaN or infinite loss or gradient ends the run; or the step is skipped, at most two in a row."
+    )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=10, ge=1, description="Steps between records in metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _sampling(self) -> Self:
+        idle = [] if self.sampling in ("proportional", "stochastic") else ["sampling_cap"]
+        idle += [] if self.sampling == "temperature" else ["sampling_temperature"]
+        refuse(without_effect(self, f"with sampling {self.sampling}", *idle))
+        return self
 
 
 class SourceStage(Stage):
@@ -103,6 +127,15 @@ class SourceStage(Stage):
     )
 
     @model_validator(mode="after")
+    def _mixture(self) -> Self:
+        if self.sampling != "all":
+            problems = without_effect(self, f"with sampling {self.sampling}, which draws from all source tasks", "tasks_per_step")
+            if self.likelihood_scale == "dataset":
+                problems.append(f"likelihood_scale: dataset counts a task's rows, and so does sampling {self.sampling}; use all")
+            refuse(problems)
+        return self
+
+    @model_validator(mode="after")
     def _annealing(self) -> Self:
         if self.annealing == "none":
             refuse(without_effect(self, "with annealing none", "annealing_steps"))
@@ -124,6 +157,8 @@ class TargetStage(Stage):
 
     @model_validator(mode="after")
     def _selection(self) -> Self:
+        if not self.joint:
+            refuse(without_effect(self, "without target.joint, which trains one task at a time", "sampling"))
         if self.patience is not None and self.eval_every is None:
             refuse([f"patience: needs target.eval_every (got {self.patience}); set eval_every or remove patience"])
         return self
@@ -174,8 +209,20 @@ class Distribution(Section):
     shard: Literal["none", "deepspeed", "fsdp2"] = Field(
         default="none", description="Who partitions the frozen backbone over all ranks."
     )
+    scope: Literal["node", "world"] = Field(
+        default="world", description="Partition over all ranks, or within each host, so that no weights cross the network."
+    )
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="Where partitions wait: on the device, or in the memory of the host; changes nothing on a CPU."
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Keep only the inputs of each T5 block and compute the block again in the backward pass."
+    )
     zero_config: Folder | None = Field(
         default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
+    )
+    exact: bool = Field(
+        default=False, description="The same bits on every world size: one particle and one text a pass. Slow; for audits."
     )
     expect_world_size: int | None = Field(default=None, ge=1, description="Refuse to start with another number of processes.")
     startup_timeout: int = Field(default=600, ge=1, description="Seconds to wait for all ranks to appear.")
@@ -185,6 +232,8 @@ class Distribution(Section):
     def _world_size(self) -> Self:
         if self.shard != "deepspeed":
             refuse(without_effect(self, f"with shard {self.shard}", "zero_config"))
+        if self.shard == "none":
+            refuse(without_effect(self, "with shard none, which partitions nothing", "scope", "offload"))
         if isinstance(self.mesh, MeshShape) and self.expect_world_size is not None:
             ranks = self.mesh.particle * self.mesh.data
             if ranks != self.expect_world_size:

@@ -32,12 +32,12 @@ def test_gather_returns_all_particles_in_order_on_every_rank(size: int) -> None:
             assert torch.equal(tensor, particles(num_particles))
 
 
-def summed(world: World) -> tuple[torch.Tensor, torch.Tensor, list[float], bool, list[int], int]:
+def summed(world: World) -> tuple[torch.Tensor, torch.Tensor, list[list[float]], bool, list[int], int]:
     mesh = world.mesh(2)  # on 4 ranks: 2 x 2
     a, b = torch.full((3,), float(world.rank)), torch.full((2, 2), 10.0 * world.rank)
     mesh.sum_over_data_([a, b])
     any_flag = world.any(world.rank == world.size - 1)
-    return a, b, world.sum([world.rank, 0.5]), any_flag, world.gather_objects(world.rank), world.broadcast(world.rank)
+    return a, b, world.gather_numbers([world.rank, 0.5]), any_flag, world.gather_objects(world.rank), world.broadcast(world.rank)
 
 
 def test_sums_run_over_the_data_axis_only() -> None:
@@ -45,7 +45,7 @@ def test_sums_run_over_the_data_axis_only() -> None:
         expected = [0 + 1, 2 + 3][rank // 2]  # ranks a*C + c: the data axis joins 0,1 and 2,3
         assert torch.equal(a, torch.full((3,), float(expected)))
         assert torch.equal(b, torch.full((2, 2), 10.0 * expected))
-        assert total == [6.0, 2.0]
+        assert total == [[rank, 0.5] for rank in range(4)]
         assert any_flag
         assert everyone == [0, 1, 2, 3]
         assert first == 0

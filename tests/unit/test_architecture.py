@@ -16,13 +16,13 @@ FILES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launcher").rg
 # A module may import modules of its own layer's left neighbours and itself; the first matching prefix counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "faults", "files", "svgd", "objective", "config", "settings", "data.metrics", "data.spec"),
-    ("mesh", "run", "lock", "checkpoint", "guard", "journal", "tracking", "mirror", "progress"),
-    ("data", "backbone", "mini", "prompts", "prompt_files", "posterior"),
+    ("mesh", "peers", "run", "lock", "checkpoint", "guard", "last_resort", "journal", "tracking", "mirror", "progress", "exhaustion"),
+    ("data", "insertion", "backbone", "mini", "prompts", "prompt_files", "posterior"),
     ("methods",),
     ("evaluate", "export", "model_card", "engine", "results", "report", "published", "figures", "plan", "gaussian_product"),
-    ("stage", "session", "opening"),
+    ("work", "gradients", "stage", "session", "opening"),
     ("train",),
-    ("cli", "sweep", "launcher"),
+    ("cli", "table", "sweep", "launcher"),
 )
 ONE_PLACE = {
     "deepspeed": {"engine", "cli_check"},
@@ -99,6 +99,8 @@ def test_light_modules_import_nothing_heavy(name: str) -> None:
 
 def test_no_method_is_named_outside_its_file() -> None:
     names = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "base"}
+    # The published wording of the tasks is called after the paper whose data code it repeats, and so is that paper's method.
+    protocol_files = {PACKAGE / "settings" / "models.py", *(PACKAGE / "data").glob("*.py")}
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name in ("methods",) or path.stem == "published":
             continue
@@ -107,7 +109,8 @@ def test_no_method_is_named_outside_its_file() -> None:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        assert not strings & names, f"{path} names {strings & names}"
+        named = strings & (names - {"attempt"} if path in protocol_files else names)
+        assert not named, f"{path} names {named}"
 
 
 def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:

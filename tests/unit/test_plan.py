@@ -132,7 +132,8 @@ def _tensor_bytes(file: Path) -> int:
 def test_every_method_can_be_planned(world, tmp_path, name):
     config = settings_of(world, tmp_path, {"name": name})
     found = estimate(config, 1)
-    assert [each.name for each in found.stages][-2:] == ["target/mood", "target/count"]
+    mains = [each.name for each in found.stages if each.name.count("/") == 1]  # beside the source stage and preludes
+    assert mains[-2:] == ["target/mood", "target/count"]
     assert all(each.trainable_parameters > 0 and each.flops > 0 for each in found.stages)
     if config.method.TRAINS_BACKBONE:
         assert found.stages[0].trainable_parameters == found.num_parameters
@@ -154,6 +155,22 @@ def test_rows_passes_and_copies(world, tmp_path):
     assert stage(apart, "source").activation_bytes == source.activation_bytes // 2
 
 
+def test_preludes_are_stages_of_the_plan(world, tmp_path):
+    config = settings_of(world, tmp_path, {"name": "spot", "probe_steps": 7})
+    found = estimate(config, 1)
+    preludes = {each.name: each.steps for each in found.stages if each.evaluation_passes == 0 and each.steps == 7}
+    assert preludes == {"source/keys": 7, "target/mood/embedding": 7, "target/count/embedding": 7}
+
+
+def test_a_mixture_may_take_every_text_from_the_longest_task(world, tmp_path):
+    data = {"source_tasks": ["count", "colour"]}  # free text of 4 tokens beside one label word
+    lone = settings_of(world, tmp_path, {"name": "bpt"}, data={"source_tasks": ["count"]}, source={"batch_size": 4})
+    mixed = settings_of(world, tmp_path, {"name": "bpt"}, data=data, source={"batch_size": 2, "sampling": "temperature"})
+    evenly = settings_of(world, tmp_path, {"name": "bpt"}, data=data, source={"batch_size": 2})
+    flops = [stage(estimate(config, 1), "source").flops for config in (lone, mixed, evenly)]
+    assert flops[0] == flops[1] > flops[2]
+
+
 def test_planned_collectives_are_the_ones_a_step_makes(world, tmp_path):
     config = settings_of(world, tmp_path, {"name": "bpt", "num_particles": 4})
     planned = {each.name: each for each in stage(estimate(config, 2), "source").collectives}
@@ -173,8 +190,22 @@ def test_planned_collectives_are_the_ones_a_step_makes(world, tmp_path):
     method.precondition_(mesh)
     gathers = planned["all-gather of particles and of scores"]
     assert (gathers.calls, gathers.bytes) == (len(gathered), sum(gathered))
-    agreed = planned["all-reduce of losses and the stop flag"]
-    assert agreed.bytes == 8 * (2 + 2 * 2), "stop, finite, and for each of two tasks a sum and a count"
+    agreed = planned["all-gather of flags and losses"]
+    assert agreed.bytes == 2 * 8 * (5 + 2 * 2), "from two ranks five numbers, and for each of two tasks a sum and a count"
+
+
+@pytest.mark.parametrize(
+    ("section", "passes", "at_once"),
+    [({}, 1, 8), ({"source": {"pass_size": 3}}, 4, 2), ({"source": {"pass_size": 4}}, 2, 4), ({"distribution": {"exact": True}}, 8, 1)],
+)
+def test_smaller_passes_are_planned_as_they_are_made(world, tmp_path, monkeypatch, section, passes, at_once):
+    config = settings_of(world, tmp_path, {"name": "bpt"}, **section)
+    planned = stage(estimate(config, 1), "source")
+    with tiny_run.stage_of(monkeypatch, config) as found:
+        units = list(found.work(0))
+    assert (planned.passes_per_step, planned.rows_at_once) == (passes, at_once)
+    sizes = [(unit.particles.stop - unit.particles.start) * len(unit.batch) for unit in units]
+    assert (len(sizes), max(sizes)) == (passes, at_once)
 
 
 def test_optimizer_states():

@@ -17,7 +17,8 @@ from bpt_dist.config import Config
 from bpt_dist.errors import ConfigError, NonFinite, Stopped
 from bpt_dist.journal import read_records
 from bpt_dist.mesh import Axis, Mesh
-from bpt_dist.stage import Losses, Selection, StageRun
+from bpt_dist.stage import Selection, StageRun
+from bpt_dist.work import Unit
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def test_the_data_axis_reads_every_text_of_a_step_once(
         whole, seen = stage.batches.at(2), {}
         for rank in range(num_ranks):
             stage.mesh = replace(Mesh(), data=Axis(rank, num_ranks))
-            ((particles, share),) = stage.work(2)
-            assert particles == slice(None)
+            ((particles, share, _),) = stage.work(2)
+            assert particles == slice(0, stage.method.num_particles)
             seen |= {row: float(weight) for row, weight in zip(share.row_ids, share.weight, strict=True)}
     assert seen == {row: float(weight) for row, weight in zip(whole.row_ids, whole.weight, strict=True)}
 
@@ -57,12 +58,12 @@ def test_particles_with_their_own_texts_read_those_of_their_place_among_all(
 ) -> None:
     config = configured(world, tmp_path, options={"num_particles": 4}, source={"shared_texts": False})
     with tiny_run.stage_of(monkeypatch, config) as stage:
-        alone = [batch.row_ids for _, batch in stage.work(0)]
+        alone = [unit.batch.row_ids for unit in stage.work(0)]
         stage.mesh = replace(Mesh(), particle=Axis(1, 2))  # this rank owns particles 2 and 3
         shared = list(stage.work(0))
     assert len(alone) == 4
-    assert [batch.row_ids for _, batch in shared] == alone[2:]
-    assert [particles for particles, _ in shared] == [slice(0, 1), slice(1, 2)]
+    assert [unit.batch.row_ids for unit in shared] == alone[2:]
+    assert [unit.particles for unit in shared] == [slice(0, 1), slice(1, 2)]
     assert len({row for rows in alone for row in rows}) == sum(map(len, alone))  # a row is read by one particle only
 
 
@@ -86,12 +87,37 @@ def replace_mesh(stage: StageRun, mesh: Mesh) -> StageRun:
 
 def test_losses_are_summed_by_task_over_texts_and_particles(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path)) as stage:
-        batch, losses = stage.batches.at(0), Losses.of(2)
-    losses.add(-torch.arange(8.0).view(2, 4), batch)
-    losses.add(-torch.arange(8.0).view(2, 4), batch)
+        batch, total = stage.batches.at(0), stage.gradients()
+    idle = replace(batch, weight=batch.weight * 0)  # what only fills a pass does not count
+    for texts in (batch, batch, idle):
+        total.add(Unit(slice(0, 2), texts), -torch.arange(8.0).view(2, 4))
+    losses = total.close()
     assert batch.task_index.tolist() == [0, 0, 1, 1]
     assert losses.sums == [2 * (0 + 1 + 4 + 5), 2 * (2 + 3 + 6 + 7)]
     assert losses.counts == [8, 8]
+
+
+@pytest.mark.parametrize("pass_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_passes_are_small_enough_equally_many_on_all_ranks_and_leave_the_same_gradient(
+    pass_size: int, num_ranks: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(stage: StageRun) -> torch.Tensor:
+        stage.method.zero_grad()
+        train.accumulate_gradients(stage)
+        return stage.updater.gradients()[0].clone()
+
+    with tiny_run.stage_of(monkeypatch, configured(world, tmp_path, options={"num_particles": 3})) as stage:
+        whole = gradients(stage)
+        stage.settings = stage.settings.model_copy(update={"pass_size": pass_size})
+        torch.testing.assert_close(gradients(stage), whole, rtol=1e-5, atol=1e-6)
+        passes = []
+        for rank in range(num_ranks):
+            stage.mesh = replace(Mesh(), data=Axis(rank, num_ranks))
+            units = list(stage.work(0))
+            assert all((unit.particles.stop - unit.particles.start) * len(unit.batch) <= pass_size for unit in units)
+            passes.append([(unit.particles, len(unit.batch) > 0) for unit in units])
+    assert all(each == passes[0] for each in passes)
 
 
 def test_the_best_validation_is_kept_and_a_tie_keeps_the_earlier() -> None:

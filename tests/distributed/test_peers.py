@@ -1,0 +1,108 @@
+"""Who is gone is named, alike by every rank that is left; a slow rank is told from a pause."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_run
+import torch.distributed as dist
+
+from bpt_dist.files import read_json
+from bpt_dist.peers import RollCall, StragglerAlarm, Verdict
+from bpt_dist.train import run_all
+
+HOSTS = ("east", "east", "west")
+
+
+def roll_calls(present: dict[int, tuple[int, str]]) -> tuple[dist.TCPStore, dict[int, RollCall]]:
+    """The store of a job and the ranks of it that are alive."""
+    store = dist.TCPStore("127.0.0.1", ranks.free_port(), is_master=True, wait_for_workers=False)
+    return store, {rank: RollCall(store, rank, HOSTS, lambda at=at: at) for rank, at in present.items()}
+
+
+def verdicts(calls: dict[int, RollCall]) -> list[Verdict]:
+    """What the ranks say that all notice at once."""
+    found: dict[int, Verdict] = {}
+
+    def ask(rank: int) -> None:
+        found[rank] = calls[rank].verdict()
+
+    threads = [threading.Thread(target=ask, args=(rank,)) for rank in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for call in calls.values():
+        call.close()
+    return [found[rank] for rank in calls]
+
+
+def test_every_rank_that_is_left_names_the_one_that_does_not_answer() -> None:
+    _store, calls = roll_calls({0: (7, "a"), 2: (7, "a")})
+    assert verdicts(calls) == [Verdict("rank 1 on east does not answer", 0)] * 2
+
+
+def test_when_all_answer_the_one_with_the_fewest_collective_calls_is_waited_for() -> None:
+    _store, calls = roll_calls({0: (9, "step 4"), 1: (9, "step 4"), 2: (8, "step 3")})
+    assert verdicts(calls) == [Verdict("rank 2 on west is furthest behind, at 'step 3'", 0)] * 3
+
+
+def test_a_rank_whose_main_thread_waits_answers_the_call_of_another() -> None:
+    store, calls = roll_calls({0: (9, "a"), 1: (9, "a"), 2: (8, "b")})
+    assert calls[1].verdict().text.startswith("rank 2")  # nobody else asks
+    assert store.check(["roll/0", "roll/2"])
+    for call in calls.values():
+        call.close()
+
+
+def test_without_the_store_rank_0_is_the_one_that_is_gone() -> None:
+    store, calls = roll_calls({2: (3, "a")})
+    del store
+    assert verdicts(calls) == [Verdict("rank 0 on east, which keeps the job's store, does not answer", None)]
+
+
+def test_a_rank_that_hangs_is_named_in_status_and_all_leave_within_the_time_out(tmp_path: Path) -> None:
+    """F10: the sleeper's own thread still answers, so its last place is known."""
+    world = tiny_run.world(tmp_path / "world")
+    plain = tiny_run.settings(world, {"name": "bpt"}, distribution={"step_timeout": 2})
+    config = tiny_run.load(tmp_path, plain)
+    began = time.monotonic()
+    codes = ranks.launch(lambda: run_all(config), 2, BPT_FAULT="step.before_forward,step=2,rank=1,stage=source,sleep:60")
+    assert codes == [69, 69]
+    assert time.monotonic() - began < 2 + 8 + 12  # the time-out, the naming, and the start on a busy machine
+    status = read_json(config.directory / "status.json")
+    assert status["state"] == "failed"
+    assert "is furthest behind, at 'source step 2'" in status["reason"]
+    assert status["reason"].startswith("rank 1 on ")
+    assert ranks.launch(lambda: run_all(config), 2) == [0, 0]
+
+
+def test_five_hundred_healthy_steps_raise_no_alarm_and_a_slow_rank_is_named_within_25() -> None:
+    """F9. Times as a busy machine gives them: a fifth of noise, and every tenth step of some rank three times as long."""
+    alarm, noise = StragglerAlarm(HOSTS), random.Random(3)
+
+    def healthy() -> list[float]:
+        return [0.1 * noise.uniform(0.9, 1.1) * (3 if noise.random() < 0.1 else 1) for _ in HOSTS]
+
+    assert not any(alarm.observe(healthy()) for _ in range(500))
+    said = [alarm.observe([a, 4 * b, c]) for a, b, c in (healthy() for _ in range(25))]
+    (message,) = [text for text in said if text]  # once, not in every step
+    assert message.startswith("rank 1 on east works ")
+    assert 3 < float(message.split(" works ")[1].split(" times")[0]) < 5
+
+
+def test_one_process_has_no_stragglers() -> None:
+    alarm = StragglerAlarm(("here",))
+    assert not any(alarm.observe([float(step)]) for step in range(100))
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_the_alarm_waits_for_a_whole_window(slow: int) -> None:
+    alarm = StragglerAlarm(HOSTS, window=15)
+    seconds = [1.0 if rank == slow else 0.1 for rank in range(3)]
+    assert [bool(alarm.observe(seconds)) for _ in range(16)] == [False] * 14 + [True, False]
