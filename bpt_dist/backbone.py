@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file, logging
 
 from bpt_dist.errors import ConfigError
+from bpt_dist.insertion import InsertionPoints
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
 EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
@@ -32,6 +33,8 @@ class Forward(NamedTuple):
 
     log_likelihood: Float[Tensor, "m N"]
     logits: Float[Tensor, "m N U V"]
+    # On request, the last hidden states of encoder [m, N, L, D] and decoder [m, N, U, D].
+    states: tuple[Float[Tensor, "m N L D"], Float[Tensor, "m N U D"]] | None = None
 
 
 class PromptedT5(nn.Module):
@@ -63,13 +66,21 @@ class PromptedT5(nn.Module):
         return inputs.flatten(0, 1).to(self.model.dtype), full_mask
 
     def _score(
-        self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows U V"]]:
+        self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction, states: bool
+    ) -> tuple[Tensor, ...]:
+        """Return log-likelihoods [rows] and logits [rows, U, V]; with `states`, also the last states of encoder and decoder."""
         inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
         targets = target_ids.repeat(len(inputs) // len(ids), 1)
         start = self.model._shift_right(targets)
-        logits = self.model(inputs_embeds=inputs, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
-        return sequence_log_likelihood(logits, targets, reduction), logits
+        decoded: list[Tensor] = []
+        # `output_hidden_states` would keep the states of all layers.
+        handle = self.model.decoder.register_forward_hook(lambda _module, _args, output: decoded.append(output[0]))
+        try:
+            found = self.model(inputs_embeds=inputs, attention_mask=full_mask, decoder_input_ids=start, use_cache=False)
+        finally:
+            handle.remove()
+        last = (found.encoder_last_hidden_state, *decoded) if states else ()
+        return sequence_log_likelihood(found.logits, targets, reduction), found.logits, *last
 
     def _rank(
         self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
@@ -102,18 +113,20 @@ class PromptedT5(nn.Module):
         return tokens
 
 
-class Backbone:
+class Backbone(InsertionPoints):
     """A T5-family checkpoint with its tokenizer: frozen, in eval mode, never written to by a frozen-model method."""
 
     def __init__(
         self, model: T5ForConditionalGeneration, tokenizer: Any, *, name: str, path: str, identity: str, revision: str | None = None
     ) -> None:
+        super().__init__()
         self.core = PromptedT5(model.requires_grad_(False).eval())
         self.tokenizer, self.name, self.path, self.revision = tokenizer, name, path, revision
         self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
         self.call: Callable[..., Any] = self.core  # the engine replaces this by the partitioned module
         self.synced = False
-        self._handles: list[Any] = []
+        self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
+        self.partition: Any = None  # how the engine partitioned the T5, for a method that trains it
         self._loaded_hash = _hash_tensors(model)
         self.tokenizer_hash = _hash_tokenizer(tokenizer)
 
@@ -133,20 +146,21 @@ class Backbone:
         return type(self.model.encoder.block[0])
 
     @property
+    def num_blocks(self) -> dict[str, int]:
+        """How many blocks each stack has."""
+        return {"encoder": len(self.model.encoder.block), "decoder": len(self.model.decoder.block)}
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """All blocks of encoder and decoder."""
         return [module for module in self.model.modules() if isinstance(module, self.block_class)]
 
-    @property
-    def device(self) -> torch.device:
-        """Where texts have to be sent."""
-        return next(self.model.parameters()).device
-
-    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction) -> Forward:
+    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
-        log_likelihood, logits = self.call("score", ids, mask, targets, encoder_inputs, reduction)
-        return Forward(log_likelihood.view(-1, len(ids)), logits.view(-1, len(ids), *logits.shape[1:]))
+        log_likelihood, *rest = self.call("score", ids, mask, targets, encoder_inputs, reduction, states)
+        logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
+        return Forward(log_likelihood.view(-1, len(ids)), logits, (last[0], last[1]) if last else None)
 
     @torch.no_grad()
     def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
@@ -168,55 +182,6 @@ class Backbone:
         """Return rows of the word-embedding table in float32 (through the forward, so that a partitioned table is gathered)."""
         rows: Tensor = self.call("embed", ids.to(self.device))
         return rows.float()
-
-    # --- removable insertion points: a method changes the T5 from outside, and leaves it without trace ----------------------------
-
-    def after_sublayer(self, make: Callable[[str], Callable[[Tensor], Tensor]], where: Sequence[str]) -> int:
-        """Pass the output of each sub-layer through `make(module name)` before T5 adds it to the residual; return how many matched.
-
-        `where` picks from self_attention, cross_attention, feed_forward. Raises ConfigError when nothing matches.
-        """
-        kinds = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "feed_forward": "DenseReluDense"}
-        wanted = {kinds.get(kind, kind) for kind in where}
-
-        def attach(name: str, module: nn.Module) -> Any:
-            change = make(name)
-
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-                return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-            return module.register_forward_hook(hook)
-
-        return self._attach(lambda name, module: name.rsplit(".", 1)[-1] in wanted, attach, f"where={list(where)}")
-
-    def around_linear(self, make: Callable[[str, nn.Linear], Callable[[Tensor, Tensor], Tensor]], which: Sequence[str]) -> int:
-        """Replace the output y of each linear layer named in `which` (q, k, v, o, wi, wo, lm_head) by `make(name, layer)(x, y)`.
-
-        Return how many layers matched. Raises ConfigError when nothing matches.
-        """
-
-        def attach(name: str, module: nn.Module) -> Any:
-            assert isinstance(module, nn.Linear)
-            change = make(name, module)
-            return module.register_forward_hook(lambda _module, args, output: change(args[0], output))
-
-        def matches(name: str, module: nn.Module) -> bool:
-            return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in which
-
-        return self._attach(matches, attach, f"which={list(which)}")
-
-    def detach(self) -> None:
-        """Remove everything the insertion points added; the T5 is the stock one again, bit for bit."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _attach(self, matches: Callable[[str, nn.Module], bool], attach: Callable[[str, nn.Module], Any], selector: str) -> int:
-        found = [(name, module) for name, module in self.model.named_modules() if matches(name, module)]
-        if not found:
-            names = sorted({name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()})
-            raise ConfigError(f"{self.name}: no layer of this T5 matches {selector}; its layers are called {', '.join(names)}")
-        self._handles += [attach(name, module) for name, module in found]
-        return len(found)
 
     def verify_unchanged(self) -> None:
         """Assert that no weight of this rank changed since loading; a frozen-model method must never write to the T5."""
@@ -279,12 +244,17 @@ def _check_tokenizer(tokenizer: Any, path: str, num_rows: int) -> None:
         )
 
 
+def own_part(weight: Tensor) -> Tensor:
+    """Return what this rank holds of a weight, not copied: all of it, or its part where the T5 is partitioned."""
+    part: Any = getattr(weight, "ds_tensor", weight).detach()  # ZeRO's; outside a forward the weight itself is empty
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2's
+
+
 def _hash_tensors(model: nn.Module) -> str:
     """Return the SHA-256 over names and bytes of all parameters; of this rank's partition where the T5 is partitioned."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        tensor = getattr(parameter, "ds_tensor", parameter).detach()
-        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        tensor = own_part(parameter)
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

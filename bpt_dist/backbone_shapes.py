@@ -131,11 +131,7 @@ class ShapeBackbone(Backbone):
         self.tokenizer = _Pieces(shape.config.vocab_size)
         self.name = self.path = self.identity = self.tokenizer_hash = "plan"
         self.revision = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where a method's own tensors live; its T5 is on the meta device."""
-        return torch.device("cpu")
+        self.device = torch.device("cpu")  # where a method's own tensors live; its T5 is on the meta device
 
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
         """Return noise in the place of rows of the word-embedding table."""

@@ -1,4 +1,4 @@
-"""`bpt-dist eval`: a stored prompt on the rows of a task, through the evaluation that ends every run."""
+"""`bpt-dist eval`: what a method stored, on the rows of a task, through the evaluation that ends every run."""
 
 from __future__ import annotations
 
@@ -14,34 +14,40 @@ from bpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from bpt_dist.evaluate import Evaluated
+    from bpt_dist.methods.base import Method
 
 
 def print_evaluation(
-    prompt: Path, overrides: Sequence[str], task: str | None, split: str, config: Path | None, task_id: int | None
+    stored: Path, overrides: Sequence[str], task: str | None, split: str, config: Path | None, task_id: int | None
 ) -> None:
     """Evaluate and print every metric. Raises ConfigError, DataError before the backbone runs."""
-    if not prompt.exists():
-        raise ConfigError(f"{prompt}: no such run or prompt; give a run, a PEFT folder, a .npy or a .safetensors file")
-    if (prompt / "status.json").is_file():
-        run = StoredRun.open(prompt)
+    if not stored.exists():
+        raise ConfigError(f"{stored}: no such run or prompt; give a run, an export, a .npy or a .safetensors file")
+    if (stored / "status.json").is_file():
+        run = StoredRun.open(stored)
         task = task or _only_target(run)
-        settings = configuration.load(config or prompt / "config.yaml", overrides)
+        settings = configuration.load(config or stored / "config.yaml", overrides)
         # A task the run was not adapted to is judged with its only prompt.
-        prompt = run.adapter(task if task in run.targets else _only_target(run))
+        adapted = task if task in run.targets else _only_target(run)
+        stored = run.weights(adapted) or run.adapter(adapted)
     else:
-        settings = configuration.load(config or _config_around(prompt), overrides)
-        task = task or _last_folder_with_adapter(prompt)
-    found, num_rows = evaluate_prompt(prompt, settings, task, split, task_id)
+        settings = configuration.load(config or _config_around(stored), overrides)
+        task = task or _last_folder_with_export(stored)
+    found, num_rows = evaluate_stored(stored, settings, task, split, task_id)
     rows = [(name, f"{value:.4f}" if name == "nll" else f"{value:.2f} %") for name, value in found.metrics.items()]
     print_list((f"{task}, {split}, {num_rows} rows, {found.decode}", "value"), rows, right=(1,))
 
 
-def evaluate_prompt(prompt: Path, config: Config, task: str, split: str, task_id: int | None = None) -> tuple[Evaluated, int]:
-    """Return what a stored prompt scores on one task, and the number of rows, in this process and with the whole T5."""
+def evaluate_stored(stored: Path, config: Config, task: str, split: str, task_id: int | None = None) -> tuple[Evaluated, int]:
+    """Return what a stored prompt, or the stored tensors of another method, score on one task, and the number of rows.
+
+    Runs in this process with the whole T5.
+    """
     import torch
 
     from bpt_dist.data.prepared import prepare
     from bpt_dist.evaluate import evaluate
+    from bpt_dist.export_weights import is_weights, read_facts, read_weights
     from bpt_dist.mesh import World
     from bpt_dist.methods.prompt_tuning import Config as Options
     from bpt_dist.methods.prompt_tuning import PromptTuning
@@ -50,12 +56,22 @@ def evaluate_prompt(prompt: Path, config: Config, task: str, split: str, task_id
 
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = load_backbone(config.model_copy(update={"distribution": Distribution()}), world)
-    tensor = read_prompt(prompt, backbone.width, task=task_id)
     settings = config.evaluation.model_copy(update={"predict": "map", "num_samples": None})
-    method = PromptTuning(Options.model_validate({}), backbone, seed=config.seed, reduction=config.reduction, evaluation=settings)
-    method.own(tensor[None])
     (data,) = prepare([task], config.data, backbone.tokenizer, splits=(split,), seed=config.seed)
-    found = evaluate(method, [data], 0, split, "map", settings, world, lambda _: None)
+    method: Method
+    names = [task]
+    if is_weights(stored):
+        method, names = read_weights(stored, backbone, data.spec, settings), read_facts(stored)["target_tasks"]
+    else:
+        tensor = read_prompt(stored, backbone.width, task=task_id)
+        method = PromptTuning(
+            Options.model_validate({}), backbone, seed=config.seed, reduction=config.reduction, evaluation=settings
+        )
+        method.own(tensor[None])
+    if task not in names and len(names) > 1:
+        raise ConfigError(f"--task {task}: {stored} was trained on {', '.join(names)} together; name one of them")
+    index = names.index(task) if task in names else 0
+    found = evaluate(method, [data] * len(names), index, split, "map", settings, world, lambda _: None)
     return found, len(data.splits[split].examples)
 
 
@@ -68,15 +84,16 @@ def _only_target(run: StoredRun) -> str:
     )
 
 
-def _config_around(prompt: Path) -> Path:
-    """Return the configuration of the run that holds `prompt`."""
-    for folder in prompt.resolve().parents:
+def _config_around(stored: Path) -> Path:
+    """Return the configuration of the run that holds `stored`."""
+    for folder in stored.resolve().parents:
         if (folder / "config.yaml").is_file() and (folder / "status.json").is_file():
             return folder / "config.yaml"
-    raise ConfigError(f"{prompt}: lies in no run; give --config FILE, which names the backbone and where the data are")
+    raise ConfigError(f"{stored}: lies in no run; give --config FILE, which names the backbone and where the data are")
 
 
-def _last_folder_with_adapter(prompt: Path) -> str:
-    if prompt.resolve().name == "adapter":
-        return prompt.resolve().parent.name
+def _last_folder_with_export(stored: Path) -> str:
+    place = stored.resolve()
+    if place.name in ("adapter", "weights") and place.parent.name != "joint":
+        return place.parent.name
     raise ConfigError("--task: is missing; name the task to evaluate on (`bpt-dist tasks` lists them)")

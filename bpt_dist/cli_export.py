@@ -1,4 +1,4 @@
-"""`bpt-dist export`: the prompts of a finished run as PEFT folders, from the files the run keeps."""
+"""`bpt-dist export`: what a finished run trained, as PEFT folders where PEFT knows it, from the files the run keeps."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ class StoredRun:
             raise ConfigError(f"{folder}: does not exist; what method {self.config.method.name} trains is no soft prompt")
         return folder
 
+    def weights(self, task: str) -> Path | None:
+        """Return the folder of the trained tensors that serve a target task, None where its prompt is all there is."""
+        stage = "joint" if self.config.target.joint else task
+        folder = self.folder / "target" / stage / "weights"
+        return folder if (folder / "weights.json").is_file() else None
+
+    def exported(self, task: str) -> Path:
+        """Return what the run exported for one target task: a PEFT folder, or the trained tensors where PEFT knows no such thing.
+
+        Raises ConfigError where there is neither.
+        """
+        weights = self.weights(task)
+        if weights is None or (self.folder / "target" / task / "adapter" / "adapter_config.json").is_file():
+            return self.adapter(task)
+        return weights
+
     @cached_property
     def posterior(self) -> Path | None:
         """Return the folder of the source posterior, the run's own or the one it started from."""
@@ -110,12 +126,13 @@ class StoredRun:
 def export_run(folder: Path, task: str | None, out: Path | None, *, particles: bool) -> None:
     """Export what `folder` holds and print the places.
 
-    Raises ConfigError for a run that is not finished or has no such prompt, StorageError.
+    Raises ConfigError for a run that is not finished or has no such task, StorageError.
     """
     run = StoredRun.open(folder)
-    written = [_single(run, name, out) for name in ([task] if task else run.targets)]
+    written = list(dict.fromkeys(_single(run, name, out) for name in ([task] if task else run.targets)))
     destination = out or folder / "export"
-    factors = _joint_factors(run) if run.config.target.joint and task is None else None
+    prompts = run.weights(run.targets[0]) is None
+    factors = _joint_factors(run) if prompts and run.config.target.joint and task is None else None
     if factors is not None:
         written.append(_joint(run, factors, destination / "joint"))
     if particles:
@@ -126,15 +143,15 @@ def export_run(folder: Path, task: str | None, out: Path | None, *, particles: b
 
 
 def _single(run: StoredRun, task: str, out: Path | None) -> Path:
-    """Return the adapter of one task, copied below `out` if that is given: the run checked and wrote it already."""
-    adapter = run.adapter(task)
+    """Return the export of one task, copied below `out` if that is given: the run checked and wrote it already."""
+    exported = run.exported(task)
     if out is None:
-        return adapter
+        return exported
     place = out / task
-    if place.exists() and not (place / "adapter_config.json").is_file():
+    if place.exists() and not any((place / name).is_file() for name in ("adapter_config.json", "weights.json")):
         raise StorageError(f"{place}: exists and is not an export; remove it or choose another --out")
     try:
-        shutil.copytree(adapter, place, dirs_exist_ok=True)
+        shutil.copytree(exported, place, dirs_exist_ok=True)
     except OSError as error:
         raise StorageError(f"{place}: cannot be written ({error}); mend that and export again") from error
     return place
@@ -192,6 +209,8 @@ def _particles(run: StoredRun, place: Path) -> Path:
 def _how_to_load(run: StoredRun, place: Path) -> str:
     from bpt_dist import mini
 
+    if (place / "weights.json").is_file():
+        return f"\nbpt-dist eval {place} --task {run.targets[0]} -c {run.folder / 'config.yaml'}"
     settings = run.config.backbone
     base = str(mini.BACKBONE) if settings.path == "mini" else settings.path
     at = "" if settings.revision is None else f", revision={settings.revision!r}"

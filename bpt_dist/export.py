@@ -1,4 +1,4 @@
-"""Write prompts as PEFT folders that load without this package; the only import of peft.
+"""Write prompts and low-rank changes as PEFT folders that load without this package; the only import of peft.
 
 Every export is built in a folder beside its place and moved there by one rename, after its tensors were read back.
 Only one rank may export.
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from jaxtyping import Float
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
 from bpt_dist.files import OS_FILES, remove_leftovers, remove_tree, temporary_name, write_or_explain
-from bpt_dist.model_card import CardFacts, card_text, is_hub_id
+from bpt_dist.model_card import CardFacts, card_text, is_hub_id, prompt_in_words
 
 if TYPE_CHECKING:
     from peft import PromptLearningConfig
@@ -83,7 +83,8 @@ def export_multitask(
     def build(place: Path) -> None:
         tensors = {"prompt_embeddings": shared, **factors}
         _write_adapter(place, peft_config, tensors, base_model)
-        _write_card(place, card, shared, base_model=base_model, revision=revision, tasks=tasks)
+        what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks))
+        _write_card(place, card, what, base_model=base_model, revision=revision, tasks=tasks)
 
     return _publish(Path(folder), build, shared.nbytes)
 
@@ -106,6 +107,48 @@ def export_particles(
             _write_prompt(prompt, place / name, base_model=base_model, revision=revision, config_facts=config_facts, card=card)
 
     return _publish(Path(folder), build, particles.nbytes)
+
+
+def export_low_rank(
+    pairs: Mapping[str, tuple[Float[Tensor, "R inputs"], Float[Tensor, "outputs R"]]],
+    alpha: float,
+    folder: Path,
+    *,
+    base_model: str,
+    revision: str | None,
+    card: CardFacts,
+) -> Path:
+    """Write the changes B A alpha / R of linear layers, given by the layer's name, as a PEFT LORA folder and return the folder.
+
+    The logits under PEFT are bit-identical to ours. Raises NonFinite, StorageError.
+    """
+    from peft import LoraConfig, TaskType
+
+    tensors = {}
+    for name, (a, b) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _plain(a, name)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _plain(b, name)
+    rank = len(next(iter(pairs.values()))[0])
+    peft_config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and divides it
+        lora_dropout=0.0,
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in pairs}),
+        base_model_name_or_path=base_model,
+        revision=revision,
+        inference_mode=True,
+    )
+
+    def build(place: Path) -> None:
+        place.mkdir()
+        peft_config.save_pretrained(str(place))
+        save_file(tensors, place / WEIGHTS)
+        (place / "README.md").write_text(f"---\nbase_model: {base_model}\nlibrary_name: peft\n---\n", encoding="utf-8")
+        what = f"a change of rank {rank} of {len(pairs)} linear layers of"
+        _write_card(place, card, what, base_model=base_model, revision=revision, tag="low-rank-adaptation")
+
+    return _publish(Path(folder), build, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 class _ConfigOnly(nn.Module):
@@ -154,7 +197,7 @@ def _write_prompt(
 
     peft_config = PromptTuningConfig(**_common(prompt, base_model, revision, config_facts))
     _write_adapter(place, peft_config, {"prompt_embeddings": prompt}, base_model)
-    _write_card(place, card, prompt, base_model=base_model, revision=revision)
+    _write_card(place, card, prompt_in_words((prompt.shape[0], prompt.shape[1])), base_model=base_model, revision=revision)
 
 
 def _write_adapter(place: Path, peft_config: PromptLearningConfig, tensors: Mapping[str, Tensor], base_model: str) -> None:
@@ -180,16 +223,17 @@ def _write_adapter(place: Path, peft_config: PromptLearningConfig, tensors: Mapp
 def _write_card(
     place: Path,
     facts: CardFacts,
-    prompt: Tensor,
+    what: str,
     *,
     base_model: str,
     revision: str | None,
     tasks: Sequence[str] | None = None,
+    tag: str = "prompt-tuning",
 ) -> None:
     """Replace the text of PEFT's card skeleton, keeping its metadata where the hub would accept it."""
     card = ModelCard.load(place / "README.md")
     card.data.pipeline_tag = "text2text-generation"
-    card.data.tags = ["prompt-tuning", "t5", facts.method]
+    card.data.tags = [tag, "t5", facts.method]
     if is_hub_id(base_model) and not Path(base_model).exists():
         card.data.tags.append(f"base_model:adapter:{base_model}")
     else:
@@ -198,8 +242,7 @@ def _write_card(
     if measured:
         card.data.model_name = facts.title
         card.data.eval_results = [_eval_result(result) for result in measured]
-    shape = (prompt.shape[0], prompt.shape[1])
-    card.text = card_text(facts, shape=shape, base_model=base_model, revision=revision, tasks=tasks)
+    card.text = card_text(facts, what=what, base_model=base_model, revision=revision, tasks=tasks)
     card.save(place / "README.md")
 
 

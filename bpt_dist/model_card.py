@@ -62,15 +62,16 @@ class CardFacts:
 def card_text(
     facts: CardFacts,
     *,
-    shape: tuple[int, int],
+    what: str,
     base_model: str,
     revision: str | None,
     tasks: Sequence[str] | None = None,
 ) -> str:
-    """Return the card in Markdown (without metadata); `tasks` names the task ids of a multi-task export."""
+    """Return the card in Markdown (without metadata); `what` is exported, `tasks` names the task ids of a multi-task export."""
+    purpose = f", for {', '.join(facts.target_tasks)}" if facts.target_tasks else ""
     sections = [
         f"# {facts.title}",
-        _summary(facts, shape, base_model, tasks),
+        f"This is {what} `{base_model}`, trained with {facts.method}{purpose}. The backbone itself is unchanged.",
         _how_to_load(base_model, revision, tasks),
     ]
     sections += [_origin(facts, base_model, revision), _measurements(facts.results)]
@@ -84,14 +85,10 @@ def is_hub_id(base_model: str) -> bool:
     return _HUB_ID.fullmatch(base_model) is not None
 
 
-def _summary(facts: CardFacts, shape: tuple[int, int], base_model: str, tasks: Sequence[str] | None) -> str:
-    length, width = shape
-    what = "one soft prompt" if tasks is None else f"one shared soft prompt and a low-rank factor for each of {len(tasks)} tasks"
-    purpose = f", for {', '.join(facts.target_tasks)}" if facts.target_tasks else ""
-    return (
-        f"This is {what} of {length} positions x {width} numbers, trained with {facts.method}{purpose}. It is put before "
-        f"the encoder's word embeddings of `{base_model}`; the backbone itself is unchanged."
-    )
+def prompt_in_words(shape: tuple[int, int], num_tasks: int | None = None) -> str:
+    """Return what a prompt of `shape`, or one shared by tasks, is to its backbone."""
+    form = "one soft prompt" if num_tasks is None else f"one shared soft prompt and a low-rank factor for each of {num_tasks} tasks"
+    return f"{form} of {shape[0]} positions x {shape[1]} numbers, to be put before the encoder's word embeddings of"
 
 
 def _how_to_load(base_model: str, revision: str | None, tasks: Sequence[str] | None) -> str:

@@ -14,6 +14,8 @@ The normalisation of every term, written down here and nowhere else:
   and J/|D| is what is optimised. Its estimate at one step is - (1/B) sum_{n in batch} l_n + penalty(theta)/|D|: the
   unbiased |D|/B times the batch sum, divided by |D|. Hence the penalties below take `num_examples` = |D| and are already
   divided by it, so that learning rates do not depend on the size of the data set while sigma keeps its meaning.
+- distillation (MPT): for each sequence lambda (KL + encoder MSE + decoder MSE) joins -l_n under the same weights: the KL is reduced
+  over tokens as l_n is, a squared difference of last hidden states is a mean over positions and width.
 - penalties are negative log densities without the constant (P D / 2) log(2 pi sigma^2), which does not depend on the
   prompt; it is dropped from both, so the mixture of one particle *is* the Gaussian.
 """
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,19 +40,39 @@ TANH_REACH = 1.3
 
 
 def sequence_log_likelihood(
-    logits: Float[Tensor, "N U V"], target_ids: Int[Tensor, "N U"], reduction: Reduction
+    logits: Float[Tensor, "N U V"], target_ids: Int[Tensor, "N U"], reduction: Reduction, label_smoothing: float = 0.0
 ) -> Float[Tensor, " N"]:
     """Return log P(Y_n | X_n) of every sequence; targets of -100 are padding and count nothing.
 
-    Accumulates in float32 at least, whatever the logits are. A sequence without target tokens gives 0.
+    Accumulates in float32 at least, whatever the logits are. A sequence without target tokens gives 0. With `label_smoothing` e,
+    each token counts (1 - e) log p(target) + e mean_v log p(v) (Szegedy et al. 2016): a training objective, no likelihood.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = functional.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), ignore_index=IGNORED, reduction="none").view_as(
-        target_ids
-    )
+    nll = functional.cross_entropy(
+        logits.flatten(0, 1), target_ids.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    ).view_as(target_ids)
     if reduction == "token_sum":
         return -nll.sum(1)
     return -nll.sum(1) / (target_ids != IGNORED).sum(1).clamp_min(1)
+
+
+def sequence_divergence(
+    teacher: Float[Tensor, "N U V"], student: Float[Tensor, "N U V"], target_ids: Int[Tensor, "N U"], reduction: Reduction
+) -> Float[Tensor, " N"]:
+    """Return KL(teacher || student) of the next-token distributions of every sequence, reduced over its tokens as l_n is."""
+    log_q, log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (student, teacher))
+    mask = target_ids != IGNORED
+    total = ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum(1)
+    return total if reduction == "token_sum" else total / mask.sum(1).clamp_min(1)
+
+
+def state_distance(
+    teacher: Float[Tensor, "N L D"], student: Float[Tensor, "N L D"], mask: Num[Tensor, "N L"] | Bool[Tensor, "N L"]
+) -> Float[Tensor, " N"]:
+    """Return the mean squared difference of hidden states of every sequence, over its unmasked positions and the width."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    squared = (student.to(wide) - teacher.to(wide)).square().mean(-1)
+    return (squared * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def task_weights(

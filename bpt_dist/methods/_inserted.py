@@ -1,0 +1,98 @@
+"""What the methods share that change the T5 from outside: their tensors enter through insertion points, no prompt is put before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bpt_dist.data.batches import Batch
+from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.insertion import Change, Place, rms_normalised
+from bpt_dist.mesh import Mesh
+from bpt_dist.methods.base import Method, Tensors, generator
+from bpt_dist.objective import sequence_log_likelihood
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda states: functional.gelu(states, approximate="tanh"),
+    "relu": functional.relu,
+    "swish": functional.silu,
+}
+
+
+class InsertedMethod(Method):
+    """A method of the target stage whose tensors change the T5 where they are inserted."""
+
+    def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
+        """Take out what an earlier target inserted and insert the tensors of this one at their start."""
+        self.backbone.detach()
+        self.target_tasks = [task.name for task in tasks]
+        self.insert()
+
+    def insert(self) -> None:
+        """Create the trainable tensors and insert them."""
+        raise NotImplementedError
+
+    def draw(self, *keys: object) -> torch.Generator:
+        """Return the generator of one start; it depends on seed, targets and `keys`, not on what was drawn before."""
+        return generator(self.seed, *self.target_tasks, *keys)
+
+    def placed(self, tensor: Tensor) -> nn.Parameter:
+        """Return `tensor` as a trainable one on the T5's device, in float32 whatever the T5 is."""
+        return nn.Parameter(tensor.to(self.backbone.device, torch.float32))
+
+    def train_norms(self) -> None:
+        """Train the gain w of every layer norm of the T5: the T5 keeps w, and ours is what is added to it, starting at 0.
+
+        Adding 0 changes no bit, and w need not be read where it is partitioned. Weight decay, if any, pulls to w and not to 0.
+        """
+        self.norms = nn.ParameterDict()
+
+        def around(place: Place) -> Change:
+            epsilon = float(place.module.variance_epsilon)  # type: ignore[arg-type]  # of T5LayerNorm
+            gain = self.norms[place.key] = self.placed(torch.zeros(self.backbone.width))
+            return lambda x, y: y + (gain * rms_normalised(x, epsilon)).to(y.dtype)
+
+        self.backbone.around_norm(around)
+
+    def smoothed_loss(self, logits: Float[Tensor, "m N U V"], batch: Batch, label_smoothing: float) -> Float[Tensor, ""]:
+        """Return minus the weighted log-likelihood with smoothed labels, summed over this rank's texts."""
+        targets = batch.target_ids.to(logits.device)
+        smoothed = sequence_log_likelihood(
+            logits.flatten(0, 1), targets.repeat(len(logits), 1), self.reduction, label_smoothing
+        ).view(len(logits), len(batch))
+        return -(smoothed * batch.weight.to(smoothed)).sum()
+
+
+def bottleneck(
+    states: Float[Tensor, "*rows T D"],
+    down: Float[Tensor, "*#rows D d"],
+    down_bias: Float[Tensor, "*#rows d"],
+    up: Float[Tensor, "*#rows d D"],
+    up_bias: Float[Tensor, "*#rows D"],
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "*rows T D"]:
+    """Return the output of an adapter without a residual, in the type of its weights: one set of weights, or one a row."""
+    hidden = activation(states.to(down.dtype) @ down + down_bias.unsqueeze(-2))
+    return hidden @ up + up_bias.unsqueeze(-2)
+
+
+def linear(num_inputs: int, num_outputs: int, fill: Callable[[Tensor], object], device: torch.device) -> nn.Linear:
+    """Return a linear layer with zero bias whose weight `fill` starts; nothing is drawn from the global generator."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)
+    fill(layer.weight.data)
+    layer.bias.data.zero_()
+    return layer.to(device)
+
+
+def normal(std: float, source: torch.Generator) -> Callable[[Tensor], object]:
+    """Return what fills a tensor with N(0, std^2)."""
+    return lambda tensor: tensor.normal_(0.0, std, generator=source)
+
+
+def uniform(bound: float, source: torch.Generator) -> Callable[[Tensor], object]:
+    """Return what fills a tensor with U(-bound, bound)."""
+    return lambda tensor: tensor.uniform_(-bound, bound, generator=source)

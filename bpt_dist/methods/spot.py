@@ -1,0 +1,102 @@
+"""Soft prompt transfer (SPoT): Vu et al., ACL 2022 (arXiv 2110.07904), in its targeted form: retrieval by task embedding.
+
+A library of one prompt for each source task is trained in one run. Early versions of the prompts are its keys ("task embeddings"),
+the finished ones its values. A target task trains a prompt for as few steps as the keys had, and starts from the value whose key is
+the most similar, or from a mixture of the most similar ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from bpt_dist.config import refuse, without_effect
+from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.mesh import Mesh
+from bpt_dist.methods._source_prompts import SourcePrompts
+from bpt_dist.methods.base import Prelude, Tensors
+from bpt_dist.prompts import mixture_weights, similarities
+from bpt_dist.settings.prompt import PromptOptions
+
+
+class Config(PromptOptions):
+    """Options of soft prompt transfer."""
+
+    HAS_SOURCE_STAGE: ClassVar[bool] = True
+
+    name: Literal["spot"] = "spot"
+    probe_steps: int = Field(1000, ge=1, description="Steps of a task embedding; on source tasks they come before source.steps.")
+    similarity: Literal["average_tokens", "per_token"] = Field(
+        "average_tokens", description="Cosine of the prompts averaged over positions, or mean cosine over pairs of positions."
+    )
+    retrieval: Literal["best", "mixture"] = Field("best", description="The most similar prompt, or a weighted mean.")
+    top_k: int = Field(3, ge=1, description="Prompts in a `mixture`, each weighted by its similarity.")
+
+    @model_validator(mode="after")
+    def _retrieval(self) -> "Config":
+        refuse(without_effect(self, "with retrieval best", "top_k") if self.retrieval == "best" else [])
+        return self
+
+
+class SoftPromptTransfer(SourcePrompts):
+    """Train one prompt a source task and continue on the target from the most similar. 76,800 numbers for P = 100 on T5-base."""
+
+    paper = "Vu et al. 2022 (SPoT)"
+    summary = "K source prompts, the most similar continued on the target"
+    source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D", "keys": "K P D", "start": "P D"}
+    config: Config
+
+    def task_start(self, task: str) -> Float[Tensor, "P D"]:
+        """Return the one start of all task embeddings: from different ones, cosines would compare the starts."""
+        return self.start("source")
+
+    def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
+        """Start the keys of the library."""
+        super().begin_source(tasks, mesh)
+        self.stage = "keys"
+
+    def preludes(self) -> Sequence[Prelude]:
+        """Return the short stage that makes a task embedding of each source task, or of the target."""
+        return (Prelude(self.stage, self.config.probe_steps),)
+
+    def end_prelude(self, mesh: Mesh) -> None:
+        """Keep the keys and train them on to the values; or compare the target's embedding and start from what it retrieves."""
+        if self.stage == "keys":
+            self.keys = self.task_prompts.detach().clone()
+            self.stage = "source"
+            return
+        embedding = self.particles[0].detach()
+        self.similarity = similarities(embedding, self.keys, self.config.similarity)
+        self.weights = mixture_weights(self.similarity, self.config.top_k if self.config.retrieval == "mixture" else 1)
+        self.own(torch.einsum("k,kpd->pd", self.weights, self.library)[None])
+        self.stage = "target"
+
+    def end_source(self, mesh: Mesh) -> dict[str, Tensor]:
+        """Hand over the library, and the start that a target's embedding shares with the keys."""
+        return {"prompts": self.task_prompts.detach(), "keys": self.keys, "start": self.start("source").to(self.keys)}
+
+    def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
+        """Start the target's task embedding where those of the source tasks started."""
+        assert source is not None
+        self.forget()
+        self.library, self.keys, start = (source[name].to(self.backbone.device) for name in ("prompts", "keys", "start"))
+        self.target_tasks = [task.name for task in tasks]
+        self.own(start[None])
+        self.stage = "probe"
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return how similar the target is to each source task, what was retrieved, and the matrix the picture is drawn from."""
+        if self.stage != "target":
+            return {}
+        names = self.source_tasks or tuple(str(k) for k in range(len(self.keys)))
+        found, weights = self.similarity.tolist(), self.weights.tolist()
+        between = [similarities(key, self.keys, self.config.similarity).tolist() for key in self.keys]
+        metrics = {f"spot/similarity/{name}": value for name, value in zip(names, found, strict=True)}
+        metrics |= {f"spot/weight/{name}": value for name, value in zip(names, weights, strict=True)}
+        # In every record, as the particles' picture is: a resumed run cannot know which records came before.
+        return {"metrics": metrics, "similarity": {"tasks": list(names), "between": between, "target": found, "weights": weights}}
