@@ -75,19 +75,23 @@ class T5Shape:
         """Return the bytes of the whole T5."""
         return self.num_parameters * DTYPES[self.dtype].itemsize
 
-    def resident_bytes(self, num_ranks: int) -> int:
-        """Return the bytes of a T5 partitioned over `num_ranks`, with its two largest blocks gathered (they overlap in a step)."""
-        if num_ranks == 1:
-            return self.weight_bytes
+    @property
+    def gathered_bytes(self) -> int:
+        """Return the bytes a partitioned T5 has gathered at once: the word embeddings, or two blocks, which may overlap."""
         table = self.config.vocab_size * self.config.d_model * DTYPES[self.dtype].itemsize
         blocks = (self.weight_bytes - table) // sum(self.num_blocks)
-        return self.weight_bytes // num_ranks + max(2 * blocks, table)
+        return max(2 * blocks, table)
 
-    def row_cost(self, num_prompt: int, num_source: int, num_target: int, *, trains_weights: bool = False) -> RowCost:
+    def row_cost(
+        self, num_prompt: int, num_source: int, num_target: int, *, trains_weights: bool = False, recomputed: bool = False
+    ) -> RowCost:
         """Return the cost of one row, counted from a real forward and backward pass on the meta device.
 
-        Blocks are alike, so passes through T5s of one and two blocks give the whole: the sums are exact.
+        Blocks are alike, so passes through T5s of one and two blocks give the whole: the sums are exact. `recomputed` blocks are
+        run forward twice, and all but one of each stack keep their input only.
         """
+        if recomputed:
+            return self._recomputed_cost(num_prompt, num_source, num_target, trains_weights)
         key = (num_prompt, num_source, num_target, trains_weights)
         if key not in self._costs:
             one, wider, deeper = (self._count(*key, *blocks) for blocks in ((1, 1), (2, 1), (1, 2)))
@@ -96,6 +100,17 @@ class T5Shape:
                 *(a + encoder * (b - a) + decoder * (c - a) for a, b, c in zip(one, wider, deeper, strict=True))
             )
         return self._costs[key]
+
+    def _recomputed_cost(self, num_prompt: int, num_source: int, num_target: int, trains_weights: bool) -> RowCost:
+        kept = self.row_cost(num_prompt, num_source, num_target, trains_weights=trains_weights)
+        one, wider, deeper = (
+            self._count(num_prompt, num_source, num_target, trains_weights, *blocks) for blocks in ((1, 1), (2, 1), (1, 2))
+        )
+        encoder, decoder = self.num_blocks
+        again = encoder * (wider[0] - one[0]) + decoder * (deeper[0] - one[0])
+        inputs = (encoder - 1) * (num_prompt + num_source) + (decoder - 1) * num_target
+        activations = one[2] + inputs * self.config.d_model * DTYPES[self.dtype].itemsize
+        return RowCost(kept.forward_flops, kept.backward_flops + again, activations)
 
     def _count(
         self, num_prompt: int, num_source: int, num_target: int, trains_weights: bool, num_encoder: int, num_decoder: int

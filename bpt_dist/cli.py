@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from bpt_dist.errors import INTERNAL_ERROR, UserError
+from bpt_dist.hosts import DEFAULT_PORT
 
 app = typer.Typer(
     name="bpt-dist",
@@ -71,11 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    shape: Annotated[
+        str | None, typer.Option(metavar="T5", help="Count the trained numbers on t5-small, t5-base, t5-large, ... or a folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Data instead of a list.")] = False,
+) -> None:
     """List the methods: name, what is trained, paper."""
     from bpt_dist.cli_lists import print_methods
 
-    print_methods()
+    print_methods(shape, as_json=as_json)
 
 
 @app.command()
@@ -120,11 +126,38 @@ def plan(
 
 
 @app.command()
-def check(config: MaybeConfig = None, overrides: Overrides = None) -> None:
-    """Examine the installation, and with --config all that its job would need; exit code 2 if something fails."""
-    from bpt_dist.cli_check import check_all
+def memory(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(metavar="N,...", help="Numbers of processes, started here one after another.")] = "1,2,4",
+    shard: Annotated[
+        str | None, typer.Option(metavar="KIND,...", help="none, deepspeed, fsdp2; by default the configuration's.")
+    ] = None,
+) -> None:
+    """Measure what each rank holds of the T5, also after a step; exit code 1 if it is more than its share."""
+    from bpt_dist.cli_memory import print_memory
 
-    if not check_all(config, overrides or []):
+    if not print_memory(config, overrides or [], ranks, shard):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Examine the hosts it lists, and nothing else.")] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of rank 0, with --hostfile.")] = DEFAULT_PORT,
+) -> None:
+    """Examine the installation, and with --config all that its job would need; exit code 2 if something fails."""
+    if hostfile is not None:
+        from bpt_dist.cli_check_hosts import check_hosts
+
+        passed = check_hosts(hostfile, config, overrides or [], master_port)
+    else:
+        from bpt_dist.cli_check import check_all
+
+        passed = check_all(config, overrides or [])
+    if not passed:
         raise typer.Exit(2)
 
 
@@ -144,6 +177,28 @@ def table(
     from bpt_dist.cli_runs import print_table
 
     print_table(runs or [Path("runs")], None if form is None else form.value, out, published=published, split=split.value)
+
+
+@app.command("run-table")
+def run_table(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file with rows and seeds, see configs/table/.")],
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side; by default one a GPU, or one a core, at most four.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Train each run with so many processes of the deepspeed launcher instead.")
+    ] = None,
+    choose: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the row of each method with the best validation score.")
+    ] = None,
+) -> None:
+    """Train every row and seed that is not finished and end in the table; the same command goes on."""
+    from bpt_dist.cli_table import run_table as run
+
+    code = run(config, overrides or [], workers, processes, choose)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -166,7 +221,7 @@ def export(
     ] = None,
     particles: Annotated[bool, typer.Option(help="Export every particle of the source posterior and their mean as well.")] = False,
 ) -> None:
-    """Write the prompts of a finished run as PEFT folders and say how to load them."""
+    """Write what a finished run trained, as PEFT folders where PEFT knows it, and say how to load it."""
     from bpt_dist.cli_export import export_run
 
     export_run(run, task, out, particles=particles)
@@ -174,14 +229,14 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    prompt: Annotated[Path, typer.Argument(metavar="RUN|PROMPT", help="A run, a PEFT folder, a .npy or a .safetensors file.")],
+    prompt: Annotated[Path, typer.Argument(metavar="RUN|PROMPT", help="A run, an exported folder, a .npy or a .safetensors file.")],
     overrides: Overrides = None,
     task: Annotated[str | None, typer.Option(help="Task to evaluate on; may be left out for a run with one target task.")] = None,
     split: Annotated[Split, typer.Option(help="Rows to evaluate on.")] = Split.test,
     config: MaybeConfig = None,
     task_id: Annotated[int | None, typer.Option(min=0, help="Which prompt of a multi-task PEFT folder.")] = None,
 ) -> None:
-    """Evaluate a stored prompt with the backbone, data and settings of its run, or of --config."""
+    """Evaluate a stored prompt, or what another method stored, with the settings of its run or of --config."""
     from bpt_dist.cli_eval import print_evaluation
 
     print_evaluation(prompt, overrides or [], task, split.value, config, task_id)

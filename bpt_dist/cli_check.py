@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -29,10 +28,7 @@ def check_all(path: Path | None, overrides: Sequence[str]) -> bool:
     """Run every check, print a line for each, and return whether all passed."""
     passed = True
     for finding in _findings(path, overrides):
-        mark = "ok  " if finding.remedy is None else "FAIL"
-        remedy = f"; {finding.remedy}" if finding.remedy else ""
-        typer.echo(f"{mark}  {finding.name}: {finding.text}{remedy}")
-        passed = passed and finding.remedy is None
+        passed = finding.print() and passed
     return passed
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import typer
+
 from bpt_dist import config as configuration
 from bpt_dist.config import Config
 from bpt_dist.errors import UserError
@@ -27,6 +29,12 @@ class Finding:
     name: str
     text: str
     remedy: str | None = None
+
+    def print(self) -> bool:
+        """Print one line and return whether the check passed."""
+        mark = "ok  " if self.remedy is None else "FAIL"
+        typer.echo(f"{mark}  {self.name}: {self.text}{f'; {self.remedy}' if self.remedy else ''}")
+        return self.remedy is None
 
 
 def attempt(name: str, work: Callable[[], T]) -> tuple[Finding, T | None]:

@@ -1,25 +1,62 @@
-"""`bpt-dist methods` and `bpt-dist tasks`: read from the sources, so that no method file and no torch is imported."""
+"""`bpt-dist methods` and `bpt-dist tasks`: read from the sources, so that no torch is imported; only counts make real methods."""
 
 from __future__ import annotations
 
 import ast
+import json
+import os
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from bpt_dist import config as configuration
 from bpt_dist.cli_output import print_list
 from bpt_dist.data import tasks
 from bpt_dist.data.spec import TaskSpec
+from bpt_dist.errors import ConfigError
 from bpt_dist.mini import TASKS as MINIATURE
 from bpt_dist.settings.method_options import METHODS, method_names
 
 SHOWN_ATTRIBUTES = {"summary": "what is trained", "paper": "paper"}
 
 
-def print_methods() -> None:
-    """Print name, summary and paper of every method."""
-    rows = [(name, *(attributes.get(key, "") for key in SHOWN_ATTRIBUTES)) for name, attributes in described_methods().items()]
-    print_list(("method", *SHOWN_ATTRIBUTES.values()), rows)
+def print_methods(shape: str | None, *, as_json: bool) -> None:
+    """Print name, summary and paper of every method, and with `shape` how many numbers it trains on such a T5.
+
+    Raises ConfigError for a shape that is neither known by name nor a folder.
+    """
+    described = described_methods()
+    if shape is None:
+        found = [{"name": name, **{key: texts.get(key, "") for key in SHOWN_ATTRIBUTES}} for name, texts in described.items()]
+        rows = [tuple(entry.values()) for entry in found]
+        header: tuple[str, ...] = ("method", *SHOWN_ATTRIBUTES.values())
+    else:
+        counted = [count._asdict() for count in _counts(shape)]
+        found = counted
+        header = ("method", "trained for one target", "a target of 8 together", *SHOWN_ATTRIBUTES.values())
+        rows = [_counted_row(entry, described[entry["name"]]) for entry in counted]
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_list(header, rows, right=() if shape is None else (1, 2))
+
+
+def _counts(shape: str) -> list[Any]:
+    # A shape is known or it is not: counting must not wait for a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from bpt_dist.backbone_shapes import shape_of
+    from bpt_dist.plan_methods import counts
+
+    try:
+        return list(counts(shape_of(shape)))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("backbone.path:", "--shape:")) from error
+
+
+def _counted_row(count: dict[str, Any], texts: dict[str, str]) -> tuple[str, ...]:
+    name, *numbers = count.values()
+    return (name, *(f"{number:,}" for number in numbers), *(texts.get(key, "") for key in SHOWN_ATTRIBUTES))
 
 
 def described_methods(folder: Path = METHODS) -> dict[str, dict[str, str]]:

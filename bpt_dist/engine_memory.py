@@ -16,6 +16,7 @@ from bpt_dist.mesh import World
 from bpt_dist.prompts import prepend
 
 MARGIN = 0.02  # of a rank's share: padding, and the tensors that are too small to be worth a message
+STEPS = 3  # ZeRO learns the order of the layers first and keeps things only then
 PROMPT, TEXT, TARGET = 8, 24, 4  # lengths of the step that is measured
 
 
@@ -43,14 +44,15 @@ class Share:
 
 
 def measure(backbone: Backbone, distribution: Distribution, world: World) -> Share:
-    """Place the T5, give a prompt its gradient once, and return what this rank holds then (collective: every rank).
+    """Place the T5, give a prompt its gradient a few times, and return what this rank holds then (collective: every rank).
 
     Bytes are those of storages, each counted once, so padding and tensors kept whole count in full.
     """
     whole = sum(weight.numel() * weight.element_size() for weight in backbone.model.parameters())
     engine.place(backbone, distribution, world)
     before = sum(held(backbone).values())
-    _step(backbone)
+    for _ in range(STEPS):
+        _step(backbone)
     waiting = gathered(backbone)
     resident = max(before, sum(held(backbone).values()))
     by_scope = {"world": world.size, "node": world.hosts.count(world.hosts[world.rank])}

@@ -24,7 +24,6 @@ ZERO_STAGE = 3
 # The leanest settings: T5-large has fewer parameters than the default of `stage3_max_live_parameters` (1e9), so with the defaults
 # nothing would ever be released between forward and backward. `distribution.zero_config` replaces them.
 ZERO_INFERENCE: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {
         "stage": 3,
         "stage3_max_live_parameters": 0,
@@ -40,7 +39,8 @@ NAMED_ELSEWHERE = {
     "optimizer": "the stage's optimizer",
     "scheduler": "the stage's schedule and warmup",
     "gradient_clipping": "the stage's clip",
-    "gradient_accumulation_steps": "the stage's batch_size",
+    "gradient_accumulation_steps": "the stage's pass_size",
+    "train_batch_size": "the stage's batch_size",
     "fp16": "backbone.dtype",
     "amp": "backbone.dtype",
 }
@@ -58,6 +58,8 @@ def partition_with_deepspeed(backbone: Backbone, distribution: Distribution, gro
     settings = ZERO_INFERENCE if given is None else read_zero_config(given)
     config = _completed(settings, distribution, is_bf16=backbone.model.dtype == torch.bfloat16, trained=trained)
     deepspeed = import_deepspeed()
+    if given is not None:
+        _check_with_deepspeed(config, given)
     # Before `initialize`, which would first move the whole T5 to the device.
     deepspeed.zero.Init(module=backbone.core, data_parallel_group=group, config_dict_or_path=config)
     backbone.partition = ZeroPartition(backbone, config)
@@ -110,7 +112,20 @@ def _completed(config: dict[str, Any], distribution: Distribution, *, is_bf16: b
     if trained:
         zero.setdefault("reduce_bucket_size", GRADIENT_BUCKET)
     # Without the entry bf16 the partitions would be float32 whatever the weights are.
-    return {**config, "zero_optimization": zero, "bf16": {"enabled": is_bf16}}
+    # The batch is the stage's; DeepSpeed only wants to hear a number.
+    return {**config, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": is_bf16}}
+
+
+def _check_with_deepspeed(config: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for what DeepSpeed does not understand."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(config)
+    except (ValueError, TypeError, AssertionError) as error:  # pydantic's errors are ValueErrors
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"distribution.zero_config: DeepSpeed refuses {path}: {problem}; compare it with "
+                          "configs/deepspeed/zero3_inference.json") from error  # fmt: skip
 
 
 def import_deepspeed() -> Any:

@@ -1,11 +1,13 @@
 """Pictures of a run: pure functions from the records of `metrics.jsonl` to PNG files.
 
 A record is one parsed line: {"step", "stage", "metrics": {name: number}} and, on some lines of the source stage,
-"particles": {"projection": [M][C], "kernel": [M][M]}. Colours are Okabe & Ito's, told apart by colour-blind readers.
+"particles": {"projection": [M][C], "kernel": [M][M]}; on target stages that retrieve prompts of K source tasks, "similarity":
+{"tasks": [K], "between": [K][K], "target": [K], "weights": [K]}. Colours are Okabe & Ito's, told apart by colour-blind readers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,8 @@ def draw_run(records: Sequence[Record], folder: Path) -> list[Path]:
     snapshots = _snapshots(records)
     if _losses(records):
         drawn.append(loss_per_task(records, folder / "loss_per_task.png"))
+    if _similarities(records):
+        drawn.append(task_similarity(records, folder / "task_similarity.png"))
     if snapshots:
         step, last = max(snapshots.items())
         projections = {number: snapshot["projection"] for number, snapshot in snapshots.items()}
@@ -87,6 +91,15 @@ def loss_per_task(records: Sequence[Record], path: Path) -> Path:
     groups = _losses(records)
     with _canvas((6.8, 3.6 * len(groups)), path) as figure:
         _draw_losses(figure, groups)
+    return path
+
+
+def task_similarity(records: Sequence[Record], path: Path) -> Path:
+    """Draw how similar source tasks are to each other and to every target, and which of them each target starts from."""
+    found = _similarities(records)
+    names = next(iter(found.values()))["tasks"]
+    with _canvas((max(5.4, 2.6 + 0.8 * len(names)), 2.4 + 0.42 * (len(names) + len(found))), path) as figure:
+        _draw_similarities(figure, found)
     return path
 
 
@@ -129,6 +142,11 @@ def _canvas(size: tuple[float, float], path: Path) -> Iterator[Figure]:
 def _snapshots(records: Sequence[Record]) -> dict[int, Mapping[str, Any]]:
     """Return the particle snapshots by step."""
     return {record["step"]: record["particles"] for record in records if record.get("particles")}
+
+
+def _similarities(records: Sequence[Record]) -> dict[str, Mapping[str, Any]]:
+    """Return what each target stage knows of its similarity to the source tasks, by the target's name."""
+    return {record["stage"].removeprefix("target/"): record["similarity"] for record in records if record.get("similarity")}
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -198,6 +216,35 @@ def _draw_kernel(figure: FigureBase, kernel: Sequence[Sequence[float]], step: in
     axes.set_xlabel("particle")
     axes.set_ylabel("particle")
     axes.set_title(f"Kernel at step {step}")
+
+
+def _draw_similarities(figure: FigureBase, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw rows of source tasks above rows of targets over columns of source tasks; a frame marks what a target starts from."""
+    from matplotlib.patches import Rectangle
+
+    first = next(iter(found.values()))
+    sources, num_sources = first["tasks"], len(first["tasks"])
+    values = numpy.array([*first["between"], *(each["target"] for each in found.values())], dtype=float)
+    weights = numpy.array([*numpy.zeros((num_sources, num_sources)), *(each["weights"] for each in found.values())])
+    axes = figure.subplots()
+    # Cosines of trained prompts lie close together, so the colours span what there is; the numbers compare between pictures.
+    image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=values.min(), vmax=max(values.max(), values.min() + 1e-6))
+    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.9)
+    middle, span = (values.min() + values.max()) / 2, numpy.ptp(values)
+    digits = max(2, 1 - math.floor(math.log10(span))) if span else 2  # so that neighbours differ in print
+    for (row, column), value in numpy.ndenumerate(values):
+        share = f"\n({weights[row, column]:.0%})" if 0 < weights[row, column] < 1 else ""
+        colour = "black" if value > middle else "white"
+        axes.text(column, row, f"{value:.{digits}f}{share}", ha="center", va="center", fontsize=8, color=colour, linespacing=0.95)
+        if weights[row, column]:
+            axes.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor=PALETTE[3], linewidth=2))
+    axes.axhline(num_sources - 0.5, color="white", linewidth=4)
+    axes.set_xticks(range(num_sources), sources, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(values)), [*sources, *found])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("source task")
+    axes.set_title("Similarity of task embeddings;\nframed: what a target starts from")
 
 
 def _draw_traces(figure: FigureBase, records: Sequence[Record]) -> None:

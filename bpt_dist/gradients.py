@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,10 +17,14 @@ from bpt_dist.work import Unit
 
 @dataclass
 class Losses:
-    """Minus log-likelihoods of one step, summed by task over this rank's texts and particles."""
+    """Minus log-likelihoods of one step, summed by task over this rank's texts and particles.
+
+    `bad_rows` are the ids of its texts whose loss or gradient was not finite; a sum over ranks would blame them all.
+    """
 
     sums: list[float]
     counts: list[float]
+    bad_rows: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, num_tasks: int) -> Losses:
@@ -54,18 +59,25 @@ class ReducedSum:
 
     def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh, num_tasks: int) -> None:
         self.parameters, self.mesh, self.losses = parameters, mesh, Losses.of(num_tasks)
+        self.rows: list[str] = []
 
     def add(self, unit: Unit, log_likelihood: Float[Tensor, "m N"]) -> None:
         """Count the losses; autograd has already added the gradient."""
         of_text = -log_likelihood.detach().double().sum(dim=0).cpu()
-        texts = zip(unit.batch.task_index.tolist(), of_text.tolist(), unit.batch.weight.tolist(), strict=True)
-        for task, value, weight in texts:
+        texts = zip(unit.batch.task_index.tolist(), of_text.tolist(), unit.batch.weight.tolist(), unit.batch.row_ids, strict=True)
+        for task, value, weight, row in texts:
             if weight:  # a text without weight only fills a pass
                 self.losses.add(task, value, len(log_likelihood))
+                self.rows.append(row)
+                if not math.isfinite(value):
+                    self.losses.bad_rows.add(row)
 
     def close(self) -> Losses:
         """Sum over the replicas."""
-        self.mesh.sum_over_data_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not self.losses.bad_rows and not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self.losses.bad_rows.update(self.rows)
+        self.mesh.sum_over_data_(gradients)
         return self.losses
 
 
@@ -88,6 +100,8 @@ class OrderedSum:
         """Gather this round's gradients and losses and add those of real texts (collective: every rank)."""
         rows = [self._row(tensor, parameter, unit) for tensor, parameter in zip(self._gradients(), self.parameters, strict=True)]
         own = torch.cat([-log_likelihood.detach().float().reshape(1), *[row.reshape(-1) for row in rows]])
+        if not own.isfinite().all():
+            self.losses.bad_rows.update(unit.batch.row_ids)
         targets = [self._row(total, parameter, unit) for total, parameter in zip(self.sums, self.parameters, strict=True)]
         for replica, task in zip(self.mesh.gather_over_data(own), unit.round_tasks, strict=False):
             if self.mesh.data.index == 0:  # the replicas know the same losses; one of them says so

@@ -21,6 +21,8 @@ from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.files import decode_json, encode_json
 
 NAME = "run.lock"
+# Seconds. A lock this old is then watched for 15 more: a holder on another machine has been silent for a minute when it is succeeded.
+STALE = 45.0
 ATTEMPTS = 50
 
 
@@ -53,7 +55,7 @@ class RunLock:
     from us.
     """
 
-    def __init__(self, folder: Path, *, heartbeat: float = 10.0, stale: float = 60.0) -> None:
+    def __init__(self, folder: Path, *, heartbeat: float = 10.0, stale: float = STALE) -> None:
         self.path, self.heartbeat, self.stale = folder / NAME, heartbeat, stale
         pid = os.getpid()
         self.me = Holder(uuid.uuid4().hex, platform.node(), _machine(), pid, _born(pid), time.time())
@@ -162,7 +164,7 @@ class RunLock:
             return False
 
 
-def holder_of(folder: Path, *, stale: float = 60.0) -> Holder | None:
+def holder_of(folder: Path, *, stale: float = STALE) -> Holder | None:
     """Return who is alive in this run directory, as far as can be told without waiting."""
     path = folder / NAME
     holder = _read(path)

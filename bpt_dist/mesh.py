@@ -10,6 +10,8 @@ import datetime
 import math
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +61,11 @@ class World:
     _axes: dict[tuple[int, int], tuple[Axis, Axis]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def start(cls, timeout_seconds: float, expected_size: int | None = None) -> World:
+    def start(cls, timeout_seconds: float, expected_size: int | None = None, job: str = "") -> World:
         """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK (collective: every rank); one process needs no variables.
 
         `timeout_seconds` bounds every collective until `set_timeout`. Raises ConfigError when the job is not as large as
-        `expected_size`.
+        `expected_size`, its port is taken, or a rank came here with another `job` (what it is about to do) in mind.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if expected_size is not None and size != expected_size:
@@ -77,12 +79,19 @@ class World:
             torch.cuda.set_device(device)
         if "MASTER_ADDR" in os.environ or size > 1:
             backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
-            dist.init_process_group(backend, timeout=limit)
+            _join(backend, limit)
         if size == 1:
             return cls(rank, size, device)
-        hosts: list[Any] = [None] * size
+        found: list[Any] = [None] * size
         control = dist.new_group(backend="gloo", timeout=limit)
-        dist.all_gather_object(hosts, socket.gethostname(), group=control)
+        dist.all_gather_object(found, (socket.gethostname(), job), group=control)
+        hosts = [host for host, _ in found]
+        strangers = [f"rank {other} on {host}" for other, (host, theirs) in enumerate(found) if theirs != found[0][1]]
+        if strangers:
+            raise ConfigError(
+                f"{', '.join(strangers)} came from another job than rank 0 to port {os.environ.get('MASTER_PORT')}; "
+                "start each job with its own --master_port"
+            )
         progress, store = Progress(timeout=limit), dist.distributed_c10d._get_default_store()
         answers = RollCall(store, rank, hosts, lambda: (progress.calls, progress.place))
         return cls(rank, size, device, tuple(hosts), control, progress, [answers])
@@ -95,7 +104,7 @@ class World:
             dist.destroy_process_group()
 
     def set_timeout(self, seconds: float) -> None:
-        """Bound every collective by `seconds` from now on (collective: every rank): long at a start, short once steps follow steps."""
+        """Bound every collective by `seconds` from now on (collective): long at a start, short once steps follow steps."""
         if self.size == 1:
             return
         self.progress.timeout = datetime.timedelta(seconds=seconds)
@@ -105,7 +114,7 @@ class World:
         self.barrier()
 
     def settle(self, seconds: float) -> None:
-        """Bound every collective by `seconds` now that the first step is done; nothing happens when it is so already (collective)."""
+        """Bound every collective by `seconds` now that the first step is done; nothing happens when it is so (collective)."""
         if self.progress.timeout.total_seconds() != seconds:
             self.set_timeout(seconds)
 
@@ -240,6 +249,29 @@ class Mesh:
         dist.all_reduce(flat, group=self.data.group)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _join(backend: str, limit: datetime.timedelta) -> None:
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT, where rank 0 listens."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # A server of another kind that accepts and never answers would keep the store's client for ever, whatever its limit.
+    watch = threading.Timer(limit.total_seconds() + 2, _give_up, [place, limit.total_seconds()])
+    watch.daemon = True
+    watch.start()
+    try:
+        dist.init_process_group(backend, timeout=limit)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(f"{place}: another program listens on this port; choose another with --master_port") from error
+    finally:
+        watch.cancel()
+
+
+def _give_up(place: str, seconds: float) -> None:
+    sys.stderr.write(f"no rank 0 of this job at {place} within {seconds:g} s; did it start, and is the port its own?\n")
+    sys.stderr.flush()
+    os._exit(PeerLost.exit_code)
 
 
 def peer_lost(error: RuntimeError, world: World) -> PeerLost | None:

@@ -14,7 +14,7 @@ from bpt_dist import config as configuration
 from bpt_dist import engine, mini
 from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config
-from bpt_dist.errors import INTERNAL_ERROR, ConfigError, OutOfMemory, PeerLost, UserError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, DataError, OutOfMemory, PeerLost, UserError
 from bpt_dist.faults import fault_point
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.guard import Guard
@@ -60,7 +60,9 @@ def _session(config: Config, world: World, run: Run, guard: Guard, stack: ExitSt
         stack.callback(journal.close)
         if config.tracking.mlflow:
             stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
-    return Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
+    session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
+    _check_data(run, session.data_hashes(), world)
+    return session
 
 
 def _last_words(run: Run) -> Callable[[str, str], None]:
@@ -111,6 +113,28 @@ def _check_backbone(run: Run, backbone: Backbone, world: World) -> None:
     problem = world.broadcast(problem)
     if problem:
         raise ConfigError(problem)
+
+
+def _check_data(run: Run, own: dict[str, str], world: World) -> None:
+    """Refuse other rows than the run began with, or than another rank has: neither resuming nor one result would mean anything."""
+    file, problem = run.folder / "data.json", None
+    everyones = world.gather_objects(own)
+    others = [(rank, name) for rank, theirs in enumerate(everyones) for name in theirs if theirs[name] != everyones[0].get(name)]
+    if others:
+        rank, name = others[0]
+        problem = (
+            f"data: {name} has other rows on rank {rank} ({world.hosts[rank]}) than on rank 0; copy the same files to all hosts"
+        )
+    elif world.rank == 0 and not file.is_file():
+        write_json_atomic(file, own)
+    elif world.rank == 0 and (changed := sorted(name for name, found in read_json(file).items() if own.get(name, found) != found)):
+        problem = (
+            f"data: {', '.join(changed)} (task and split) has other rows than {run.folder} began with; put the old files back to "
+            "resume, or choose another name="
+        )
+    problem = world.broadcast(problem)
+    if problem:
+        raise DataError(problem)
 
 
 def load_backbone(config: Config, world: World) -> Backbone:

@@ -1,8 +1,8 @@
 """Who is gone: when a collective fails, the ranks that still answer find out which one does not.
 
-A failed collective names nothing, or the neighbour that left because somebody else did. So the first rank to fail calls a roll in the
-job's key-value store; a thread of every other rank answers, also while its main thread waits in a collective. Who does not answer was
-killed, stopped or cut off. If all answer, the one that made the fewest collective calls is the one the others wait for.
+A failed collective names nothing, or the neighbour that left because somebody else did. So the first rank to fail calls a roll in
+the job's key-value store; a thread of every other rank answers, also while its main thread waits in a collective. Who does not
+answer was killed, stopped or cut off. If all answer, the one that made the fewest collective calls is the one the others wait for.
 """
 
 from __future__ import annotations

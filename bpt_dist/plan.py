@@ -45,7 +45,9 @@ class Plan:
     ranks_here: int
     num_parameters: int
     weight_bytes: int
+    sharers: int  # processes that hold one T5 between them
     resident_weight_bytes: int
+    gathered_weight_bytes: int
     num_blocks: int
     stages: tuple[StagePlan, ...]
     device: Device
@@ -55,7 +57,7 @@ class Plan:
     def memory_bytes(self) -> int:
         """Return the most memory a process needs at once: while it loads the whole T5, or in its largest stage."""
         largest = max((s.trained_bytes + s.optimizer_bytes + s.activation_bytes for s in self.stages), default=0)
-        return RUNTIME_BYTES + max(self.weight_bytes, self.resident_weight_bytes + largest)
+        return RUNTIME_BYTES + max(self.weight_bytes, self.resident_weight_bytes + self.gathered_weight_bytes + largest)
 
     def step_seconds(self, stage: StagePlan) -> float:
         """Return the time of one step of a stage."""
@@ -122,6 +124,7 @@ def estimate(config: Config, world_size: int, ranks_here: int | None = None) -> 
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
     here = ranks_here or processes_here(world_size)
     stages = _stages(config, PlannedWorld(0, world_size), shape)
+    sharers = {"none": 1}.get(config.distribution.shard, here if config.distribution.scope == "node" else world_size)
     found = Plan(
         name=config.name,
         method=config.method.name,
@@ -132,7 +135,9 @@ def estimate(config: Config, world_size: int, ranks_here: int | None = None) -> 
         ranks_here=here,
         num_parameters=shape.num_parameters,
         weight_bytes=shape.weight_bytes,
-        resident_weight_bytes=shape.resident_bytes(1 if config.distribution.shard == "none" else world_size),
+        sharers=sharers,
+        resident_weight_bytes=-(-shape.weight_bytes // sharers),
+        gathered_weight_bytes=shape.gathered_bytes if sharers > 1 else 0,
         num_blocks=sum(shape.num_blocks),
         stages=tuple(stages),
         device=probe(shape.config.d_model, shape.config.d_ff, settings.dtype, here),

@@ -88,8 +88,10 @@ def stage_plan(
     own_texts = -(-texts // mesh.data.size)
     together = not isinstance(settings, SourceStage) or settings.shared_texts
     trains_weights = config.method.TRAINS_BACKBONE
-    costs = [shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights) for spec in specs]
-    trained, whole = _bytes(method, mesh), _bytes(method, Mesh())
+    again = config.distribution.activation_checkpointing
+    costs = [shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again) for spec in specs]
+    in_parts = trains_weights and config.distribution.shard != "none"
+    trained, whole = _bytes(method, mesh) // (mesh.world.size if in_parts else 1), _bytes(method, Mesh())
     states = num_optimizer_states(settings)
     keeps_best = isinstance(settings, TargetStage) and evaluated
     passes, evaluation_flops = (

@@ -18,7 +18,12 @@ HEADER = ("stage", "steps", "mesh", "particles", "rows", "at once", "GFLOP a ste
 def run_text(plan: Plan, names: Sequence[str]) -> str:
     """Return the plan of runs that differ in their seed only."""
     device, several = plan.device, f" (and {len(names) - 1} more with other seeds)" if len(names) > 1 else ""
-    resident = f", {size(plan.resident_weight_bytes)} of it resident on a rank ({plan.shard})" if plan.shard != "none" else ""
+    resident = (
+        f", {size(plan.resident_weight_bytes)} of it resident on a rank ({plan.shard} over {plan.sharers}) and "
+        f"{size(plan.gathered_weight_bytes)} gathered at a time"
+        if plan.shard != "none"
+        else ""
+    )
     lines = [
         f"{names[0]}{several}: {plan.method} on {plan.backbone}, {plan.dtype}",
         f"  world        {plan.world_size} process(es), {plan.ranks_here} of them on this machine",

@@ -1,11 +1,12 @@
 """What the source stage hands over: `source/posterior/{posterior.safetensors, posterior.json}`.
 
-For prompt methods the tensors are `particles` [M, P, D] and their `mean` [P, D]; other methods name their own. The
-facts beside them say which T5 and tokenizer they belong to: a prompt means nothing to another one.
+Each method names its own tensors: `particles` [M, P, D] and their `mean` [P, D], or one prompt for each source task. The facts
+beside them say which T5 and tokenizer they belong to, because a prompt means nothing to another one, and which method made them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,31 @@ class Posterior:
                     f"here {backbone.name}, {own[:12]}); set backbone.path to that one, or train the source stage anew"
                 )
         tensors, _ = read_tensors(folder / TENSORS)
-        widths = {int(tensor.shape[-1]) for tensor in tensors.values()}
-        if widths != {backbone.width}:
-            raise ConfigError(f"source.posterior: {folder / TENSORS} is {widths} wide, the backbone {backbone.width}")
         return cls(tensors, facts)
+
+    def require(self, method: str, needed: Mapping[str, str], width: int) -> None:
+        """Raise ConfigError unless `method` can start from these tensors.
+
+        `needed` gives the axes of each tensor, as in "K P D": D is `width`, every other letter has one size throughout. Further
+        tensors may be there. A method that needs nothing by name starts from its own posteriors only.
+        """
+        maker = self.facts["method"]
+        sizes, found = {"D": width}, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if needed and all(_fits(found.get(name, ()), axes.split(), sizes) for name, axes in needed.items()):
+            return
+        if not needed and maker == method:
+            return
+        holds = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(found.items()))
+        wanted = ", ".join(f"{name} [{', '.join(axes.split())}]" for name, axes in needed.items()) or "its own tensors"
+        raise ConfigError(
+            f"source.posterior: was made by method {maker} and holds {holds}; method {method} starts from {wanted}, D being "
+            f"{width}; give a posterior that has them, or train the source stage anew"
+        )
+
+
+def _fits(shape: Sequence[int], axes: Sequence[str], sizes: dict[str, int]) -> bool:
+    """Return whether a shape has these axes; letters met for the first time enter `sizes`."""
+    return len(shape) == len(axes) and all(sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True))
 
 
 def _folder(place: Path) -> Path:

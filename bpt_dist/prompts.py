@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from bpt_dist.backbone import Backbone
 from bpt_dist.errors import ConfigError
@@ -43,6 +46,33 @@ def _pieces(kind: str, length: int, backbone: Backbone, generator: torch.Generat
     if length > len(ordinary):
         raise ConfigError(f"method.length: {length} exceeds the {len(ordinary)} ordinary pieces of the vocabulary; use init=normal")
     return torch.tensor(ordinary)[torch.randperm(len(ordinary), generator=generator)[:length]]
+
+
+def similarities(
+    prompt: Float[Tensor, "P D"], others: Float[Tensor, "K Q D"], kind: Literal["average_tokens", "per_token"]
+) -> Float[Tensor, " K"]:
+    """Return the cosine similarity, -1 to 1, of a prompt to each of the others (Vu et al. 2022, section 4.1).
+
+    `average_tokens`: cosine of the two prompts averaged over positions. `per_token`: mean cosine over all pairs of positions.
+    """
+    if kind == "average_tokens":
+        return functional.cosine_similarity(prompt.mean(dim=0)[None], others.mean(dim=1), dim=-1)
+    # The mean over pairs of directions is the product of the mean directions.
+    return functional.normalize(others, dim=-1).mean(dim=1) @ functional.normalize(prompt, dim=-1).mean(dim=0)
+
+
+def mixture_weights(similarity: Float[Tensor, " K"], top_k: int) -> Float[Tensor, " K"]:
+    """Return weights that sum to 1: similarity over its sum among the `top_k` most similar, 0 for the others (Vu et al. 2022).
+
+    A prompt that points away is no help, so negative similarities weigh nothing beside the best, which always counts.
+    """
+    best = similarity.topk(min(top_k, len(similarity)))
+    share = best.values.clamp_min(0)
+    # The first of the best stands alone where nothing is similar: 0 / 0 otherwise.
+    alone = torch.zeros_like(share)
+    alone[0] = 1
+    share = torch.where(share.sum() > 0, share / share.sum().clamp_min(torch.finfo(share.dtype).tiny), alone)
+    return torch.zeros_like(similarity).scatter(0, best.indices, share)
 
 
 def prepend(prompts: Float[Tensor, "m P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:

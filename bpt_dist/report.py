@@ -102,6 +102,34 @@ class Table:
                     writer.writerow(self._csv_line(row, column))
         return stream.getvalue()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return our table as plain data: for each cell, mean, standard deviation and the value of every seed."""
+        return {
+            "split": self.split,
+            "rows": [self._json_row(row) for row in self.rows],
+            "majority": [{"task": c.task, "metric": c.metric, "mean": cell.mean} for c, cell in self.majority.items()],
+            "notes": list(self.notes),
+        }
+
+    def _json_row(self, row: Row) -> dict[str, Any]:
+        cells = []
+        for column in (column for column in self.columns if column in row.cells):
+            values = row.cells[column].values
+            mean, deviation = mean_and_deviation(list(values.values()))
+            cells.append({
+                "task": column.task, "metric": column.metric, "mean": mean, "standard_deviation": deviation,
+                "num_seeds": len(values), "values": {str(seed): values[seed] for seed in sorted(values)},
+                "best": column in row.best,
+            })  # fmt: skip
+        return {
+            "method": row.label,
+            "joint": row.joint,
+            "num_seeds": row.num_seeds,
+            "trainable_parameters": list(row.parameters),
+            "cells": cells,
+            "averages": {average.title: average.of(row.cells) for average in self.averages},
+        }
+
     def _csv_line(self, row: Row, column: Column) -> list[Any]:
         cell = row.cells[column]
         mean, deviation = mean_and_deviation(list(cell.values.values()))

@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from typing import Any, Literal, Self
 from bpt_dist.errors import INTERNAL_ERROR, ConfigError, Stopped, StorageError, UserError
 from bpt_dist.faults import fault_point
 from bpt_dist.files import read_bytes, read_json, write_atomic, write_json_atomic
-from bpt_dist.lock import RunLock, holder_of
+from bpt_dist.lock import STALE, RunLock, holder_of
 
 State = Literal["created", "running", "stopped", "failed", "finished"]
 Changed = Callable[[str], Sequence[str]]
@@ -52,6 +53,7 @@ class Run:
         self.previous: dict[str, Any] = {}
         self._lock: RunLock | None = None
         self._status: dict[str, Any] = {}
+        self._saying = threading.Lock()
         self._log_file: logging.Handler | None = None
 
     @classmethod
@@ -67,7 +69,7 @@ class Run:
         world_size: int = 1,
         extra: Mapping[str, Any] | None = None,
         heartbeat: float = 10.0,
-        stale: float = 60.0,
+        stale: float = STALE,
     ) -> Self:
         """Create or reopen `run_dir`; `changed(old_yaml)` lists `key: old -> new` if the fingerprint differs.
 
@@ -112,6 +114,10 @@ class Run:
         log.info("%s%s%s", state, f" {stage}" if stage else "", f": {reason}" if reason else "")
         if self.rank != 0:
             return
+        with self._saying:  # the guard's thread may have the last word
+            self._write_status(state, reason, step, stage)
+
+    def _write_status(self, state: State, reason: str | None, step: int | None, stage: str | None) -> None:
         fault_point("status.before_write", state=state)
         fields: dict[str, Any] = {"state": state, "reason": redacted(reason) if reason else None, "updated": _now()}
         fields |= {key: value for key, value in (("step", step), ("stage", stage)) if value is not None}
@@ -138,7 +144,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
-            if exit_code(error) == INTERNAL_ERROR:
+            if exit_code(error) == INTERNAL_ERROR and not isinstance(error, UserError):
                 log.error("internal error", exc_info=error)
             # A full disk may be what ended the run: then the exception, not the status, has to say so.
             with contextlib.suppress(OSError, StorageError):
@@ -169,6 +175,7 @@ class Run:
         opening = {
             "time": _now(),
             "argv": argv,
+            "command": self._command,
             "world_size": self.world_size,
             "host": platform.node(),
             "python": platform.python_version(),
@@ -195,10 +202,12 @@ class Run:
         record = read_json(self.folder / "run.json")
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ConfigError(f"{self.folder}/run.json: no record this version can read; choose another name=")
-        if record["fingerprint"] != fingerprint and self._failed_before_training():
+        if self._failed_before_training():
             # A mistyped path or a bad row: the mended command is the same run, and nothing is lost.
-            (self.folder / "backbone.json").unlink(missing_ok=True)
-            return {**record, "fingerprint": fingerprint}
+            for name in ("backbone.json", "data.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            if record["fingerprint"] != fingerprint:
+                return {**record, "fingerprint": fingerprint}
         if record["fingerprint"] != fingerprint:
             old = read_bytes(self.folder / "config.yaml").decode()
             lines = "".join(f"\n  {line}" for line in changed(old))
@@ -265,6 +274,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     status = read_json(folder / "status.json")
     if status["state"] in ("created", "running") and holder_of(folder) is None:
         status |= {"state": "failed", "reason": f"the process ended without a word while {status['state']}"}
+        status["next"] = read_json(folder / "run.json")["openings"][-1].get("command")
     return status
 
 

@@ -13,7 +13,7 @@ from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config, Data, Evaluation, Stage
 from bpt_dist.data import metrics
 from bpt_dist.data.batches import Batches
-from bpt_dist.data.prepared import TaskData, prepare
+from bpt_dist.data.prepared import TaskData, content_hash, prepare
 from bpt_dist.evaluate import Evaluated, evaluate
 from bpt_dist.export import export_low_rank, export_prompt
 from bpt_dist.export_weights import write_weights
@@ -83,6 +83,11 @@ class Session:
         """Say that this rank is alive at `place`: to its own guard, and to the ranks that may wait for it."""
         self.guard.beat(place)
         self.world.at(place)
+
+    def data_hashes(self) -> dict[str, str]:
+        """Return the content hash of every split of every task of this run."""
+        found = ((part, task, split) for part, tasks in self._data.items() for task in tasks for split in task.splits)
+        return {f"{part}/{task.spec.name}/{split}": content_hash(task.splits[split]) for part, task, split in found}
 
     # --- what a stage starts from -------------------------------------------------------------------------------------
 

@@ -181,8 +181,9 @@ class StageRun:
         )
         sums = losses.sums if finite else [0.0] * len(losses.sums)
         world = self.mesh.world
-        own = [world.progress.calls, self.step, self.seconds, stop_requested, not finite, *sums, *losses.counts]
-        calls, steps, seconds, stops, bad, *of_task = zip(*world.gather_numbers(own), strict=True)
+        flags = [stop_requested, not finite, bool(losses.bad_rows)]
+        own = [world.progress.calls, self.step, self.seconds, *flags, *sums, *losses.counts]
+        calls, steps, seconds, stops, bad, blamed, *of_task = zip(*world.gather_numbers(own), strict=True)
         if len(set(calls)) > 1 or len(set(steps)) > 1:
             raise RuntimeError(f"{self.name}: ranks are out of step: collective calls {calls}, steps {steps}; is it the same code?")
         alarm = self.stragglers.observe(seconds)
@@ -190,21 +191,23 @@ class StageRun:
             log.warning("%s step %d: %s", self.name, self.step, alarm)
         self.skipped = self.skipped + 1 if any(bad) else 0
         if self.skipped:
-            self._refuse_or_skip(finite)
+            # Where texts were to blame, their sums over ranks are not finite either, on ranks that did nothing wrong.
+            self._refuse_or_skip(sorted(losses.bad_rows) if any(blamed) else [] if finite else self._rows_of_step())
         totals = [sum(values) for values in of_task]
         agreed = Losses(totals[: len(sums)], totals[len(sums) :]).by_task(len(self.task_names))
         return Agreed(agreed, any(stops), not self.skipped)
 
-    def _refuse_or_skip(self, finite: bool) -> None:
-        """Name the step and its rows in `bad_step.json`; collective: every rank comes here."""
-        rows = [] if finite else sorted({row for unit in self.work(self.step) for row in unit.batch.row_ids})
+    def _rows_of_step(self) -> list[str]:
+        return sorted({row for unit in self.work(self.step) for row in unit.batch.row_ids})
+
+    def _refuse_or_skip(self, rows: list[str]) -> None:
+        """Name the step and its `rows` of this rank in `bad_step.json`; collective: every rank comes here."""
         by_rank = {str(rank): found for rank, found in enumerate(self.mesh.world.gather_objects(rows)) if found}
         file = self.run.folder / "bad_step.json"
         if self.run.rank == 0:
             write_json_atomic(file, {"stage": self.name, "step": self.step, "row_ids": by_rank})
         problem = f"{self.name} step {self.step}: a loss or gradient is NaN or infinite on rank(s) {', '.join(by_rank)}"
         if self.settings.on_non_finite == "skip" and self.skipped < MOST_SKIPPED:
-            self.write({f"{self.metric_prefix}/skipped": 1.0})
             log.warning("%s; no particle moves in this step. The rows are in %s", problem, file)
             return
         raise NonFinite(
@@ -217,6 +220,7 @@ class StageRun:
         """Say where the stage is, and write it down when it is due (rank 0)."""
         if self.skipped:
             progress.update(self.step, "skipped")
+            self.write({f"{self.metric_prefix}/skipped": 1.0})
             return
         mean = [total / count for total, count in zip(losses.sums, losses.counts, strict=True) if count]
         progress.update(self.step, f"loss {sum(mean) / len(mean):.4f}")

@@ -35,7 +35,8 @@ def run_all(config: Config, *, fresh: bool = False) -> int:
     """Train every run of a configuration in this job and return the exit code (collective: every rank)."""
     world = World()
     try:
-        world = World.start(config.distribution.startup_timeout, config.distribution.expect_world_size)
+        limits, job = config.distribution, f"{config.name} {configuration.fingerprint(config)}"
+        world = World.start(limits.startup_timeout, limits.expect_world_size, job)
         for one in configuration.expand(config):
             with opened(one, world, fresh=fresh) as session:
                 if session is not None:

@@ -16,8 +16,8 @@ from bpt_dist.mesh import Mesh, deal
 class Unit(NamedTuple):
     """One forward and backward pass: `particles` (counted on this rank) times the texts of `batch`.
 
-    `round_tasks` is used by ordered sums only: the task of the text each replica evaluates in this pass, in the order of the replicas;
-    shorter than the data axis when the texts have run out.
+    `round_tasks` is used by ordered sums only: the task of the text each replica evaluates in this pass, in the order of the
+    replicas; shorter than the data axis when the texts have run out.
     """
 
     particles: slice

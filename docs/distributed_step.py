@@ -67,7 +67,15 @@ def main() -> None:
     wire(axes, 9.95, (2, 3), "all-reduce ∂θ")
     wire(axes, 11.4, (0, 3), "flags, losses, seconds: one all-gather over all")
     axes.add_patch(FancyArrowPatch((4.0, 1.2), (13.0, 1.2), arrowstyle="<->", mutation_scale=10, lw=1, color=FAINT))
-    axes.text(8.5, 1.28, "the gather of θ runs beside the passes; the kernel waits for it", ha="center", size=8.5, color=FAINT, va="bottom")
+    axes.text(
+        8.5,
+        1.28,
+        "the gather of θ runs beside the passes; the kernel waits for it",
+        ha="center",
+        size=8.5,
+        color=FAINT,
+        va="bottom",
+    )
     FigureCanvasAgg(figure)
     figure.savefig(Path(__file__).with_suffix(".png"))
 

@@ -65,7 +65,7 @@ def settings(world_folder: Path, method: Mapping[str, Any], **sections: Any) -> 
     """Return plain settings of a short run: two source tasks where the method has them, two targets; `sections` win."""
     options = method_options(method["name"])
     fields = options.model_fields
-    short = {"length": 3, "num_particles": 2, "sigma_relative": 1.0}
+    short = {"length": 3, "num_particles": 2, "sigma_relative": 1.0, "probe_steps": 3, "teacher_steps": 3}
     given = {key: value for key, value in short.items() if key in fields and not (key == "length" and method.get("init") == "file")}
     if method.get("sigma") or method.get("prior") == "none":
         given.pop("sigma_relative", None)

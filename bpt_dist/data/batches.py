@@ -2,12 +2,12 @@
 
 Every task owns, per epoch, one permutation keyed by (seed, task, epoch). At step t it gives the B rows at positions
 t·B … t·B + B − 1 of the endless row of permutations, so every row comes exactly once an epoch and a run resumes with
-nothing but its step number. Tasks that task sampling leaves out at a step skip their B rows.
+nothing but its step number. Tasks that task sampling leaves out at a step skip their B rows. A mixture (sampling.py) draws the
+task of every text: a step then has K·B texts as well, and each task goes on in its row where the steps before left it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bpt_dist.data.sampling import Mixture, Sampling, philox_words
 from bpt_dist.data.tokens import PAD_ID, TokenisedTask, tokenise
 from bpt_dist.errors import ConfigError
 
-__all__ = ["Batch", "Batches", "TokenisedTask", "collate", "tokenise"]
+__all__ = ["Batch", "Batches", "Sampling", "TokenisedTask", "collate", "tokenise"]
 
 IGNORED = -100
 
@@ -65,8 +66,9 @@ class Batch:
 class Batches:
     """The batches of a stage; holds no position, so any step may be asked for in any order.
 
-    `task_weight[k]` is w_k of the score; with κ tasks a step, each row weighs w_k · (K/κ) / B. `num_particles` is
-    only needed for particles with their own texts.
+    `task_weight[k]` is w_k of the score; with κ tasks a step, each row weighs w_k · (K/κ) / B, and in a mixture, where
+    p_k weighs the tasks, w_k / B: for w_k = 1/K the objective is the mean over the texts of the step. `num_particles`
+    is only needed for particles with their own texts.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Batches:
         tasks_per_step: int | None = None,
         task_weight: Sequence[float] | None = None,
         num_particles: int = 1,
+        sampling: Sampling = Sampling(),  # noqa: B008 - a tuple, nothing can change it
     ) -> None:
         kappa = len(datasets) if tasks_per_step is None else tasks_per_step
         if batch_size < 1 or not 1 <= kappa <= len(datasets):
@@ -92,6 +95,11 @@ class Batches:
         self.tasks_per_step = kappa
         self.task_weight = tuple(task_weight) if task_weight is not None else (1.0,) * len(datasets)
         self.num_particles = num_particles
+        self.mixture: Mixture | None = None
+        if sampling.kind != "all":
+            if kappa != len(datasets):
+                raise ConfigError(f"sampling {sampling.kind} draws tasks from all {len(datasets)}, tasks_per_step is {kappa}")
+            self.mixture = Mixture(sampling, [len(task) for task in datasets], kappa * batch_size, seed)
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}  # the newest epoch of each task, recomputable
 
     def at(self, step: int, particle: int | None = None) -> Batch:
@@ -104,11 +112,18 @@ class Batches:
         block = step if particle is None else step * self.num_particles + particle
         scale = len(self.datasets) / self.tasks_per_step / self.batch_size
         picks, weight = [], []
-        for k in self.tasks_at(step):
-            first = block * self.batch_size
-            picks += [(k, self._row(k, position)) for position in range(first, first + self.batch_size)]
-            weight += [self.task_weight[k] * scale] * self.batch_size
+        for k, positions in self._positions(step, block):
+            picks += [(k, self._row(k, position)) for position in positions]
+            weight += [self.task_weight[k] * scale] * len(positions)
         return collate(self.datasets, picks, weight, step)
+
+    def _positions(self, step: int, block: int) -> list[tuple[int, range]]:
+        """Return the places in the endless row of each task that gives texts, in ascending order of the tasks."""
+        if self.mixture is None:
+            first = block * self.batch_size
+            return [(k, range(first, first + self.batch_size)) for k in self.tasks_at(step)]
+        before, here = (texts.tolist() for texts in self.mixture.at(block))
+        return [(k, range(before[k], before[k] + here[k])) for k in range(len(here)) if here[k]]
 
     def tasks_at(self, step: int) -> tuple[int, ...]:
         """Return the κ tasks of a step in ascending order, drawn uniformly without replacement."""
@@ -151,11 +166,5 @@ def _padded(sequences: Sequence[np.ndarray], filler: int) -> tuple[Int[Tensor, "
 
 
 def _permutation(num_rows: int, seed: int, name: str, index: int) -> np.ndarray:
-    """Return the permutation that (seed, name, index) names.
-
-    Raw Philox words are sorted, because NumPy promises the words of a bit generator for ever, but not what
-    `Generator.permutation` makes of them.
-    """
-    key = hashlib.sha256(f"{seed}\x00{name}\x00{index}".encode()).digest()[:16]
-    words = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(num_rows)
-    return np.argsort(words, kind="stable")
+    """Return the permutation that (seed, name, index) names: the order of so many random words."""
+    return np.argsort(philox_words(num_rows, seed, name, index), kind="stable")

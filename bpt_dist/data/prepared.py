@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bpt_dist.config import Data
 from bpt_dist.data import rows, tasks
@@ -38,6 +41,18 @@ class TaskData:
     def train(self) -> Split:
         """Return the training split."""
         return self.splits["train"]
+
+
+def content_hash(split: Split) -> str:
+    """Return the SHA-256 of what is trained or evaluated on: row ids, source, target and label tokens, in order."""
+    digest = hashlib.sha256()
+    tokens = split.tokens
+    for row_id, source, target in zip(tokens.row_ids, tokens.source_ids, tokens.target_ids, strict=True):
+        for part in (row_id.encode(), source.astype(np.int64).tobytes(), target.astype(np.int64).tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    for label in tokens.label_ids:
+        digest.update(label.astype(np.int64).tobytes() + b";")
+    return digest.hexdigest()
 
 
 def prepare(names: Sequence[str], data: Data, tokenizer: Any, *, splits: Sequence[str], seed: int) -> list[TaskData]:

@@ -85,7 +85,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def preludes(self) -> Sequence[Prelude]:
-        """Return the stages to train before the one just begun, each on the same tasks and batches; `begin_...` set up the first."""
+        """Return the stages to train before the one just begun, on the same tasks and batches; `begin_...` has set up the first."""
         return ()
 
     def end_prelude(self, mesh: Mesh) -> None:

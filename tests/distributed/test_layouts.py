@@ -29,7 +29,9 @@ def meshes(num_particles: int, size: int) -> Iterator[tuple[int, int]]:
             yield particle, size // particle
 
 
-LAYOUTS = [(size, shard, number, mesh) for size in SIZES for shard in SHARDS for number in PARTICLES for mesh in meshes(number, size)]
+LAYOUTS = [
+    (size, shard, number, mesh) for size in SIZES for shard in SHARDS for number in PARTICLES for mesh in meshes(number, size)
+]
 
 
 def configured(world: Path, folder: Path, shard: str, num_particles: int, mesh: tuple[int, int]) -> Config:
@@ -85,7 +87,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Config]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[1]}-W{layout[0]}-M{layout[2]}-{layout[3][0]}x{layout[3][1]}")
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: f"{layout[1]}-W{layout[0]}-M{layout[2]}-{layout[3][0]}x{layout[3][1]}"
+)
 def test_particles_optimizer_state_and_results_agree_with_one_process(layout: Any, runs: dict[Any, Config]) -> None:
     _, _, num_particles, _ = layout
     found, expected = tensors(runs[layout]), tensors(runs[1, "none", num_particles, (1, 1)])

@@ -165,63 +165,6 @@ def test_generation_equals_the_stock_generate_on_the_same_embeddings(backbone: B
         assert texts_of_particle == backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-# --- insertion points --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def logits(backbone: Backbone) -> Tensor:
-    return backbone.score(texts(), with_prompts(prompts()), "token_sum").logits
-
-
-def test_insertion_points_that_change_nothing_change_no_bit_and_leave_without_trace(backbone: Backbone) -> None:
-    before = logits(backbone)
-    # 2 + 2 blocks: self-attention in each, cross-attention in the decoder's, feed-forward in each.
-    assert backbone.after_sublayer(lambda name: lambda output: output, ["self_attention", "cross_attention", "feed_forward"]) == 10
-    assert backbone.around_linear(lambda name, layer: lambda x, y: y, ["q", "v"]) == 12
-    assert torch.equal(logits(backbone), before)
-    backbone.after_sublayer(lambda name: lambda output: 2 * output, ["feed_forward"])
-    assert not torch.equal(logits(backbone), before)
-    backbone.detach()
-    assert torch.equal(logits(backbone), before)
-    assert not any(module._forward_hooks for module in backbone.model.modules())
-
-
-@torch.no_grad()
-def test_a_sublayer_sent_to_zero_is_a_residual_alone(tied: Backbone) -> None:
-    """Zero weights in the last linear layer of every feed-forward give the same T5, by another way."""
-    without = stock(Path(tied.path), torch.float32)
-    for name, parameter in without.named_parameters():
-        if name.endswith("DenseReluDense.wo.weight"):
-            parameter.zero_()
-    tied.after_sublayer(lambda name: torch.zeros_like, ["feed_forward"])
-    for n, row in enumerate(rows()):
-        expected = logits_of_row(without, prompts()[0], *row).logits[0]
-        torch.testing.assert_close(logits(tied)[0, n, : len(row[1])], expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_low_rank_pair_around_a_linear_layer_is_a_changed_weight(tied: Backbone) -> None:
-    a, b = 0.1 * torch.randn(2, 32), 0.1 * torch.randn(32, 2)
-    tied.around_linear(lambda name, layer: lambda x, y: y + x @ a.T @ b.T, ["q", "v"])
-    changed = stock(Path(tied.path), torch.float32)
-    for name, parameter in changed.named_parameters():
-        if name.endswith((".q.weight", ".v.weight")):
-            parameter.add_(b @ a)
-    for n, row in enumerate(rows()):
-        expected = logits_of_row(changed, prompts()[0], *row).logits[0]
-        torch.testing.assert_close(logits(tied)[0, n, : len(row[1])], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_selector_that_matches_nothing_is_refused(tied: Backbone) -> None:
-    for attach in (
-        lambda: tied.after_sublayer(lambda name: torch.zeros_like, ["self_atention"]),
-        lambda: tied.around_linear(lambda name, layer: lambda x, y: y, ["query"]),
-    ):
-        with pytest.raises(ConfigError, match=r"no layer of this T5 matches .*; its layers are called .*SelfAttention"):
-            attach()
-    assert tied.model.training is False
-
-
 # --- frozen ------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from bpt_dist import cli_check
 from bpt_dist import config as configuration
 from bpt_dist.cli import main
 from bpt_dist.cli_check_job import job_findings
-from bpt_dist.cli_eval import evaluate_prompt
+from bpt_dist.cli_eval import evaluate_stored
 from bpt_dist.cli_lists import described_methods
 from bpt_dist.methods.base import method_class
 from bpt_dist.results import collect
@@ -61,7 +61,17 @@ def run_command(capsys, *words) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["methods"], ["tasks"], ["schema"], ["table", "nowhere"], ["plan", "-c", "nowhere.yaml"], ["export", "nowhere"]],
+    [
+        ["--help"],
+        ["methods"],
+        ["tasks"],
+        ["schema"],
+        ["table", "nowhere"],
+        ["plan", "-c", "nowhere.yaml"],
+        ["export", "nowhere"],
+        ["run-table", "nowhere.yaml"],
+        ["methods", "--json"],
+    ],
     ids=" ".join,
 )
 def test_help_lists_and_user_errors_import_nothing_heavy(words):
@@ -262,7 +272,7 @@ def test_particles_and_their_mean_are_exported(capsys, job, tmp_path):
 def test_eval_reproduces_the_metrics_of_the_run_exactly(job, run):
     config = configuration.load(job / run / "config.yaml")
     for task in ("mood", "count"):
-        found, num_rows = evaluate_prompt(job / run / "target" / task / "adapter", config, task, "test")
+        found, num_rows = evaluate_stored(job / run / "target" / task / "adapter", config, task, "test")
         expected = results(job / run, task=task, predict="map")
         assert found.metrics == {entry["metric"]: entry["value"] for entry in expected}
         assert num_rows == expected[0]["n"]

@@ -69,7 +69,9 @@ def test_methods_are_compared_under_one_protocol() -> None:
     """Each method's own file and the BPT one differ in the method, its learning rates and source stage, in nothing else."""
     reference = config.load(CONFIGS / "bpt" / "t5_base_6.yaml")
     free = ("name", "method.", "source.", "data.source_tasks", "target.lr", "target.weight_decay")
-    for folder in ("fine_tuning", "prompt_tuning", "vanilla_transfer"):
+    folders = sorted({path.parent.name for path in CONFIGS.glob("*/t5_base.yaml")} - {"table"})
+    assert {*folders, "bpt"} == set(config.method_names())
+    for folder in folders:
         changed = config.changed_keys(reference, config.load(CONFIGS / folder / "t5_base.yaml"))
         assert [key for key in changed if not key.startswith(free)] == []
 

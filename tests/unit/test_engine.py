@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import tiny_run
 import tiny_t5
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,13 @@ from bpt_dist import backbone as backbones
 from bpt_dist import engine
 from bpt_dist.config import Distribution, MethodConfig, Stage
 from bpt_dist.engine import Updater, schedule
+from bpt_dist.engine_zero import ZERO_INFERENCE
 from bpt_dist.errors import ConfigError
 from bpt_dist.mesh import Axis, Mesh, World
 from bpt_dist.methods.base import Method
+from bpt_dist.prompts import prepend
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 class Toy(Method):
@@ -147,7 +154,48 @@ def test_a_tensor_without_a_learning_rate_is_our_mistake() -> None:
         Updater(Forgetful(), stage())
 
 
-# --- partitioning (the real thing is in tests/distributed/test_training.py) ---------------------------------------------------
+# --- partitioning (the real thing is in tests/distributed/test_partition.py) --------------------------------------------------
+
+
+def test_hosts_are_those_of_the_names_in_the_order_of_their_first_ranks() -> None:
+    assert engine.host_groups(["b", "a", "b", "c", "a"]) == [[0, 2], [1, 4], [3]]
+
+
+def test_the_shipped_zero_settings_are_those_the_engine_takes_by_itself() -> None:
+    shipped = json.loads((REPOSITORY / "configs" / "deepspeed" / "zero3_inference.json").read_text())
+    # What the run says anyway; the file is one that DeepSpeed reads as it is.
+    assert shipped.pop("bf16") == {"enabled": True}
+    assert shipped.pop("train_micro_batch_size_per_gpu") == 1
+    assert shipped == ZERO_INFERENCE
+
+
+@pytest.mark.parametrize("layers_need_gradients", [True, False])
+def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_names_and_hooks(
+    layers_need_gradients: bool, tmp_path: Path
+) -> None:
+    """Twice through each block with gradients, once without; what was inserted inside acts in both passes."""
+    folder = str(tiny_t5.make(tmp_path))
+    found, names, passes = [], [], []
+    for recomputed in (False, True):
+        backbone = backbones.load(folder)
+        engine.place(backbone, Distribution(activation_checkpointing=recomputed), World())
+        count: list[int] = []
+        backbone.blocks[0].layer[0].register_forward_hook(lambda *_, count=count: count.append(1))  # type: ignore[union-attr,index]
+        scale = torch.ones(32, requires_grad=layers_need_gradients)
+        backbone.around_sublayer(lambda _place, scale=scale: lambda _x, y: y * scale, ["feed_forward"])
+        prompt = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        ids = torch.tensor([[5, 6, 7]])
+        texts = SimpleNamespace(source_ids=ids, source_mask=torch.ones_like(ids), target_ids=ids)
+        inputs = partial(prepend, prompt)
+        backbone.score(texts, inputs, "token_mean").log_likelihood.sum().backward()
+        with torch.no_grad():
+            backbone.score(texts, inputs, "token_mean")
+        found.append([tensor.grad for tensor in (prompt, scale) if tensor.requires_grad])
+        names.append([name for name, _ in backbone.model.named_modules()])
+        passes.append(len(count))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert names[0] == names[1]
+    assert passes == [2, 3]
 
 
 @pytest.fixture
@@ -171,8 +219,16 @@ def test_partitioning_without_a_process_group_says_how_to_start(shard: Literal["
     [
         ("{", r"is no DeepSpeed JSON with zero_optimization\.stage .*; start from"),
         ('{"zero_optimization": {}}', r"is no DeepSpeed JSON with zero_optimization\.stage .*; start from"),
-        (json.dumps({"zero_optimization": {"stage": 2}}), r"zero_optimization\.stage 3 and no optimizer"),
-        (json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {}}), r"zero_optimization\.stage 3 and no optimizer"),
+        (json.dumps({"zero_optimization": {"stage": 2}}), r"has zero_optimization\.stage 2; only 3 partitions weights"),
+        (
+            json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {}}),
+            r"sets optimizer; remove it, that is the stage's optimizer",
+        ),
+        (json.dumps({"zero_optimization": {"stage": 3}, "fp16": {}}), r"sets fp16; remove it, that is backbone\.dtype"),
+        (
+            json.dumps({"zero_optimization": {"stage": 3, "leaf_module": {"names": ["model.encoder"]}}}),
+            r"sets leaf_module; leaf modules that are recomputed stay gathered .*distribution\.activation_checkpointing=false",
+        ),
         (None, r"is no DeepSpeed JSON"),
     ],
 )
@@ -183,5 +239,35 @@ def test_zero_settings_that_cannot_hold_a_frozen_t5_are_refused(tmp_path: Path, 
     if content is not None:
         file.write_text(content)
     with pytest.raises(ConfigError, match=remedy) as refused:
-        engine.place(backbone, Distribution(shard="deepspeed", zero_config=file), World())
+        engine.place(backbone, Distribution(shard="deepspeed", zero_config=file, activation_checkpointing=True), World())
     assert str(refused.value).startswith(f"distribution.zero_config: {file} ")
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_what_deepspeed_does_not_understand_is_named_with_its_file(tmp_path: Path) -> None:
+    backbone = backbones.load(str(tiny_t5.make(tmp_path / "t5")))
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "many"}}))
+    with pytest.raises(
+        ConfigError, match=r"DeepSpeed refuses .*zero\.json: .*stage3_max_live_parameters.*; compare it with configs/"
+    ):
+        engine.place(backbone, Distribution(shard="deepspeed", zero_config=file), World())
+
+
+@pytest.mark.parametrize(
+    ("method", "distribution", "problem"),
+    [
+        ("prompt_tuning", {"scope": "node"}, "distribution.scope: has no effect with shard none"),
+        ("prompt_tuning", {"offload": "cpu"}, "distribution.offload: has no effect with shard none"),
+        ("fine_tuning", {"shard": "fsdp2", "scope": "node"}, "distribution.scope: node keeps a copy of the backbone on each host"),
+        ("fine_tuning", {"shard": "fsdp2", "offload": "cpu"}, "distribution.offload: cpu is for frozen partitions"),
+        ("fine_tuning", {"shard": "deepspeed", "exact": True}, "distribution.exact: orders the sums of whole gradients"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(
+    method: str, distribution: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    plain = tiny_run.settings(tmp_path, {"name": method}, distribution=distribution)
+    with pytest.raises(ConfigError) as refused:
+        tiny_run.load(tmp_path, plain)
+    assert problem in str(refused.value)

@@ -49,6 +49,20 @@ def target_records() -> list[dict[str, Any]]:
     ]
 
 
+def similarity_records(num_targets: int = 3) -> list[dict[str, Any]]:
+    """Records as targets write them that retrieve prompts: each next target mixes one more source task."""
+    generator = numpy.random.default_rng(0)
+    between = numpy.corrcoef(generator.normal(size=(len(TASKS), 12)) + 0.7).tolist()
+    records = []
+    for number, target in enumerate(("rte", "multirc", "cola")[:num_targets]):
+        similarity, weights = generator.uniform(0.1, 0.9, len(TASKS)), numpy.zeros(len(TASKS))
+        best = similarity.argsort()[::-1][: number + 1]
+        weights[best] = similarity[best] / similarity[best].sum()
+        said = {"tasks": list(TASKS), "between": between, "target": similarity.tolist(), "weights": weights.tolist()}
+        records.append({"step": 1, "stage": f"target/{target}", "metrics": {}, "similarity": said})
+    return records
+
+
 def visible_texts(figure: FigureBase) -> list[Text]:
     """Every text on the page; labels of ticks beyond the limits of their axis exist, but are not drawn."""
     beyond = set()
@@ -67,13 +81,14 @@ DRAWINGS: dict[str, Callable[[FigureBase, int], None]] = {
     "kernel": lambda figure, m: figures._draw_kernel(figure, source_records(m)[-10]["particles"]["kernel"], 50),
     "traces": lambda figure, m: figures._draw_traces(figure, source_records(m)),
     "losses": lambda figure, m: figures._draw_losses(figure, figures._losses(source_records(m) + target_records())),
+    "similarities": lambda figure, m: figures._draw_similarities(figure, figures._similarities(similarity_records(m))),
     "product": lambda figure, m: figures._draw_product(figure.subplots(), run(num_particles=m, steps=100)),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "num_particles"),
-    [*itertools.product(("paths", "kernel", "traces"), (1, 5, 12)), ("losses", 5), ("product", 50)],
+    [*itertools.product(("paths", "kernel", "traces"), (1, 5, 12)), ("losses", 5), ("similarities", 3), ("product", 50)],
 )
 def test_every_label_is_on_the_page_and_none_covers_another(name, num_particles, tmp_path):
     with figures._canvas((7.6, 5.8), tmp_path / "drawn.png") as figure:
@@ -121,6 +136,21 @@ def test_the_kernel_scale_is_always_zero_to_one_with_written_values(tmp_path):
     assert figure.axes[0].get_title(loc="left") == "Kernel at step 7"
 
 
+def test_the_similarity_matrix_has_sources_above_targets_and_frames_what_is_retrieved(tmp_path):
+    records = similarity_records(2)
+    with figures._canvas((7.6, 5.8), tmp_path / "similarity.png") as figure:
+        figures._draw_similarities(figure, figures._similarities(records))
+    axes, said = figure.axes[0], [record["similarity"] for record in records]
+    expected = numpy.array([*said[0]["between"], said[0]["target"], said[1]["target"]])
+    numpy.testing.assert_allclose(axes.images[0].get_array(), expected)
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*TASKS, "rte", "multirc"]
+    framed = [(round(patch.get_y() + 0.44), round(patch.get_x() + 0.46)) for patch in axes.patches]
+    rows = [(len(TASKS) + row, column) for row, one in enumerate(said) for column, weight in enumerate(one["weights"]) if weight]
+    assert sorted(framed) == sorted(rows)
+    shares = [text.get_text().partition("(")[2] for text in axes.texts if "(" in text.get_text()]
+    assert sorted(shares) == sorted(f"{weight:.0%})" for weight in said[1]["weights"] if weight)
+
+
 def test_one_particle_says_that_it_has_no_distances(tmp_path):
     with figures._canvas((6.8, 5.6), tmp_path / "svgd.png") as figure:
         figures._draw_traces(figure, source_records(1))
@@ -141,12 +171,13 @@ def test_smoothing_keeps_constants_and_straight_lines():
     [
         ([], []),
         (target_records(), ["loss_per_task.png"]),
+        (target_records() + similarity_records(), ["loss_per_task.png", "task_similarity.png"]),
         (
             source_records(5) + target_records(),
             ["loss_per_task.png", "particle_paths.png", "kernel.png", "svgd.png", "panel.png"],
         ),
     ],
-    ids=["no records", "a method without particles", "BPT"],
+    ids=["no records", "a method without particles", "a method that retrieves", "BPT"],
 )
 def test_a_run_gets_the_pictures_it_has_records_for(records, expected, tmp_path):
     drawn = figures.draw_run(records, tmp_path / "figures")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_run
 import tiny_t5
 import torch
 
@@ -22,7 +23,13 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 def facts(backbone: Backbone) -> dict[str, object]:
-    return {"backbone": backbone.name, "backbone_hash": backbone.identity, "tokenizer_hash": backbone.tokenizer_hash, "steps": 4}
+    return {
+        "method": "bpt",
+        "backbone": backbone.name,
+        "backbone_hash": backbone.identity,
+        "tokenizer_hash": backbone.tokenizer_hash,
+        "steps": 4,
+    }
 
 
 @pytest.fixture
@@ -68,6 +75,50 @@ def test_a_posterior_of_a_tokenizer_with_two_pieces_swapped_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"source\.posterior: .* made with another tokenizer"):
         Posterior.load(tmp_path / "run", backbones.load(str(folder)))
+
+
+BPT, SPOT = {"particles": "M P D", "mean": "P D"}, {"prompts": "K P D", "keys": "K P D", "start": "P D"}
+
+
+def test_a_method_starts_from_any_posterior_that_has_what_it_needs(stored: Posterior) -> None:
+    """BPT's mean is a prompt like any other: vanilla transfer may go on from it."""
+    stored.require("bpt", BPT, 32)
+    stored.require("vanilla_transfer", {"mean": "P D"}, 32)
+    stored.require("bpt", {}, 32)
+
+
+@pytest.mark.parametrize(("method", "needed", "width", "wanted"), [
+    ("spot", SPOT, 32, r"starts from prompts \[K, P, D\], keys \[K, P, D\], start \[P, D\], D being 32;"),
+    ("other", {"mean": "K P D"}, 32, r"starts from mean \[K, P, D\], D being 32;"),
+    ("bpt", BPT, 64, r"starts from particles \[M, P, D\], mean \[P, D\], D being 64;"),
+    ("other", {"particles": "P P D", "mean": "P D"}, 32, r"starts from particles \[P, P, D\]"),
+    ("toy", {}, 32, r"method toy starts from its own tensors"),
+], ids=["other tensors", "other axes", "another width", "two sizes of one axis", "nothing named"])  # fmt: skip
+def test_a_posterior_of_another_kind_is_refused_naming_both(
+    method: str, needed: dict[str, str], width: int, wanted: str, stored: Posterior
+) -> None:
+    with pytest.raises(ConfigError, match=wanted) as refused:
+        stored.require(method, needed, width)
+    assert str(refused.value).startswith(
+        "source.posterior: was made by method bpt and holds mean [4, 32], particles [3, 4, 32]; method "
+    )
+
+
+@pytest.mark.parametrize(("maker", "taker"), [("bpt", "spot"), ("spot", "mpt"), ("mpt", "attempt"), ("attempt", "bpt")])
+def test_a_run_refuses_a_posterior_of_another_kind_before_it_trains(maker: str, taker: str, tmp_path: Path) -> None:
+    world = tiny_run.world(tmp_path)
+    run = tiny_run.trained(tiny_run.load(tmp_path, tiny_run.settings(world, {"name": maker}, data={"target_tasks": ["mood"]})))
+    again = tiny_run.settings(world, {"name": taker}, source={"posterior": str(run)}, name="again")
+    with pytest.raises(ConfigError, match=f"was made by method {maker} and holds .*; method {taker} starts from"):
+        tiny_run.trained(tiny_run.load(tmp_path, again))
+    assert not (world / "runs" / "again" / "target").exists()
+
+
+def test_attempt_may_mix_the_library_of_spot(tmp_path: Path) -> None:
+    world = tiny_run.world(tmp_path)
+    run = tiny_run.trained(tiny_run.load(tmp_path, tiny_run.settings(world, {"name": "spot"}, data={"target_tasks": ["mood"]})))
+    again = tiny_run.settings(world, {"name": "attempt"}, source={"posterior": str(run)}, name="again")
+    assert (tiny_run.trained(tiny_run.load(tmp_path, again)) / "results.json").is_file()
 
 
 def test_a_torn_posterior_is_named(stored: Posterior, backbone: Backbone, tmp_path: Path) -> None:

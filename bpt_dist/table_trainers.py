@@ -1,0 +1,185 @@
+"""Who trains the runs of a table: this process, a worker process beside others, or the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from bpt_dist import config as configuration
+from bpt_dist.config import Config
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, PeerLost, Stopped
+from bpt_dist.files import write_atomic
+from bpt_dist.table_jobs import Outcome, is_finished
+
+SCRIPT = Path(__file__).parents[1] / "launcher" / "train.py"
+GPUS = Path("/dev")
+
+
+def num_gpus() -> int:
+    """Return how many NVIDIA devices this machine shows."""
+    return len(list(GPUS.glob("nvidia[0-9]*")))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare_environment(num_workers: int) -> dict[str, str]:
+    """Return the environment in which `num_workers` processes share this machine: its cores, if nothing else is said."""
+    usual = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // num_workers))}
+    # Said here, because DeepSpeed otherwise warns in every process that it found no accelerator.
+    usual |= {} if num_gpus() else {"DS_ACCELERATOR": "cpu"}
+    return {**usual, **os.environ}
+
+
+def write_config(run: Config, folder: Path) -> Path:
+    """Write the resolved configuration of a run, which reads back to the same value, and return the file."""
+    file = folder / f"{run.name}.yaml"
+    write_atomic(file, configuration.resolved_yaml(run).encode())
+    return file
+
+
+class Here:
+    """Trains in this process."""
+
+    def train(self, run: Config) -> Outcome:
+        """Train one run; its guard has the signals meanwhile."""
+        os.environ.update(prepare_environment(1))
+        from bpt_dist.table_worker import train_run
+
+        began = time.monotonic()
+        code, reason = train_run(run)
+        return Outcome(code, reason, time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Do nothing: between two runs there is nothing to stop, and a run hears the signal itself."""
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+class Worker:
+    """Trains in a process of its own, started for the first run and again after a death; it writes `folder/worker-N.log`."""
+
+    def __init__(self, number: int, num_workers: int, folder: Path) -> None:
+        self.number, self.folder = number, folder
+        self.environment = prepare_environment(num_workers)
+        # A worker counts as launched: its guard stops the run when this process is gone. With GPUs it takes its own.
+        self.environment["LOCAL_RANK"] = str(number % max(1, num_gpus()))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.answers: IO[bytes]
+
+    def train(self, run: Config) -> Outcome:
+        """Hand one run to the process and wait for its answer."""
+        process = self.process or self._start()
+        assert process.stdin is not None
+        began = time.monotonic()
+        line = b""
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{write_config(run, self.folder).resolve()}\n".encode())
+            process.stdin.flush()
+            line = self.answers.readline()
+        if not line:
+            return self._dead(process, time.monotonic() - began)
+        answer = json.loads(line)
+        return Outcome(answer["code"], answer["reason"], time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Pass the request on to the guard of the run."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.answers.close()
+            self.process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        reader, writer = os.pipe()
+        command = [sys.executable, "-m", "bpt_dist.table_worker", str(writer), *sys.argv]
+        with (self.folder / f"worker-{self.number}.log").open("ab") as log:
+            # A session of its own: Ctrl-C is for the command, which passes it on once.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, pass_fds=[writer],
+                start_new_session=True,
+            )  # fmt: skip
+        os.close(writer)
+        self.answers = os.fdopen(reader, "rb")
+        self.answers.readline()  # it is ready, or already dead, which the first run finds out
+        return self.process
+
+    def _dead(self, process: subprocess.Popen[bytes], seconds: float) -> Outcome:
+        code = process.wait()
+        self.answers.close()
+        self.process = None
+        if code in (Stopped.exit_code, -signal.SIGTERM):
+            return Outcome(Stopped.exit_code, "stopped before the run could say so", seconds)
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        reason = f"worker {self.number} {how}; see {self.folder / f'worker-{self.number}.log'}"
+        return Outcome(code if code > 0 else INTERNAL_ERROR, reason, seconds, died=True)
+
+
+class Launched:
+    """Trains every run as a job of the deepspeed launcher with several processes; they write `folder/launcher.log`."""
+
+    def __init__(self, num_processes: int, folder: Path) -> None:
+        if not SCRIPT.is_file():
+            raise ConfigError(f"--processes: the launcher needs {SCRIPT}, which is not there; run from a checkout of the project")
+        self.num_processes, self.folder = num_processes, folder
+        self.environment = prepare_environment(num_processes)
+        self.job: subprocess.Popen[bytes] | None = None
+
+    def train(self, run: Config) -> Outcome:
+        """Launch one run and wait for it; its status file is the truth, not the launcher's exit code."""
+        began = time.monotonic()
+        with (self.folder / "launcher.log").open("ab") as log:
+            self.job = subprocess.Popen(
+                self.command(write_config(run, self.folder)), stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+        code = self.job.wait()
+        seconds = time.monotonic() - began
+        if is_finished(run):
+            return Outcome(0, None, seconds)
+        died = code <= 0 or code == PeerLost.exit_code
+        return Outcome(code if code > 0 else INTERNAL_ERROR, self._reason(run), seconds, died=died)
+
+    def command(self, config: Path) -> Sequence[str]:
+        """Return the words that launch one run."""
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_processes)]
+        return [*launcher, "--master_port", str(_free_port()), str(SCRIPT), "--config", str(config)]
+
+    def stop(self) -> None:
+        """Tell all processes of the job: the launcher would end alone."""
+        if self.job is not None and self.job.poll() is None:
+            os.killpg(self.job.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+    def _reason(self, run: Config) -> str:
+        from bpt_dist.run import read_status
+
+        if (run.directory / "status.json").is_file() and (reason := read_status(run.directory)["reason"]):
+            return str(reason)
+        return f"see {self.folder / 'launcher.log'}"
+
+
+def _free_port() -> int:
+    """Return a free port: 29500, the launcher's default, is often taken on shared machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,87 @@
+"""The shipped tables compare like with like: every method, the same steps, the same search."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bpt_dist import config as configuration
+from bpt_dist.backbone_shapes import ShapeBackbone, shape_of
+from bpt_dist.config import Config
+from bpt_dist.data.tasks import GLUE_8, SOURCE_6, TASKS
+from bpt_dist.mesh import Mesh
+from bpt_dist.methods import base as methods
+from bpt_dist.plan_methods import skip_preludes
+from bpt_dist.published import METHOD_NAMES
+from bpt_dist.table_choice import check_search
+from bpt_dist.table_jobs import row_label
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STARRED = {"fine_tuning", "adapters", "hyperformer", "hyperdecoder", "attempt", "mpt", "bpt"}
+
+
+def runs(name: str, *words: str) -> list[Config]:
+    return configuration.expand(configuration.load(CONFIGS / name, words))
+
+
+@pytest.mark.parametrize("name", ["mini.yaml", "real.yaml", "t5_base.yaml"])
+def test_every_method_has_a_row_and_every_row_the_same_seeds(name: str) -> None:
+    found = runs(f"table/{name}")
+    assert {run.method.name for run in found if not run.target.joint} == set(METHOD_NAMES)
+    assert len({seeds for seeds in Counter(row_label(run) for run in found).values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["mini.yaml", "t5_base_multi_target.yaml"])
+def test_the_starred_block_has_its_seven_methods(name: str) -> None:
+    assert {run.method.name for run in runs(f"table/{name}") if run.target.joint} == STARRED
+
+
+def test_each_starred_method_has_a_file_with_its_own_sampling() -> None:
+    found = {}
+    for file in sorted((CONFIGS / "multi_target").glob("*.yaml")):
+        loaded = configuration.load(file)
+        assert loaded.target.joint
+        found[loaded.method.name] = (loaded.source.sampling, loaded.target.sampling)
+    assert found == {
+        "fine_tuning": ("all", "proportional"), "adapters": ("all", "proportional"), "attempt": ("all", "proportional"),
+        "hyperformer": ("all", "temperature"), "hyperdecoder": ("all", "temperature"), "mpt": ("stochastic", "proportional"),
+        "bpt": ("all", "all"),
+    }  # fmt: skip
+
+
+def steps_of_preludes(run: Config) -> tuple[int, int]:
+    method, source, before_source = methods.load(run, ShapeBackbone(shape_of("t5-small"))), None, 0
+    if run.method.HAS_SOURCE_STAGE:
+        method.begin_source([TASKS[name] for name in SOURCE_6], Mesh())
+        before_source = sum(prelude.steps for prelude in method.preludes())
+        skip_preludes(method)
+        source = method.end_source(Mesh())
+    method.begin_target(source, [TASKS[GLUE_8[0]]], [100], Mesh())
+    return before_source, sum(prelude.steps for prelude in method.preludes())
+
+
+@pytest.mark.parametrize("name", ["mini.yaml", "mini_search.yaml", "real.yaml", "t5_base.yaml", "t5_base_multi_target.yaml"])
+def test_no_row_is_trained_longer_than_another(name: str) -> None:
+    """Preludes count: teachers and task embeddings are steps on the same texts."""
+    sources, targets = Counter[int](), Counter[int]()
+    for run in runs(f"table/{name}", "seeds=0"):
+        before_source, before_target = steps_of_preludes(run)
+        targets[run.target.steps + before_target, run.target.batch_size] += 1
+        if run.method.HAS_SOURCE_STAGE:
+            sources[run.source.steps + before_source, run.source.batch_size] += 1
+        assert run.source.sampling == run.target.sampling == "all"
+    assert len(targets) == len(sources) == 1, (targets, sources)
+
+
+def test_the_search_is_the_same_for_everybody_and_covers_every_row_of_the_table() -> None:
+    searched, table = runs("table/mini_search.yaml"), runs("table/mini.yaml")
+    assert check_search(configuration.load(CONFIGS / "table" / "mini_search.yaml"), searched) == 3
+    trials = {_without_place(run) for run in searched}
+    assert {_without_place(run) for run in table if run.seed == 0} <= trials
+
+
+def _without_place(run: Config) -> str:
+    """Everything that shapes the training of a run: a row of the table must be one of the trials."""
+    return configuration.fingerprint(run.model_copy(update={"evaluation": configuration.Evaluation(), "seed": 0}))
