@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR ?= cpu
+TRIALS ?= 500
+FAULT_TESTS := tests:tests/distributed:tests/faults
 
-.PHONY: help venv quickstart test lint types unit contract distributed end-to-end faults schema lock clean
+.PHONY: help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## */\t/' | expand -t 16
@@ -45,8 +47,17 @@ distributed: $(READY)  ## 2-4 gloo processes on this machine
 end-to-end: $(READY)  ## commands as a user gives them
 	$(BIN)/pytest -q -n 2 tests/end_to_end
 
-faults: $(READY)  ## kills, full disks, torn files
-	$(BIN)/pytest -q tests/faults
+test-faults: $(READY)  ## kills, hangs, full disks, torn files and whatever else must not harm a run
+	$(BIN)/pytest -q -rs -n 2 --dist loadfile tests/faults
+
+campaign: $(READY)  ## random faults, e.g. `make campaign TRIALS=500 SEED=7`; failures are kept as tests
+	PYTHONPATH=$(FAULT_TESTS) $(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --exact 0.4 $(if $(SEED),--seed $(SEED))
+
+fault-table: $(READY)  ## write docs/faults.md from what the fault tests measured
+	PYTHONPATH=$(FAULT_TESTS) $(BIN)/python tests/faults/table.py
+
+test-hosts: $(READY)  ## two hosts on this machine: namespaces, sshd, pdsh; needs root, installs nothing
+	$(BIN)/pytest -q -rs tests/hosts
 
 schema: $(READY)  ## rewrite configs/schema.json from the settings
 	$(BIN)/bpt-dist schema configs/schema.json

@@ -67,21 +67,21 @@ def draw_run(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def particle_paths(projections_by_step: Mapping[int, Sequence[Sequence[float]]], path: Path) -> Path:
     """Draw the way of every particle and of their mean in the two main directions of the whole trajectory (PCA)."""
-    with _canvas((6.4, 5.2), path) as figure:
+    with canvas((6.4, 5.2), path) as figure:
         _draw_paths(figure, projections_by_step)
     return path
 
 
 def kernel_heat_map(kernel: Sequence[Sequence[float]], path: Path, step: int) -> Path:
     """Draw the kernel between all pairs of particles; the scale is always 0 to 1, so pictures compare."""
-    with _canvas((5.4, 4.6), path) as figure:
+    with canvas((5.4, 4.6), path) as figure:
         _draw_kernel(figure, kernel, step)
     return path
 
 
 def svgd_traces(records: Sequence[Record], path: Path) -> Path:
     """Draw distances with the root of the bandwidth, and the two terms of the direction, on log axes over steps."""
-    with _canvas((6.8, 5.6), path) as figure:
+    with canvas((6.8, 5.6), path) as figure:
         _draw_traces(figure, records)
     return path
 
@@ -89,7 +89,7 @@ def svgd_traces(records: Sequence[Record], path: Path) -> Path:
 def loss_per_task(records: Sequence[Record], path: Path) -> Path:
     """Draw the loss of every task over steps, source and target tasks apart: thin as recorded, thick smoothed."""
     groups = _losses(records)
-    with _canvas((6.8, 3.6 * len(groups)), path) as figure:
+    with canvas((6.8, 3.6 * len(groups)), path) as figure:
         _draw_losses(figure, groups)
     return path
 
@@ -98,7 +98,7 @@ def task_similarity(records: Sequence[Record], path: Path) -> Path:
     """Draw how similar source tasks are to each other and to every target, and which of them each target starts from."""
     found = _similarities(records)
     names = next(iter(found.values()))["tasks"]
-    with _canvas((max(5.4, 2.6 + 0.8 * len(names)), 2.4 + 0.42 * (len(names) + len(found))), path) as figure:
+    with canvas((max(5.4, 2.6 + 0.8 * len(names)), 2.4 + 0.42 * (len(names) + len(found))), path) as figure:
         _draw_similarities(figure, found)
     return path
 
@@ -107,7 +107,7 @@ def panel(records: Sequence[Record], path: Path) -> Path:
     """Draw the source stage on one page: particle paths, kernel, traces and losses."""
     snapshots = _snapshots(records)
     step, last = max(snapshots.items())
-    with _canvas((13.0, 10.0), path) as figure:
+    with canvas((13.0, 10.0), path) as figure:
         quarters: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.03)
         _draw_paths(quarters[0, 0], {number: snapshot["projection"] for number, snapshot in snapshots.items()})
         _draw_kernel(quarters[0, 1], last["kernel"], step)
@@ -118,13 +118,13 @@ def panel(records: Sequence[Record], path: Path) -> Path:
 
 def gaussian_product(result: GaussianProduct, path: Path) -> Path:
     """Draw the slides' counter-example: task posteriors, their product, particles on their way, and what averages reach."""
-    with _canvas((7.6, 5.8), path) as figure:
+    with canvas((7.6, 5.8), path) as figure:
         _draw_product(figure.subplots(), result)
     return path
 
 
 @contextmanager
-def _canvas(size: tuple[float, float], path: Path) -> Iterator[Figure]:
+def canvas(size: tuple[float, float], path: Path) -> Iterator[Figure]:
     """Yield a figure and write it to `path`; no pyplot, so no state outlives it and no display is needed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

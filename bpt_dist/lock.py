@@ -21,7 +21,7 @@ from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.files import decode_json, encode_json
 
 NAME = "run.lock"
-# Seconds. A lock this old is then watched for 15 more: a holder on another machine has been silent for a minute when it is succeeded.
+# Seconds. A lock this old is then watched for 15 more: a holder elsewhere has then been silent for a minute.
 STALE = 45.0
 ATTEMPTS = 50
 

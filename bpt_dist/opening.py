@@ -58,10 +58,11 @@ def _session(config: Config, world: World, run: Run, guard: Guard, stack: ExitSt
     journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
     if journal is not None:
         stack.callback(journal.close)
-        if config.tracking.mlflow:
-            stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
     session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
     _check_data(run, session.data_hashes(), world)
+    if journal is not None and config.tracking.mlflow:
+        # As late as can be: what the first stage cuts off the metrics on a resume need not be sent.
+        stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
     return session
 
 

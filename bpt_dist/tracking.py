@@ -203,8 +203,8 @@ class Sender:
 
     def _send_metrics(self) -> None:
         path = self.folder / "metrics.jsonl"
-        if path.exists() and path.stat().st_size < self._offset:
-            self._offset = 0  # cut back by a resume; the marks below skip what was sent
+        if path.exists() and not _ends_a_line(path, self._offset):
+            self._offset = 0  # cut back by a resume, perhaps longer again since; the marks below skip what was sent
         while True:
             records, self._offset = read_records(path, self._offset)
             if not records:
@@ -319,6 +319,12 @@ def _reach(uri: str) -> None:
     if parts.hostname:
         port = parts.port or {"https": 443}.get(parts.scheme, 80)
         socket.create_connection((parts.hostname, port), timeout=2).close()
+
+
+def _ends_a_line(path: Path, offset: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, offset - 1))
+        return offset == 0 or file.read(1) == b"\n"
 
 
 def _sqlite_path(uri: str) -> Path | None:

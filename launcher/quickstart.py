@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bpt_dist import config as configuration
 from bpt_dist.config import Config
-from bpt_dist.files import read_json
+from bpt_dist.table_jobs import is_finished
 
 CONFIG = Path("configs/quickstart.yaml")
 PROCESSES = 2
@@ -42,14 +42,6 @@ def main() -> int:
     else:
         say(f"all {len(runs)} runs are finished; remove {config.directory} to train again")
     return report(config)
-
-
-def is_finished(run: Config) -> bool:
-    """Return whether this very run finished: its status says so, and it had this configuration."""
-    record, status = run.directory / "run.json", run.directory / "status.json"
-    if not (record.is_file() and status.is_file()):
-        return False
-    return bool(read_json(status)["state"] == "finished" and read_json(record)["fingerprint"] == configuration.fingerprint(run))
 
 
 def launch() -> int:

@@ -1,7 +1,8 @@
 """Train: `deepspeed launcher/train.py --config FILE [key=value ...]`; the same command resumes.
 
-The options are closed; everything else is `key=value` with a dotted key or a unique last name (`sigma=0.1`). Nothing
-heavier than the configuration is imported before the configuration is known to be right.
+One process, or as many as deepspeed, torchrun or srun start on one host or several: the program is the same. The options are
+closed; everything else is `key=value` with a dotted key or a unique last name (`sigma=0.1`). Nothing heavier than the configuration
+is imported before the configuration is known to be right.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from bpt_dist import config as configuration
-from bpt_dist.errors import UserError
+from bpt_dist import rank_variables
+from bpt_dist.config import Config
+from bpt_dist.errors import ConfigError, UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,9 +38,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = parser().parse_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
+    with redirect_stderr(sys.stderr if first else StringIO()):  # every rank has the same command line
+        options = parser().parse_args(arguments)
     try:
+        rank_variables.adopt(os.environ)
         config = configuration.load(options.config, options.overrides)
         if options.print_config:
             sys.stdout.write(configuration.resolved_yaml(config) if first else "")
@@ -43,16 +50,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plan:
             from bpt_dist.plan import plan
 
-            sys.stdout.write(plan(config, int(os.environ.get("WORLD_SIZE", "1"))) if first else "")
+            sys.stdout.write(plan(config, rank_variables.world_size(os.environ)) if first else "")
             return 0
+        check_world_size(config)
     except UserError as error:
-        # Every rank reads the same configuration and fails the same way: one of them says so.
-        sys.stderr.write(f"{error}\n" if first else "")
+        # Every rank reads the same configuration and fails the same way: one of them says so, unless only its host lacks the file.
+        alone = not options.config.is_file() and os.environ.get("LOCAL_RANK", "0") == "0"
+        sys.stderr.write(f"{error}\n" if first or alone else "")
         return error.exit_code
     prepare_process(first)
     from bpt_dist.train import run_all
 
     return run_all(config, fresh=options.fresh)
+
+
+def is_first() -> bool:
+    """Return whether this process speaks for all; known before the variables are known to be right."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def check_world_size(config: Config) -> None:
+    """Refuse a job of another size than intended: a hostfile that is not found makes the launcher start on this host alone."""
+    expected, size = config.distribution.expect_world_size, rank_variables.world_size(os.environ)
+    if expected is not None and size != expected:
+        raise ConfigError(
+            f"distribution.expect_world_size is {expected}, but {size} process(es) were started; "
+            "is the hostfile found, and does it list all slots?"
+        )
 
 
 def prepare_process(first: bool) -> None:
@@ -61,11 +85,14 @@ def prepare_process(first: bool) -> None:
     if not Path("/dev/nvidia0").exists():
         # Said here, because DeepSpeed otherwise warns on every rank that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Otherwise every connection between hosts without reverse DNS is a line on the screen; what fails is raised anyway.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     if ranks_here > 1:
         # Otherwise every rank takes every core, and the ranks wait for each other's threads.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here)))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    prefix = "" if first else f"rank {os.environ.get('RANK', '?')}: "
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
     logging.getLogger().handlers[0].setLevel(logging.INFO if first else logging.ERROR)
 
 

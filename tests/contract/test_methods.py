@@ -36,9 +36,10 @@ NAMES = method_names(METHODS)
 # Trainable numbers a target of T5-base with default options, where a paper or the thesis slides state them.
 PUBLISHED = {
     "prompt_tuning": 76_800, "vanilla_transfer": 76_800, "bpt": 77_668, "mpt": 77_668, "lora": 884_736, "adapters": 1_855_104,
-    "bitfit": 282_496, "hyperformer": 5_162_928 + 47_616 + 64, "hyperdecoder": 14_078_008,
+    "spot": 76_800, "attempt": 231_936, "dept": 76_800, "bitfit": 282_496,
+    "hyperformer": 5_162_928 + 47_616 + 64, "hyperdecoder": 14_078_008,
 }  # fmt: skip
-PUBLISHED_OF_EIGHT = {"prompt_tuning": 9_600, "bpt": 10_468, "mpt": 10_468}
+PUBLISHED_OF_EIGHT = {"prompt_tuning": 9_600, "bpt": 10_468, "mpt": 10_468, "attempt": 96_192}
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,22 @@
-"""Same trajectory for every world size, mesh and sharding; a partitioned T5 gives the prompts the gradients of the whole one."""
+"""Options of the source stage on several ranks, repetition, resume; all layouts of the plain stage are in test_layouts.py."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
 import tiny_run
-import tiny_t5
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from bpt_dist import backbone as backbones
-from bpt_dist import engine
-from bpt_dist.backbone import Backbone
 from bpt_dist.checkpoint import read_tensors
-from bpt_dist.config import Config, Distribution
+from bpt_dist.config import Config
 from bpt_dist.files import read_json
 from bpt_dist.mesh import World
-from bpt_dist.prompts import prepend
 from bpt_dist.train import run_all
 
 STEPS = 20
@@ -72,12 +65,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # --- one rank is n ranks ----------------------------------------------------------------------------------------------------------
 
 CASES = {
-    "four particles": ({"num_particles": 4}, {}, (2, 4)),
-    "two particles, data axis": ({"num_particles": 2}, {}, (2, 4)),
-    "three particles, data axis only": ({"num_particles": 3}, {}, (2,)),
     "own texts, one task of two": ({"num_particles": 4}, {"source": {"shared_texts": False, "tasks_per_step": 1}}, (2,)),
     "clipped, weighted": ({"num_particles": 2}, {"source": {"clip": 0.5, "task_weights": {"truth": 4.0}, "warmup": 0.2}}, (4,)),
-    "data axis by hand": ({"num_particles": 2}, {"distribution": {"mesh": {"particle": 1, "data": 2}}}, (2,)),
     "repulsive ensemble, token kernels": ({"num_particles": 4, "form": "repulsive_ensemble", "scope": "token"}, {}, (2,)),
 }
 
@@ -125,106 +114,3 @@ def test_a_run_resumes_on_another_number_of_ranks(first: int, then: int, world: 
     assert ranks.launch(lambda: run_all(moved), then) == [0] * then
     assert relative(posterior(moved), posterior(undisturbed)) < 1e-5
     assert relative(adapter(moved, "mood"), adapter(undisturbed, "mood")) < 1e-5
-
-
-# --- a partitioned T5 -------------------------------------------------------------------------------------------------------------
-
-
-def texts(rank: int, step: int) -> SimpleNamespace:
-    """Other texts of other lengths on every rank and step; T5 gathers its weights for all of them alike."""
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    source = torch.randint(3, 128, (2, 5 + 2 * rank + step), generator=generator)
-    target = torch.randint(3, 128, (2, 3 + rank), generator=generator)
-    return SimpleNamespace(source_ids=source, source_mask=torch.ones_like(source), target_ids=target)
-
-
-def gradient(backbone: Backbone, rank: int, step: int) -> Tensor:
-    prompts = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-    found = backbone.score(texts(rank, step), lambda embeds: prepend(prompts, embeds), "token_mean")
-    (-found.log_likelihood.sum()).backward()
-    assert prompts.grad is not None
-    return prompts.grad
-
-
-def partitioned(world: World, folder: str, shard: Any) -> dict[str, Any]:
-    """What one rank finds out about a partitioned T5."""
-    torch.manual_seed(0)
-    whole, parts = backbones.load(folder), backbones.load(folder)
-    engine.place(parts, Distribution(shard=shard), world)
-    errors = []
-    for step in range(3):
-        found, expected = gradient(parts, world.rank, step), gradient(whole, world.rank, step)
-        errors.append(float((found - expected).abs().max() / expected.abs().max()))
-    ids, prompts = torch.tensor([[10, 1], [11, 1]]), torch.randn(1, 4, 32)
-    with torch.no_grad():
-        ranked = [each.rank(texts(world.rank, 0), ids, lambda e: prepend(prompts.to(e), e)) for each in (parts, whole)]
-        # Unequal lengths: rank 0 is done earlier and has to go on for the sake of the others.
-        written = [
-            each.generate(texts(world.rank, 0), lambda e: prepend(prompts, e), 3 + 4 * world.rank) for each in (parts, whole)
-        ]
-        rows = [each.vocabulary_rows(torch.arange(3, 9)) for each in (parts, whole)]
-    parts.verify_unchanged()
-    share_of = {"deepspeed": share_of_deepspeed, "fsdp2": share_of_fsdp2}[shard]
-    share = share_of(list(parts.model.parameters()))
-    waiting = parts.score(texts(world.rank, 0), lambda embeds: prepend(prompts.requires_grad_(), embeds), "token_mean")
-    share["gathered"] += share_of(list(parts.model.parameters()))["gathered"]  # nor between forward and backward
-    (-waiting.log_likelihood.sum()).backward()
-    return {
-        "errors": errors,
-        "ranked": float((ranked[0] - ranked[1]).abs().max()),
-        "written": written[0] == written[1],
-        "rows": torch.equal(*rows),
-        "whole": sum(p.numel() * p.element_size() for p in whole.model.parameters()),
-        **share,
-    }
-
-
-def share_of_deepspeed(parameters: list[Any]) -> dict[str, Any]:
-    """Bytes on this rank, bytes of the tensors that are not worth a message and stay whole, and what is gathered besides."""
-    small = [p for p in parameters if p.ds_persist]
-    assert max(p.ds_numel for p in small) <= 1000
-    return {
-        "resident": sum((p.numel() + p.ds_tensor.numel()) * p.element_size() for p in parameters),
-        "small": sum(p.ds_numel * p.element_size() for p in small),
-        "gathered": [p.ds_shape for p in parameters if p.numel() and not p.ds_persist],
-    }
-
-
-def share_of_fsdp2(parameters: list[Any]) -> dict[str, Any]:
-    return {
-        "resident": sum(p.to_local().numel() * p.element_size() for p in parameters),
-        "small": 0,
-        "gathered": [p.shape for p in parameters if not isinstance(p, DTensor)],
-    }
-
-
-@pytest.mark.parametrize("shard", ["deepspeed", "fsdp2"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_partitioned_t5_gives_the_gradients_of_the_whole_one_and_holds_its_share(
-    tied: bool, shard: str, world: Path, tmp_path: Path
-) -> None:
-    found = ranks.run(partitioned, 2, str(tiny_t5.make(tmp_path / "t5", tied=tied)), shard)
-    for each in found:
-        assert max(each["errors"]) < 2e-6
-        assert each["ranked"] < 1e-4
-        assert each["written"]
-        assert each["rows"]
-        assert each["gathered"] == []
-        # Half of everything, and whole those tensors (norms, position biases) that are not worth a message.
-        assert each["resident"] <= each["whole"] / 2 + each["small"] + 8 * 64
-        assert each["small"] <= 0.02 * each["whole"]
-
-
-@pytest.mark.parametrize(("shard", "num_particles"), [("deepspeed", 2), ("deepspeed", 1), ("fsdp2", 2)])
-def test_a_run_with_a_partitioned_t5_is_the_run_with_the_whole_one(
-    shard: str, num_particles: int, world: Path, tmp_path: Path
-) -> None:
-    short, method = {"source": {"steps": 3, "log_every": 1}}, {"num_particles": num_particles}
-    whole = configured(world, tmp_path / "whole", method, **short)
-    parts = configured(world, tmp_path / "parts", method, distribution={"shard": shard}, **short)
-    for config in (whole, parts):
-        ranks.run(trained, 2, config)
-    assert relative(posterior(parts), posterior(whole)) < 1e-5
-    for task in ("mood", "count"):
-        assert relative(adapter(parts, task), adapter(whole, task)) < 1e-5
-    assert predictions(parts) == predictions(whole)
