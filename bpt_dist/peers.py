@@ -112,10 +112,11 @@ class RollCall:
 
 
 class StragglerAlarm:
-    """Notices a rank whose own work takes `factor` times as long as the others', over `window` steps."""
+    """Notices a rank whose own work takes `factor` times as long as the others' over `window` steps, `lasting` steps in a row."""
 
-    def __init__(self, hosts: Sequence[str], window: int = 15, factor: float = 2.0) -> None:
-        self.hosts, self.window, self.factor = tuple(hosts), window, factor
+    def __init__(self, hosts: Sequence[str], window: int = 15, factor: float = 2.0, lasting: int = 8) -> None:
+        self.hosts, self.window, self.factor, self.lasting = tuple(hosts), window, factor, lasting
+        self._slow_steps = 0
         self._seconds: list[Sequence[float]] = []
         self._silent_until = 0
         self._step = 0
@@ -132,7 +133,9 @@ class StragglerAlarm:
         own = [_median([step[rank] for step in self._seconds]) for rank in range(len(seconds))]
         slowest = max(range(len(own)), key=own.__getitem__)
         others = _median([value for rank, value in enumerate(own) if rank != slowest])
-        if own[slowest] < self.factor * others:
+        # A busy machine makes a rank slow for a moment; what lasts is worth a word.
+        self._slow_steps = self._slow_steps + 1 if own[slowest] >= self.factor * others else 0
+        if self._slow_steps < self.lasting:
             return None
         self._silent_until = self._step + 10 * self.window
         return (

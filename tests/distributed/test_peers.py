@@ -103,6 +103,6 @@ def test_one_process_has_no_stragglers() -> None:
 
 @pytest.mark.parametrize("slow", [0, 2])
 def test_the_alarm_waits_for_a_whole_window(slow: int) -> None:
-    alarm = StragglerAlarm(HOSTS, window=15)
+    alarm = StragglerAlarm(HOSTS, window=15, lasting=8)
     seconds = [1.0 if rank == slow else 0.1 for rank in range(3)]
-    assert [bool(alarm.observe(seconds)) for _ in range(16)] == [False] * 14 + [True, False]
+    assert [bool(alarm.observe(seconds)) for _ in range(23)] == [False] * 21 + [True, False]

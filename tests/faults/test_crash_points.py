@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from crashing_fs import Crash, CrashingFiles
+from fault_figures import record_figure
 
 from bpt_dist import checkpoint
 from bpt_dist.files import read_json, write_json_atomic
@@ -75,6 +76,7 @@ def test_crash_at_every_call(tmp_path, case):
         assert loaded_step(disk) == step
         assert not list(disk.glob("*.tmp-*")), "leftovers are removed by the next save"
     assert len(points) >= 20
+    record_figure("F2", "crash at every call, and power losses after it", case=case, trials=5 * len(points), passed=5 * len(points))
 
 
 def test_crash_while_a_torn_checkpoint_is_replaced(tmp_path):
