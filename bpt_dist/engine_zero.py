@@ -107,6 +107,8 @@ def _completed(config: dict[str, Any], distribution: Distribution, *, is_bf16: b
             f"distribution.zero_config: {distribution.zero_config} sets {leaves[0]}; leaf modules that are recomputed stay "
             "gathered through the backward pass, so remove it or set distribution.activation_checkpointing=false"
         )
+    if "offload_param" in zero and distribution.offload == "none":
+        raise ConfigError(f"distribution.zero_config: {distribution.zero_config} sets offload_param; use distribution.offload")
     if distribution.offload == "cpu":
         zero.setdefault("offload_param", {"device": "cpu", "pin_memory": torch.cuda.is_available()})
     if trained:

@@ -20,7 +20,7 @@ POINTS = {
     "data.row": "between two rows while data is read",
     "backbone.loaded": "the frozen T5 is in memory, before it is partitioned",
     "step.before_forward": "the batch of the step is known",
-    "step.after_backward": "gradients of this rank exist, nothing is summed yet",
+    "step.after_backward": "gradients are summed over the texts, nothing is agreed yet",
     "step.before_update": "gradients are summed, finite and agreed",
     "step.after_update": "particles and optimizer state are those of the next step",
     "metrics.before_append": "a record is about to be written to metrics.jsonl",

@@ -100,7 +100,7 @@ class OrderedSum:
         """Gather this round's gradients and losses and add those of real texts (collective: every rank)."""
         rows = [self._row(tensor, parameter, unit) for tensor, parameter in zip(self._gradients(), self.parameters, strict=True)]
         own = torch.cat([-log_likelihood.detach().float().reshape(1), *[row.reshape(-1) for row in rows]])
-        if not own.isfinite().all():
+        if unit.batch.weight.any() and not own.isfinite().all():
             self.losses.bad_rows.update(unit.batch.row_ids)
         targets = [self._row(total, parameter, unit) for total, parameter in zip(self.sums, self.parameters, strict=True)]
         for replica, task in zip(self.mesh.gather_over_data(own), unit.round_tasks, strict=False):

@@ -95,10 +95,11 @@ class Guard:
         self._last_beat, self._place = time.monotonic(), place
 
     def steady(self) -> None:
-        """Change from the start-up timeout to the step timeout; call it after the first step."""
-        self._timeout = self.step_timeout + self.naming
-        self.beat("first step done")
-        self._wake()
+        """Change from the start-up timeout to the step timeout, once; call it after a step."""
+        self.beat(self._place)
+        if self._timeout != self.step_timeout + self.naming:
+            self._timeout = self.step_timeout + self.naming
+            self._wake()
 
     def request_stop(self, reason: str, *, grace: float | None = None) -> None:
         """Ask this rank to stop, as a signal would."""

@@ -8,6 +8,7 @@ share a file system with hard links (NFS included).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
@@ -154,8 +155,9 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(self.heartbeat):
             # Through the descriptor: it touches our file, never one that has replaced it.
-            os.utime(self._descriptor)
-            self.lost = self.lost or not self._is_ours()
+            with contextlib.suppress(OSError):  # a network file system that stumbles: the next beat may reach it
+                os.utime(self._descriptor)
+                self.lost = self.lost or not self._is_ours()
 
     def _is_ours(self) -> bool:
         try:
@@ -172,7 +174,10 @@ def holder_of(folder: Path, *, stale: float = STALE) -> Holder | None:
         return None
     dead = holder.is_dead_here()
     if dead is None:
-        dead = abs(time.time() - path.stat().st_mtime) > stale
+        try:
+            dead = abs(time.time() - path.stat().st_mtime) > stale
+        except FileNotFoundError:  # released this moment
+            return None
     return None if dead else holder
 
 

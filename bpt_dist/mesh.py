@@ -12,8 +12,10 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from bpt_dist.errors import ConfigError, PeerLost
+from bpt_dist.errors import ConfigError, PeerLost, StorageError
 from bpt_dist.peers import RollCall, Verdict
+
+SHARED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,13 @@ class World:
             )
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            place = int(os.environ.get("LOCAL_RANK", "0"))
+            if place >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"LOCAL_RANK is {place} on {socket.gethostname()}, which has {torch.cuda.device_count()} GPU(s); start as many "
+                    "processes a host as it has, or hide them with CUDA_VISIBLE_DEVICES= to use the CPU"
+                )
+            device = torch.device("cuda", place)
             torch.cuda.set_device(device)
         if "MASTER_ADDR" in os.environ or size > 1:
             backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
@@ -190,6 +200,25 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def sees(self, file: Path, content: bytes | None = None) -> bool:
+        """Return whether rank 0 has `file`, once every rank has it, too (collective: every rank): rank 0 decides, nobody alone.
+
+        With `content` rank 0's is what each must read. Raises StorageError on all ranks, naming those that do not see it.
+        """
+        there, content = self.broadcast((file.is_file(), content) if self.rank == 0 else None)
+        if not there:
+            return False
+        deadline = time.monotonic() + SHARED_SECONDS  # a network file system may show a new file late
+        while not (found := _holds(file, content)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [f"rank {rank} on {self.hosts[rank]}" for rank, sees in enumerate(self.gather_objects(found)) if not sees]
+        if blind:
+            raise StorageError(
+                f"{file}: rank 0 has it, {', '.join(blind)} does not see it; put the run directory (output=) on a disk that all "
+                "hosts share"
+            )
+        return True
+
     def barrier(self) -> None:
         """Wait for all ranks (collective: every rank)."""
         if self.size > 1:
@@ -272,6 +301,13 @@ def _give_up(place: str, seconds: float) -> None:
     sys.stderr.write(f"no rank 0 of this job at {place} within {seconds:g} s; did it start, and is the port its own?\n")
     sys.stderr.flush()
     os._exit(PeerLost.exit_code)
+
+
+def _holds(file: Path, content: bytes | None) -> bool:
+    try:
+        return file.is_file() and (content is None or file.read_bytes() == content)
+    except OSError:
+        return False
 
 
 def peer_lost(error: RuntimeError, world: World) -> PeerLost | None:

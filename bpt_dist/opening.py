@@ -19,6 +19,7 @@ from bpt_dist.faults import fault_point
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.guard import Guard
 from bpt_dist.journal import MetricsLog
+from bpt_dist.lock import NAME as LOCK
 from bpt_dist.mesh import World, peer_lost
 from bpt_dist.mirror import Mirror, shutdown
 from bpt_dist.run import Run, exit_code, git_state, reason_of, versions
@@ -54,6 +55,7 @@ def opened(config: Config, world: World, *, fresh: bool) -> Iterator[Session | N
 def _session(config: Config, world: World, run: Run, guard: Guard, stack: ExitStack) -> Session:
     """Load what a run needs; `stack` closes it (collective: every rank)."""
     backbone = load_backbone(config, world)
+    world.set_timeout(config.distribution.startup_timeout)  # also for the groups that partitioning has made
     _check_backbone(run, backbone, world)
     journal = MetricsLog(run.folder / "metrics.jsonl") if world.rank == 0 else None
     if journal is not None:
@@ -95,6 +97,9 @@ def _open_run(config: Config, world: World, fresh: bool) -> Run:
     problem = world.broadcast(problem)
     if problem is not None:
         raise problem
+    # The lock names this very start: who reads the same words has the same directory before it.
+    lock = config.directory / LOCK
+    world.sees(lock, lock.read_bytes() if run is not None else None)
     return run or open_it()
 
 
@@ -102,7 +107,11 @@ def _check_backbone(run: Run, backbone: Backbone, world: World) -> None:
     """Refuse to go on with another T5 or tokenizer than the run began with: its checkpoints mean nothing to them."""
     file, problem = run.folder / "backbone.json", None
     own = {"backbone_hash": backbone.identity, "tokenizer_hash": backbone.tokenizer_hash}
-    if world.rank == 0 and not file.is_file():
+    strangers = [rank for rank, theirs in enumerate(world.gather_objects(own)) if theirs != own]
+    if world.rank == 0 and strangers:
+        places = ", ".join(f"rank {rank} on {world.hosts[rank]}" for rank in strangers)
+        problem = f"backbone.path: {backbone.path} is another T5 or tokenizer on {places} than on rank 0; copy one to all hosts"
+    elif world.rank == 0 and not file.is_file():
         write_json_atomic(file, own)
     elif world.rank == 0 and (before := read_json(file)) != own:
         what = "backbone" if before["backbone_hash"] != backbone.identity else "tokenizer"
@@ -166,7 +175,7 @@ def leave(error: Exception, world: World) -> int:
         sys.stderr.write(f"{reason_of(error)}\n")
     if world.rank == 0:
         shutdown()
-    if isinstance(error, PeerLost) and world.rank == 0:
+    if world.size > 1 and world.rank == 0:
         time.sleep(0.5)  # this process keeps the job's store: the others still read there who is missing
     if world.size > 1:
         sys.stderr.flush()

@@ -102,6 +102,8 @@ class RollCall:
     def _watch(self) -> None:
         try:
             while not self._closed.wait(POLL_SECONDS):
+                if self._heard is None and self._store.check(["last/0"]):  # rank 0 takes the store with it
+                    self._heard = Verdict(self._judge({}, {0: self._store.get("last/0").decode()}), 0)
                 if self._store.check([CALLED]):
                     self._answer()
                     if self._store.check([VERDICT]):

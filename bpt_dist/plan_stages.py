@@ -112,13 +112,13 @@ def stage_plan(
         rows_per_rank=own * own_texts,
         rows_at_once=particles_at_once * texts_at_once,
         passes_per_step=num_passes,
-        flops=round(copies * texts * flops_of_a_text([cost.flops for cost in costs], settings)),
+        flops=round(copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)),
         activation_bytes=particles_at_once * texts_at_once * max(cost.activation_bytes for cost in costs),
         trainable_parameters=method.num_trainable(),
         trained_bytes=trained * (2 + keeps_best),
         optimizer_bytes=trained * states,
         checkpoint_bytes=whole * (1 + states + keeps_best),
-        collectives=tuple(_collectives(method, mesh, len(specs), num_passes, config, shape)) if settings.steps else (),
+        collectives=tuple(_collectives(method, mesh, len(specs), copies, num_passes, config, shape)) if settings.steps else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
     )
@@ -172,7 +172,8 @@ def evaluation(config: Config, settings: TargetStage, mesh: Mesh, copies: int, f
     ensemble = config.evaluation.predict == "ensemble"
     num_splits = len(config.evaluation.splits)
     hypotheses = (config.evaluation.num_samples or copies - 1) if ensemble else 0
-    passes = -(-rows // (mesh.world.size * config.evaluation.batch_size)) * (validations + num_splits * (1 + ensemble))
+    at_once = 1 if config.distribution.exact else config.evaluation.batch_size
+    passes = -(-rows // (mesh.world.size * at_once)) * (validations + num_splits * (1 + ensemble))
     rows_forward = rows * (validations + num_splits * (1 + hypotheses))
     return passes * len(forward_flops), rows_forward * sum(forward_flops)
 
@@ -186,31 +187,37 @@ def _added(method: Method) -> tuple[int, int]:
     return inputs.shape[0], inputs.shape[2] - 1
 
 
-def _bytes(method: Method, mesh: Mesh) -> int:
-    """Return the bytes of one copy of what a rank of `mesh` trains."""
+def _bytes(method: Method, mesh: Mesh, particles: int | None = None) -> int:
+    """Return the bytes of one copy of what a rank of `mesh` trains, or of so many of its particles."""
     total = 0
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             split = mesh.particle.size if name in method.particle_tensors else 1
+            if name in method.particle_tensors and particles is not None:
+                split = len(parameter) // particles
             total += parameter.numel() * parameter.element_size() // split
     return total
 
 
-def _collectives(method: Method, mesh: Mesh, num_tasks: int, num_passes: int, config: Config, shape: T5Shape) -> list[Collective]:
+def _collectives(
+    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: Config, shape: T5Shape
+) -> list[Collective]:
     """Return what the ranks send one another in every step."""
     if mesh.world.size == 1:
         return []
-    # Calls made, step, seconds, stop, not finite; and for each task a sum and a count.
-    found = [Collective("all-gather of flags and losses", 1, mesh.world.size * WORD * (5 + 2 * num_tasks))]
-    if mesh.data.size > 1:
+    exact = config.distribution.exact
+    # Calls made, step, seconds, stop, not finite, whose rows; and for each task (with `exact` of each particle) a sum and a count.
+    kept = num_tasks * (copies if exact else 1)
+    found = [Collective("all-gather of flags and losses", 1, mesh.world.size * WORD * (6 + 2 * kept))]
+    if mesh.data.size > 1 and exact:
+        one = _bytes(method, mesh, particles=1) + 4  # the gradient of one particle, and its loss
+        found.append(Collective("all-gather of gradients over data, pass by pass", num_passes, num_passes * mesh.data.size * one))
+    elif mesh.data.size > 1:
         found.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
     if mesh.particle.size > 1:
         found.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
     if config.distribution.shard != "none":
-        weights = shape.weight_bytes
-        found.append(
-            Collective(
-                "all-gather of T5 blocks, forward and backward", 2 * num_passes * sum(shape.num_blocks), 2 * num_passes * weights
-            )
-        )
+        gathers = (2 + method.extra_forwards) * num_passes
+        name = "all-gather of T5 blocks, forward and backward"
+        found.append(Collective(name, gathers * sum(shape.num_blocks), gathers * shape.weight_bytes))
     return found

@@ -14,11 +14,13 @@ from bpt_dist.config import Config, Data, Evaluation, Stage
 from bpt_dist.data import metrics
 from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepared import TaskData, content_hash, prepare
+from bpt_dist.errors import UserError
 from bpt_dist.evaluate import Evaluated, evaluate
 from bpt_dist.export import export_low_rank, export_prompt
 from bpt_dist.export_weights import write_weights
 from bpt_dist.faults import fault_point
 from bpt_dist.figures import draw_run
+from bpt_dist.figures_steps import draw_steps
 from bpt_dist.files import encode_json, read_json, write_atomic, write_json_atomic
 from bpt_dist.guard import Guard
 from bpt_dist.journal import MetricsLog, read_records
@@ -65,13 +67,25 @@ class Session:
         self.world.barrier()
 
     def _prepare(self, names: Sequence[str], options: Data, splits: Sequence[str]) -> list[TaskData]:
-        """Prepare on rank 0 first: it fills the cache the others read."""
-        if self.world.rank:
-            self.world.barrier()
-        found = prepare(names, options, self.backbone.tokenizer, splits=splits, seed=self.config.seed)
-        if not self.world.rank:
-            self.world.barrier()
-        return found
+        """Prepare on rank 0 first: it fills the cache the others read, and what it refuses, every rank refuses."""
+
+        def prepared() -> list[TaskData]:
+            found = []
+            for name in names:
+                self.beat(f"preparing {name}")
+                found += prepare([name], options, self.backbone.tokenizer, splits=splits, seed=self.config.seed)
+            return found
+
+        found, problem = None, None
+        if self.world.rank == 0:
+            try:
+                found = prepared()
+            except UserError as error:
+                problem = error
+        problem = self.world.broadcast(problem)
+        if problem is not None:
+            raise problem
+        return found or prepared()
 
     @property
     def evaluation(self) -> Evaluation:
@@ -126,11 +140,8 @@ class Session:
         )  # fmt: skip
 
     def prelude(self, name: str, prelude: methods.Prelude, settings: Stage, mesh: Mesh, batches: Batches) -> StageRun:
-        """Return the prelude of the stage `name`: its own steps and rate, no validation, everything else alike."""
-        own = {"steps": prelude.steps, "lr": prelude.lr or settings.lr}
-        unset = {"eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
-        update = own | {key: value for key, value in unset.items() if key in type(settings).model_fields}
-        stage = self.stage(f"{name}/{prelude.name}", settings.model_copy(update=update), mesh, batches)
+        """Return the prelude of the stage `name`."""
+        stage = self.stage(f"{name}/{prelude.name}", prelude.settings(settings), mesh, batches)
         stage.prelude = prelude.name
         return stage
 
@@ -144,10 +155,11 @@ class Session:
         """Return the posterior of the configuration or of an earlier start of this run."""
         own = self.run.path("source", "posterior")
         given = self.config.source.posterior
-        if given is None and not (own / FACTS).is_file():
+        if given is None and not self.world.sees(own / FACTS):
             return None
         self.posterior = Posterior.load(given or own, self.backbone)
         self.posterior.require(self.config.method.name, self.method.source_tensors, self.backbone.width)
+        self.posterior.agree(self.config, self.method.source_tensors)
         self.method.source_tasks = tuple(self.posterior.facts["source_tasks"])
         if given is None:
             self.position = self.posterior.facts["position"]
@@ -161,6 +173,7 @@ class Session:
             "backbone": self.backbone.name,
             "backbone_hash": self.backbone.identity,
             "tokenizer_hash": self.backbone.tokenizer_hash,
+            "protocol": self.config.data.protocol,
             "source_tasks": list(self.config.data.source_tasks),
             "steps": stage.step,
             "seed": self.config.seed,
@@ -178,7 +191,7 @@ class Session:
     def has_results(self, tasks: Sequence[TaskData]) -> bool:
         """Return whether an earlier start finished this target stage."""
         file = self.run.path(self.stage_name(tasks), RESULT)
-        if not file.is_file():
+        if not self.world.sees(file):
             return False
         self.position = read_json(file)["position"]
         return True
@@ -290,7 +303,7 @@ class Session:
                 tokenizer_hash=self.backbone.tokenizer_hash,
                 protocol=self.config.data.protocol,
                 target_tasks=[name],
-                source_tasks=self.config.data.source_tasks if self.config.method.HAS_SOURCE_STAGE else (),
+                source_tasks=self.method.source_tasks,
                 results=[entry for entry in entries if entry["task"] == name],
                 posterior=self._posterior_facts(),
             )
@@ -318,3 +331,4 @@ class Session:
         if self.config.figures:
             records, _ = read_records(self.run.folder / "metrics.jsonl", limit=1 << 30)
             draw_run(records, self.run.path("figures"))
+            draw_steps(records, self.run.path("figures"))

@@ -163,7 +163,7 @@ class StageRun:
         return annealing(step, self.settings.annealing_steps or self.settings.steps, self.settings.annealing)
 
     def beat(self) -> None:
-        """Say that this rank begins a step: to its own guard, and to the ranks that may wait for it."""
+        """Say that this rank begins a pass: to its own guard, and to the ranks that may wait for it."""
         place = f"{self.name} step {self.step}"
         self.guard.beat(place)
         self.mesh.world.at(place)
@@ -276,9 +276,10 @@ class StageRun:
                 self.log.flush()
                 best = {"value": self.best.value if self.best.tensors else None, "step": self.best.step, "since": self.best.since}
                 meta = {"fingerprint": self.fingerprint, "position": self.log.position(), "best": best, "stage": self.name}
+                meta["skipped"] = self.skipped
                 self.position = self.log.position()
                 checkpoint.save(self.folder, self.step, state, meta)
-            except StorageError as error:
+            except (StorageError, OSError) as error:
                 problem = str(error)
         problem = self.mesh.world.broadcast(problem)
         if problem:
@@ -295,11 +296,11 @@ class StageRun:
             kept = meta["best"]
             value = -math.inf if kept["value"] is None else kept["value"]
             self.best = Selection(value, kept["step"], kept["since"], self.updater.own(parts[BEST]))
-            self.step, self.position = found.step, meta["position"]
+            self.step, self.position, self.skipped = found.step, meta["position"], meta["skipped"]
             log.info("%s: resuming at step %d", self.name, self.step)
-        steps = self.mesh.world.gather_objects(self.step)
-        if len(set(steps)) > 1:
-            raise StorageError(f"{self.folder}: ranks see different newest checkpoints ({steps}); is the run directory shared?")
+        places = self.mesh.world.gather_objects((self.name, self.step))
+        if len(set(places)) > 1:
+            raise StorageError(f"{self.folder}: ranks see different newest checkpoints ({places}); is the run directory shared?")
         # What follows a prelude that is over belongs to the next stage, which knows how much of it counts.
         if self.run.rank == 0 and not (self.prelude and self.step == self.settings.steps):
             self.log.cut(self.position)

@@ -37,10 +37,14 @@ def run_all(config: Config, *, fresh: bool = False) -> int:
     try:
         limits, job = config.distribution, f"{config.name} {configuration.fingerprint(config)}"
         world = World.start(limits.startup_timeout, limits.expect_world_size, job)
-        for one in configuration.expand(config):
+        runs = configuration.expand(config)
+        for one in runs:
             with opened(one, world, fresh=fresh) as session:
                 if session is not None:
                     train(session)
+            # What came too late for a step of this run is meant for the next.
+            if session is not None and one is not runs[-1] and world.any(session.guard.stop_requested):
+                raise Stopped(f"stopped on request after {one.name}; the same command goes on with the next run")
         world.stop()
     except Exception as error:
         return leave(error, world)
@@ -76,7 +80,7 @@ def source_stage(session: Session, method: Method) -> Tensors:
         num_particles=method.num_particles,
         sampling=Sampling.of(config),
     )
-    run_preludes(session, "source", config, mesh, batches)
+    batches = run_preludes(session, "source", config, mesh, batches)
     stage = session.stage("source", config, mesh, batches)
     run_stage(stage)
     return session.store_posterior(Posterior(dict(method.end_source(mesh))), stage).tensors
@@ -88,14 +92,15 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
         return
     config = session.config.target
     mesh = session.target_mesh()
-    sizes = [len(task.train.tokens) for task in tasks]
+    sizes, sampling = [len(task.train.tokens) for task in tasks], Sampling.of(config)
+    method.target_shares = sampling.shares(sizes)
     method.begin_target(source, [task.spec for task in tasks], sizes, mesh)
     batches = Batches(
         [task.train.tokens for task in tasks],
         config.batch_size,
         session.config.seed,
         task_weight=[1 / len(tasks)] * len(tasks),
-        sampling=Sampling.of(config),
+        sampling=sampling,
     )
 
     def headlines() -> dict[str, float]:
@@ -107,20 +112,25 @@ def target_stage(session: Session, method: Method, source: Tensors | None, tasks
         return values
 
     name = session.stage_name(tasks)
-    run_preludes(session, name, config, mesh, batches)
+    batches = run_preludes(session, name, config, mesh, batches)
     stage = session.stage(name, config, mesh, batches, headlines)
     run_stage(stage)
     stage.finish()
     session.store_results(tasks, stage)
 
 
-def run_preludes(session: Session, name: str, settings: Stage, mesh: Mesh, batches: Batches) -> None:
-    """Train what the method wants to know before its main stage: MPT's teachers, SPoT's short prompt on the target."""
+def run_preludes(session: Session, name: str, settings: Stage, mesh: Mesh, batches: Batches) -> Batches:
+    """Train what the method wants to know before its main stage: MPT's teachers, SPoT's short prompt on the target.
+
+    Returns the batches of the main stage, which go on behind the texts the preludes have read.
+    """
     for prelude in session.method.preludes():
-        stage = session.prelude(name, prelude, settings, mesh, batches)
+        stage = session.prelude(name, prelude, settings, mesh, batches.of_all_tasks())
         run_stage(stage)
         session.close_prelude(stage)
         session.method.end_prelude(mesh)
+        batches = batches.after(prelude.steps)
+    return batches
 
 
 def run_stage(stage: StageRun) -> None:
@@ -131,7 +141,6 @@ def run_stage(stage: StageRun) -> None:
         stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0
     ) as progress:
         while stage.step < settings.steps and not stage.converged:
-            stage.beat()
             method.begin_step(mesh)
             losses, stop, usable = stage.agree(accumulate_gradients(stage), guard.stop_requested)  # before anything changes
             fault_point("step.before_update", step=stage.step, stage=stage.name)
@@ -157,6 +166,7 @@ def accumulate_gradients(stage: StageRun) -> Losses:
     """Leave in `.grad` the gradient of the step's objective for this rank's particles, whole on every replica."""
     total = stage.gradients()
     for unit in stage.work(stage.step):
+        stage.beat()
         fault_point("step.before_forward", step=stage.step, stage=stage.name)
         with stage.memory_for(unit):
             forward = stage.method(unit.batch, unit.particles)  # log-likelihood [m, N] through the frozen T5

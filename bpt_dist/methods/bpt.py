@@ -18,7 +18,7 @@ from bpt_dist.config import Stage, refuse, without_effect
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.mesh import Mesh
-from bpt_dist.methods.base import Tensors, generator
+from bpt_dist.methods.base import SharedPrompt, Tensors, generator
 from bpt_dist.methods.vanilla_transfer import VanillaTransfer
 from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
 from bpt_dist.prompts import prepend_own
@@ -111,6 +111,8 @@ class BayesianPromptTuning(VanillaTransfer):
     def begin_step(self, mesh: Mesh) -> None:
         """Start the gather of the particles: theta is known now, the Stein direction needs it after the backward pass."""
         if self.stage == "source":
+            if self.gathering:
+                self.gathering()  # of a step that was skipped
             self.gathering = mesh.start_gather_particles(self.particles.detach())
 
     def precondition_(self, mesh: Mesh) -> None:
@@ -199,20 +201,21 @@ class BayesianPromptTuning(VanillaTransfer):
         return prepend_own(prompts[:1] + offsets[:, None], embeds)
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """Return minus the log prior of each effective prompt, as objective.py scales it, averaged over targets.
+        """Return minus the log prior of each effective prompt, as objective.py scales it, weighted as the target's likelihood is.
 
         The prior of an adapted particle is centred at that particle, that of the MAP prompt at the mean.
         """
         if self.stage == "source" or self.config.prior == "none":
             return None
+        shares = self.target_shares or (1 / len(self.num_examples),) * len(self.num_examples)
         terms = []
         for start, prompts in zip(self.starts, self.target_prompts(), strict=True):
-            for theta, size in zip(prompts, self.num_examples, strict=True):
+            for theta, size, share in zip(prompts, self.num_examples, shares, strict=True):
                 if self.config.prior == "gaussian":
-                    terms.append(gaussian_penalty(theta, start, self.prior_std, size))
+                    terms.append(share * gaussian_penalty(theta, start, self.prior_std, size))
                 else:
-                    terms.append(mixture_penalty(theta, self.starts[0] + self.deviations, self.prior_std, size))
-        return torch.stack(terms).sum() / len(self.num_examples)
+                    terms.append(share * mixture_penalty(theta, self.starts[0] + self.deviations, self.prior_std, size))
+        return torch.stack(terms).sum()
 
     def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
         """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
@@ -220,6 +223,12 @@ class BayesianPromptTuning(VanillaTransfer):
             return super().param_groups(stage)
         groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": self.config.lr_full}]
         return groups + ([{"params": [self.u, self.v], "lr": self.config.lr_low_rank}] if self.config.rank else [])
+
+    @classmethod
+    def shared_prompt(cls, trained: Tensors) -> SharedPrompt | None:
+        """Return F and the targets' factors of the MAP prompt; without low-rank factors there are none to share it."""
+        # The MAP prompt comes first; copies beside it are the particles of an ensemble.
+        return SharedPrompt(*(trained[name][0] for name in ("particles", "u", "v"))) if "u" in trained else None
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
         """Return the effective MAP prompt of each target task."""

@@ -101,6 +101,14 @@ def _mesh_divides_work(config: Config) -> Iterator[str]:
             )
 
 
+def _exact_makes_its_own_passes(config: Config) -> Iterator[str]:
+    if not config.distribution.exact:
+        return
+    for section, key in ((config.source, "source.pass_size"), (config.target, "target.pass_size")):
+        if section.pass_size is not None:
+            yield f"{key}: has no effect with distribution.exact, where a pass is one particle and one text; remove it"
+
+
 def _texts_of_a_step(stage: Stage, num_tasks: int) -> int:
     return num_tasks * stage.batch_size if stage.steps else 0
 
@@ -127,6 +135,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_particles, "method source.shared_texts evaluation.predict"),
     (_backbone_trained_in_parts, "method distribution"),
     (_mesh_divides_work, "method distribution.mesh data source target"),
+    (_exact_makes_its_own_passes, "distribution source target"),
     (_few_shot, "data.shots data.target_tasks"),
     (_one_or_many, "seed seeds"),
 )

@@ -123,7 +123,9 @@ class SourceStage(Stage):
     )
     shared_texts: bool = Field(default=True, description="All particles see the same texts; false draws texts for each.")
     posterior: Folder | None = Field(
-        default=None, description="Stored posterior to start from; the stage is skipped, its other keys describe the origin."
+        default=None,
+        description="Stored posterior to start from; the stage is skipped, its other keys and the method's options for it "
+        "describe the origin.",
     )
 
     @model_validator(mode="after")
@@ -222,10 +224,13 @@ class Distribution(Section):
         default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
     )
     exact: bool = Field(
-        default=False, description="The same bits on every world size: one particle and one text a pass. Slow; for audits."
+        default=False,
+        description="The same bits on every world size: one particle and one text a pass, also in evaluations. Slow; for audits.",
     )
     expect_world_size: int | None = Field(default=None, ge=1, description="Refuse to start with another number of processes.")
-    startup_timeout: int = Field(default=600, ge=1, description="Seconds to wait for all ranks to appear.")
+    startup_timeout: int = Field(
+        default=600, ge=1, description="Seconds to wait for all ranks to appear, and for one to load the T5 or a task."
+    )
     step_timeout: int = Field(default=120, ge=1, description="Seconds after which a silent rank counts as lost.")
 
     @model_validator(mode="after")

@@ -22,6 +22,11 @@ class PromptOptions(MethodConfig):
         None, gt=0, description="Standard deviation of `normal` (null is 1), half width of `uniform` (null is 0.5)."
     )
 
+    @property
+    def prompt_length(self) -> int | None:
+        """Return P, or None where a stored prompt decides it."""
+        return None if self.init == "file" else self.length
+
     @model_validator(mode="after")
     def _initial_prompt(self) -> Self:
         needed = {"text": "init_text", "file": "init_file"}

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bpt_dist import backbone as backbones
 from bpt_dist import config as configuration
-from bpt_dist import plan_device
+from bpt_dist import plan_device, train
 from bpt_dist.backbone_shapes import ShapeBackbone, shape_of
 from bpt_dist.cli import main
 from bpt_dist.data.batches import Batch
 from bpt_dist.errors import ConfigError
-from bpt_dist.mesh import Mesh
+from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods import base as methods
 from bpt_dist.methods.prompt_tuning import Config as PromptConfig
 from bpt_dist.methods.prompt_tuning import PromptTuning
@@ -191,7 +191,19 @@ def test_planned_collectives_are_the_ones_a_step_makes(world, tmp_path):
     gathers = planned["all-gather of particles and of scores"]
     assert (gathers.calls, gathers.bytes) == (len(gathered), sum(gathered))
     agreed = planned["all-gather of flags and losses"]
-    assert agreed.bytes == 2 * 8 * (5 + 2 * 2), "from two ranks five numbers, and for each of two tasks a sum and a count"
+    assert agreed.bytes == 2 * 8 * (6 + 2 * 2), "from two ranks six numbers, and for each of two tasks a sum and a count"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_agreed_numbers_are_as_many_as_planned(world, tmp_path, monkeypatch, exact):
+    config = settings_of(world, tmp_path, {"name": "bpt", "num_particles": 4}, distribution={"exact": exact})
+    planned = {each.name: each for each in stage(estimate(config, 2), "source").collectives}
+    with tiny_run.stage_of(monkeypatch, config) as found:
+        sent = []
+        monkeypatch.setattr(World, "gather_numbers", lambda world, values: sent.append(len(values)) or [values])
+        losses = train.accumulate_gradients(found)
+        found.agree(losses, False)
+    assert planned["all-gather of flags and losses"].bytes == 2 * 8 * sent[0]
 
 
 @pytest.mark.parametrize(
