@@ -10,8 +10,6 @@ import datetime
 import math
 import os
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from bpt_dist.errors import ConfigError, PeerLost, StorageError
 from bpt_dist.peers import RollCall, Verdict
+from bpt_dist.rendezvous import join
 
 SHARED_SECONDS = 10.0
 
@@ -89,19 +88,12 @@ class World:
             torch.cuda.set_device(device)
         if "MASTER_ADDR" in os.environ or size > 1:
             backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
-            _join(backend, limit)
+            join(backend, job, rank, size, limit)
         if size == 1:
             return cls(rank, size, device)
-        found: list[Any] = [None] * size
+        hosts: list[Any] = [None] * size
         control = dist.new_group(backend="gloo", timeout=limit)
-        dist.all_gather_object(found, (socket.gethostname(), job), group=control)
-        hosts = [host for host, _ in found]
-        strangers = [f"rank {other} on {host}" for other, (host, theirs) in enumerate(found) if theirs != found[0][1]]
-        if strangers:
-            raise ConfigError(
-                f"{', '.join(strangers)} came from another job than rank 0 to port {os.environ.get('MASTER_PORT')}; "
-                "start each job with its own --master_port"
-            )
+        dist.all_gather_object(hosts, socket.gethostname(), group=control)
         progress, store = Progress(timeout=limit), dist.distributed_c10d._get_default_store()
         answers = RollCall(store, rank, hosts, lambda: (progress.calls, progress.place))
         return cls(rank, size, device, tuple(hosts), control, progress, [answers])
@@ -278,29 +270,6 @@ class Mesh:
         dist.all_reduce(flat, group=self.data.group)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-def _join(backend: str, limit: datetime.timedelta) -> None:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT, where rank 0 listens."""
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    # A server of another kind that accepts and never answers would keep the store's client for ever, whatever its limit.
-    watch = threading.Timer(limit.total_seconds() + 2, _give_up, [place, limit.total_seconds()])
-    watch.daemon = True
-    watch.start()
-    try:
-        dist.init_process_group(backend, timeout=limit)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(f"{place}: another program listens on this port; choose another with --master_port") from error
-    finally:
-        watch.cancel()
-
-
-def _give_up(place: str, seconds: float) -> None:
-    sys.stderr.write(f"no rank 0 of this job at {place} within {seconds:g} s; did it start, and is the port its own?\n")
-    sys.stderr.flush()
-    os._exit(PeerLost.exit_code)
 
 
 def _holds(file: Path, content: bytes | None) -> bool:
