@@ -190,13 +190,29 @@ def run_table(
         int | None, typer.Option(min=1, help="Train each run with so many processes of the deepspeed launcher instead.")
     ] = None,
     choose: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the row of each method with the best validation score.")
+        Path | None, typer.Option(metavar="FILE", help="Write a configuration of each method's best row on validation.")
     ] = None,
 ) -> None:
     """Train every row and seed that is not finished and end in the table; the same command goes on."""
     from bpt_dist.cli_table import run_table as run
 
     code = run(config, overrides or [], workers, processes, choose)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was stopped or killed.")] = False,
+    submit: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run it as a job of the Ray cluster at this address.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="With --submit: show the job's output until it ends.")] = False,
+) -> None:
+    """Search sigma, learning rates or any other setting with Ray Tune, see configs/sweep/."""
+    from bpt_dist.cli_sweep import sweep as run
+
+    code = run(config, overrides or [], resume=resume, submit=submit, follow=follow)
     if code:
         raise typer.Exit(code)
 

@@ -20,11 +20,11 @@ from bpt_dist.files import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bpt_dist.methods.base import SharedPrompt
     from bpt_dist.model_card import CardFacts
 
 log = logging.getLogger(__name__)
 ROUNDING = 1e-6  # of a product computed for one task or for all at once
-FACTORS = ("particles", "u", "v")  # of a joint stage: F [copies, P, D]; u [copies, K, R, P] and v [copies, K, R, D]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,16 @@ class StoredRun:
             tokenizer_hash=facts["tokenizer_hash"],
             protocol=self.config.data.protocol,
             target_tasks=tasks,
-            source_tasks=self.config.data.source_tasks,
+            source_tasks=self._source_tasks(),
             results=[entry for entry in results if entry["task"] in tasks and entry["predict"] == "map"],
             posterior=None if particles is None else PosteriorFacts.of(particles, self._source_steps()),
         )
+
+    def _source_tasks(self) -> Sequence[str]:
+        """Return the tasks the posterior was learnt from: where it was given, those of the configuration need not be."""
+        if self.posterior is None:
+            return self.config.data.source_tasks
+        return list(read_json(self.posterior / "posterior.json")["source_tasks"])
 
     def _source_steps(self) -> int:
         assert self.posterior is not None
@@ -157,22 +163,22 @@ def _single(run: StoredRun, task: str, out: Path | None) -> Path:
     return place
 
 
-def _joint(run: StoredRun, factors: Mapping[str, Tensor], place: Path) -> Path:
+def _joint(run: StoredRun, found: SharedPrompt, place: Path) -> Path:
     from bpt_dist.export import export_multitask
 
-    shared, u, v = (factors[name] for name in FACTORS)
     card = run.card(f"Soft prompts for {', '.join(run.targets)}", run.targets, run.particles())
-    return export_multitask(shared, u.transpose(-1, -2), v, place, tasks=run.targets, card=card, **run.base())
+    return export_multitask(found.full, found.u.mT, found.v, place, tasks=run.targets, card=card, **run.base())
 
 
-def _joint_factors(run: StoredRun) -> dict[str, Tensor] | None:
-    """Return the factors of a joint stage from its newest checkpoint, None where the method has no low-rank ones.
+def _joint_factors(run: StoredRun) -> SharedPrompt | None:
+    """Return what the prompts of a joint stage share and own, from its newest checkpoint; None where the method has no such parts.
 
     Raises StorageError unless their products are the prompts the run selected.
     """
     import torch
 
     from bpt_dist import checkpoint
+    from bpt_dist.methods.base import method_class
     from bpt_dist.objective import low_rank_product
     from bpt_dist.prompt_files import read_prompt
 
@@ -182,12 +188,13 @@ def _joint_factors(run: StoredRun) -> dict[str, Tensor] | None:
             f"{run.folder}/target/joint: has no checkpoint left; the prompts of single tasks can be exported with --task"
         )
     state, _ = checkpoint.load(found)
-    chosen = {name: state.get(f"best/{name}", state.get(f"trained/{name}/value")) for name in FACTORS}
-    # The MAP prompt comes first; copies beside it are the particles of an ensemble.
-    factors = {name: tensor[0] for name, tensor in chosen.items() if tensor is not None}
-    if len(factors) < len(FACTORS):
+    parts = [key.removeprefix("trained/").removesuffix("/value") for key in state if key.endswith("/value")]
+    factors = method_class(run.config.method.name).shared_prompt(
+        {name: state.get(f"best/{name}", state[f"trained/{name}/value"]) for name in parts}
+    )
+    if factors is None:
         return None
-    prompts = low_rank_product(*(factors[name] for name in FACTORS))
+    prompts = low_rank_product(*factors)
     stored = [read_prompt(run.adapter(task), prompts.shape[-1]) for task in run.targets]
     if not torch.allclose(prompts, torch.stack(stored), rtol=ROUNDING):
         raise StorageError(

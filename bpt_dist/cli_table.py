@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -16,10 +15,12 @@ from bpt_dist.cli_output import console
 from bpt_dist.config import Config
 from bpt_dist.errors import ConfigError, Stopped
 from bpt_dist.files import write_atomic, write_json_atomic
+from bpt_dist.lock import Holder
 from bpt_dist.plan_text import duration
 from bpt_dist.results import collect
 from bpt_dist.table_choice import check_search, choose, chosen_yaml
-from bpt_dist.table_jobs import Jobs, Outcome, Trainer, is_finished
+from bpt_dist.table_jobs import Jobs, Outcome, Trainer, is_finished, row_label
+from bpt_dist.table_notes import missing_notes, missing_runs, mixture_notes
 from bpt_dist.table_trainers import Here, Launched, Worker, cores, num_gpus
 
 JOBS = "jobs"
@@ -40,16 +41,29 @@ def run_table(file: Path, overrides: Sequence[str], workers: int | None, process
         check_search(config, runs)
     if config.rows is None and config.seeds is None:
         raise ConfigError("rows: is missing, a table has rows or seeds; train a single run with launcher/train.py")
+    split = _split_of(config, runs)
     folder = config.directory
     with Screen(len(runs)) as screen:
         jobs = Jobs(runs, screen)
         trainers = _trainers(jobs.num_waiting, workers, processes, folder / JOBS)
         screen.opened(jobs, trainers)
         code = jobs.train(trainers) if trainers else 0
-    _write_table(runs, jobs, folder, config.evaluation.splits[-1])
+    _write_table(runs, jobs, folder, split)
     if chosen is not None and code == 0:
         _write_choice(config, runs, chosen, shlex.join(["bpt-dist", "run-table", str(file), *overrides]))
     return code
+
+
+def _split_of(config: Config, runs: Sequence[Config]) -> str:
+    """Return the split that the table shows; raises ConfigError for a row that is not evaluated on it."""
+    split = config.evaluation.splits[-1]
+    for run in runs:
+        if split not in run.evaluation.splits:
+            raise ConfigError(
+                f"rows: {row_label(run)} is evaluated on {list(run.evaluation.splits)} and the table shows {split} rows, the last "
+                f"split of the file; add {split} to the row's evaluation.splits or remove the key"
+            )
+    return split
 
 
 def _trainers(num_waiting: int, workers: int | None, processes: int | None, folder: Path) -> list[Trainer]:
@@ -100,7 +114,7 @@ class Screen:
         done = self.num_runs - len(jobs.waiting) - len(jobs.running)
         how, reason = f"FAILED ({outcome.code})", f": {outcome.reason}"
         if again:
-            how = "died and is tried once more"
+            how = f"{'died' if outcome.died else 'failed before its first step'} and is tried once more"
         elif outcome.code == Stopped.exit_code:
             how = "stopped with a checkpoint"
         elif outcome.code == 0:
@@ -111,6 +125,18 @@ class Screen:
         ending = f", {left}" if left else ""
         self.say(f"[{done}/{self.num_runs}] {run.name} {how} after {duration(outcome.seconds)}{ending}{reason}")
 
+    def elsewhere(self, jobs: Jobs, run: Config, holder: Holder | None) -> None:
+        """Say that another command trains or has trained a run."""
+        if holder is not None:
+            self.say(f"{run.name} is trained elsewhere ({holder}), this command waits for it")
+            return
+        self.bar.update(self.task, completed=self.num_runs - len(jobs.waiting) - len(jobs.running))
+        self.say(f"{run.name} was trained elsewhere")
+
+    def retired(self, jobs: Jobs, trainer: int) -> None:
+        """Say that a trainer is given up."""
+        self.say(f"worker {trainer} takes no more runs: it has never reached a first step")
+
     def say(self, text: str) -> None:
         """Print one line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -118,15 +144,16 @@ class Screen:
 
 def _write_table(runs: Sequence[Config], jobs: Jobs, folder: Path, split: str) -> None:
     """Write the table of the finished runs as Markdown, CSV and JSON and print it; what is missing is named in its notes."""
-    finished = [run.directory for run in runs if is_finished(run)]
-    missing = _missing(runs, jobs)
+    finished = [run for run in runs if is_finished(run)]
+    missing = missing_runs(runs, jobs)
     if not finished:
-        typer.echo("\n".join(["no run is finished, there is no table yet", *_missing_notes(missing)]))
+        typer.echo("\n".join(["no run is finished, there is no table yet", *missing_notes(missing)]))
         return
-    found = collect(finished)
+    found = collect([run.directory for run in finished])
     from bpt_dist.report import Table  # brings scipy
 
-    table = Table.build(found.results, split=split, notes=[*found.notes, *_missing_notes(missing)])
+    notes = [*found.notes, *mixture_notes(finished), *missing_notes(missing)]
+    table = Table.build(found.results, split=split, notes=notes, by_label=True)
     write_atomic(folder / "table.md", table.to_markdown().encode())
     write_atomic(folder / "table.csv", table.to_csv().encode())
     write_json_atomic(folder / "table.json", {**table.to_json(), "missing": missing})
@@ -138,27 +165,9 @@ def _write_table(runs: Sequence[Config], jobs: Jobs, folder: Path, split: str) -
         typer.echo(folder / f"table.{form}")
 
 
-def _missing(runs: Sequence[Config], jobs: Jobs) -> list[dict[str, Any]]:
-    """Return the runs that are not finished, with their target tasks and, where one failed, the reason."""
-    found = []
-    for run in runs:
-        if not is_finished(run):
-            outcome = jobs.outcomes.get(run.name)
-            failed = outcome is not None and outcome.code not in (0, Stopped.exit_code)
-            reason = outcome.reason if outcome is not None and failed else None
-            found.append({"run": run.name, "tasks": list(run.data.target_tasks), "reason": reason})
-    return found
-
-
-def _missing_notes(missing: Sequence[dict[str, Any]]) -> list[str]:
-    notes = [f"Missing: {each['run']} ({', '.join(each['tasks'])}): {each['reason']}" for each in missing if each["reason"]]
-    waiting = [each["run"] for each in missing if not each["reason"]]
-    return notes + ([f"Missing, not trained yet: {', '.join(waiting)}"] if waiting else [])
-
-
 def _write_choice(config: Config, runs: Sequence[Config], file: Path, command: str) -> None:
     """Write the best trial of each method as rows of a configuration and print how close the others were."""
     found = choose(config, runs, collect([run.directory for run in runs]).results)
     for trials in found.values():
         typer.echo(f"{trials[0].label}: " + ", ".join(f"{trial.label} {trial.score:.1f}" for trial in trials))
-    typer.echo(write_atomic(file, chosen_yaml(found, command).encode()))
+    typer.echo(write_atomic(file, chosen_yaml(config, found, command).encode()))

@@ -86,13 +86,16 @@ def read_weights(folder: Path, backbone: Backbone, spec: TaskSpec, evaluation: E
     if facts["method"] not in method_names():
         raise ConfigError(f"{folder}: is of method {facts['method']!r}; this version has {', '.join(method_names())}")
     chosen = method_class(facts["method"])
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    trained = {name.removeprefix("trained/"): tensor for name, tensor in tensors.items() if name.startswith("trained/")}
     try:
-        options = importlib.import_module(chosen.__module__).Config.model_validate(facts["options"])
-    except ValueError as error:
+        options = importlib.import_module(chosen.__module__).Config.model_validate(
+            chosen.options_of_stored(facts["options"], trained)
+        )
+    except (ValueError, KeyError) as error:
         reason = f"options are not those of this version ({error}); evaluate with the version that wrote it"
         raise ConfigError(f"{folder / FACTS}: {reason}") from error
     method = chosen(options, backbone, seed=facts["seed"], reduction=facts["reduction"], evaluation=evaluation)
-    tensors, _ = read_tensors(folder / WEIGHTS)
     _begin(method, tensors, facts, spec)
     return method
 

@@ -16,6 +16,9 @@ The normalisation of every term, written down here and nowhere else:
   divided by it, so that learning rates do not depend on the size of the data set while sigma keeps its meaning.
 - distillation (MPT): for each sequence lambda (KL + encoder MSE + decoder MSE) joins -l_n under the same weights: the KL is reduced
   over tokens as l_n is, a squared difference of last hidden states is a mean over positions and width.
+- targets trained together: sum_k p_k J_k/|D_k|, p_k being the share of target k in the texts of a step (1/K where all targets
+  come at every step). The texts bring it in expectation; the penalty of target k is multiplied by p_k, or a sampling in
+  proportion to |D_k| would press the prior on small tasks many times harder than the likelihood.
 - penalties are negative log densities without the constant (P D / 2) log(2 pi sigma^2), which does not depend on the
   prompt; it is dropped from both, so the mixture of one particle *is* the Gaussian.
 """

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 0.9
 STORE_SECONDS = 0.5
+NOTICEABLE_SECONDS = 0.02  # steps of a few milliseconds vary that much by themselves
 CALLED, VERDICT = "roll/called", "roll/verdict"
 
 
@@ -136,7 +137,8 @@ class StragglerAlarm:
         slowest = max(range(len(own)), key=own.__getitem__)
         others = _median([value for rank, value in enumerate(own) if rank != slowest])
         # A busy machine makes a rank slow for a moment; what lasts is worth a word.
-        self._slow_steps = self._slow_steps + 1 if own[slowest] >= self.factor * others else 0
+        is_slow = own[slowest] >= self.factor * others and own[slowest] - others >= NOTICEABLE_SECONDS
+        self._slow_steps = self._slow_steps + 1 if is_slow else 0
         if self._slow_steps < self.lasting:
             return None
         self._silent_until = self._step + 10 * self.window

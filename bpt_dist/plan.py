@@ -178,7 +178,7 @@ def _with_preludes(
     """Return the stage just begun after the preludes its method wants."""
     found = []
     for prelude in method.preludes():
-        shorter = settings.model_copy(update={"steps": prelude.steps})
+        shorter = prelude.settings(settings)
         found.append(stage_plan(f"{name}/{prelude.name}", config, shorter, method, mesh, specs, shape, evaluated=False))
         method.end_prelude(Mesh())
     return [*found, stage_plan(name, config, settings, method, mesh, specs, shape)]

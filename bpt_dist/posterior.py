@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bpt_dist.backbone import Backbone
 from bpt_dist.checkpoint import read_tensors, write_tensors_atomic
+from bpt_dist.config import Config
 from bpt_dist.errors import ConfigError
 from bpt_dist.faults import fault_point
 from bpt_dist.files import read_json, write_json_atomic
@@ -63,7 +64,7 @@ class Posterior:
         """
         maker = self.facts["method"]
         sizes, found = {"D": width}, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if needed and all(_fits(found.get(name, ()), axes.split(), sizes) for name, axes in needed.items()):
+        if needed and all(name in found and _fits(found[name], axes.split(), sizes) for name, axes in needed.items()):
             return
         if not needed and maker == method:
             return
@@ -73,6 +74,25 @@ class Posterior:
             f"source.posterior: was made by method {maker} and holds {holds}; method {method} starts from {wanted}, D being "
             f"{width}; give a posterior that has them, or train the source stage anew"
         )
+
+    def agree(self, config: Config, needed: Mapping[str, str]) -> None:
+        """Raise ConfigError where a run has another wording of texts or another length P of prompts than the posterior.
+
+        What else is set for the source stage cannot be told from its tensors and says how a posterior would be made.
+        """
+        worded, own = self.facts.get("protocol"), config.data.protocol  # posteriors of earlier versions do not say
+        if worded not in (None, own):
+            raise ConfigError(
+                f"data.protocol: is {own}, the source.posterior was learnt from texts of {worded}; set it to {worded}"
+            )
+        wanted = getattr(config.method, "prompt_length", None)
+        for name, axes in ((name, axes.split()) for name, axes in needed.items()):
+            length = self.tensors[name].shape[axes.index("P")] if "P" in axes else None
+            if None not in (wanted, length) and wanted != length:
+                raise ConfigError(
+                    f"method.length: is {wanted}, the prompts of source.posterior have {length} positions; set it to {length}, or "
+                    "train the source stage anew"
+                )
 
 
 def _fits(shape: Sequence[int], axes: Sequence[str], sizes: dict[str, int]) -> bool:

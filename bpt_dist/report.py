@@ -59,9 +59,11 @@ class Table:
         split: str = "test",
         published: bool = False,
         notes: Sequence[str] = (),
+        by_label: bool = False,
     ) -> Table:
         """Group target-stage `results` of one split into rows and columns and decide averages and bold type.
 
+        `by_label`: the runs are named `<label>-s<seed>`, and every label is a row of its own.
         Raises DataError when nothing is left for `split` or when one row would hold the same seed twice.
         """
         targets = [r for r in results if r.stage.partition("/")[0] == "target"]
@@ -70,7 +72,7 @@ class Table:
             found = ", ".join(sorted({r.split for r in targets})) or "no split"
             raise DataError(f"split '{split}': no finished target result has it (found {found}); choose one of those")
         columns = find_columns(chosen, targets)
-        rows, row_notes = build_rows(chosen, columns)
+        rows, row_notes = build_rows(chosen, columns, by_label=by_label)
         majority, majority_notes = majority_cells(chosen, columns)
         averages = average_columns(rows, columns)
         return cls(split, columns, averages, rows, majority, (*notes, *row_notes, *majority_notes), published)
@@ -127,7 +129,10 @@ class Table:
             "num_seeds": row.num_seeds,
             "trainable_parameters": list(row.parameters),
             "cells": cells,
-            "averages": {average.title: average.of(row.cells) for average in self.averages},
+            "averages": {
+                average.title: {"mean": average.of(row.cells), "standard_deviation": average.deviation(row.cells)}
+                for average in self.averages
+            },
         }
 
     def _csv_line(self, row: Row, column: Column) -> list[Any]:
@@ -158,7 +163,7 @@ class Table:
         cells = [
             Text(_cell_text(row.cells[c], row.num_seeds), c in row.best) if c in row.cells else Text(MISSING) for c in self.columns
         ]
-        averages = [Text(f"{average.of(row.cells):.1f}") for average in self.averages]
+        averages = [Text(_spread_text(average.of(row.cells), average.deviation(row.cells))) for average in self.averages]
         return (
             Text(row.label),
             Text(parameters_text(row.parameters)),
@@ -188,5 +193,9 @@ class Table:
 
 def _cell_text(cell: Cell, row_seeds: int) -> str:
     mean, deviation = mean_and_deviation(list(cell.values.values()))
-    text = f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    text = _spread_text(mean, deviation)
     return text if len(cell.values) == row_seeds else f"{text} (n={len(cell.values)})"
+
+
+def _spread_text(mean: float, deviation: float | None) -> str:
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"

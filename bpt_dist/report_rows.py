@@ -80,11 +80,19 @@ class AverageColumn:
     def note(self) -> str:
         """Return the footnote naming the columns."""
         titles = ", ".join(column.title for column in self.columns)
-        return f"{self.title}: mean over {titles}: the columns every trained row has in the same metric."
+        spread = "; ± over seeds, each with its own average, where all these columns have the same seeds"
+        return f"{self.title}: mean over {titles}: the columns every trained row has in the same metric{spread}."
 
     def of(self, cells: Mapping[Column, Cell]) -> float:
         """Return the average of the means of `cells`, which must hold all columns."""
         return sum(cells[c].mean for c in self.columns) / len(self.columns)
+
+    def deviation(self, cells: Mapping[Column, Cell]) -> float | None:
+        """Return the sample standard deviation of the seeds' averages; None with one seed or when columns differ in their seeds."""
+        values = [cells[c].values for c in self.columns]
+        if any(each.keys() != values[0].keys() for each in values):
+            return None
+        return mean_and_deviation([sum(each[seed] for each in values) / len(values) for seed in values[0]])[1]
 
 
 def find_columns(chosen: Sequence[Result], everything: Sequence[Result]) -> tuple[Column, ...]:
@@ -107,10 +115,13 @@ def find_columns(chosen: Sequence[Result], everything: Sequence[Result]) -> tupl
     return tuple(columns)
 
 
-def build_rows(chosen: Sequence[Result], columns: Sequence[Column]) -> tuple[tuple[Row, ...], list[str]]:
-    """Group results into rows, single-target first, in the published order; return them with notes."""
+def build_rows(chosen: Sequence[Result], columns: Sequence[Column], *, by_label: bool = False) -> tuple[tuple[Row, ...], list[str]]:
+    """Group results into rows, single-target first, in the published order; return them with notes.
+
+    `by_label`: the runs are named `<label>-s<seed>`, and different labels are different rows.
+    """
     groups: dict[tuple[bool, str], list[Result]] = defaultdict(list)
-    labels = _labels(chosen)
+    labels = _labels(chosen, by_label)
     for result in chosen:
         groups[result.joint, labels[_setting(result)]].append(result)
     ordered = sorted(groups, key=lambda key: (key[0], _method_rank(groups[key][0].method), key[1]))
@@ -158,11 +169,11 @@ def _setting(result: Result) -> tuple[str, ...]:
     return (result.method, result.predict, result.backbone, result.protocol, _experiment(result))
 
 
-def _labels(chosen: Sequence[Result]) -> dict[tuple[str, ...], str]:
+def _labels(chosen: Sequence[Result], by_label: bool) -> dict[tuple[str, ...], str]:
     """Name each setting by its method and what distinguishes it: prediction, backbone, protocol, at last the run.
 
     Runs of one method that differ in name only (seeds run one by one) share a row unless a seed would occur
-    twice in it.
+    twice in it; with `by_label` they never do, and a label that says more than the method is shown.
     """
     settings = sorted({_setting(r) for r in chosen})
     varying = [len({s[i] for s in settings}) > 1 for i in range(4)]
@@ -172,8 +183,21 @@ def _labels(chosen: Sequence[Result]) -> dict[tuple[str, ...], str]:
         extras += [setting[i] for i in (2, 3) if varying[i]]
         name = METHOD_NAMES.get(setting[0], setting[0])
         names[setting] = f"{name} ({', '.join(extras)})" if extras else name
-    clashing = _clashing(chosen, names)
-    return {s: f"{name} [{s[4]}]" if name in clashing else name for s, name in names.items()}
+    clashing = set() if by_label else _clashing(chosen, names)
+    shown = _telling(chosen, names) if by_label else set()
+    return {s: f"{name} [{s[4]}]" if name in clashing or s[4] in shown else name for s, name in names.items()}
+
+
+def _telling(chosen: Sequence[Result], names: Mapping[tuple[str, ...], str]) -> set[str]:
+    """Return the labels that are not just the method's name (with `-joint`, which the star says), and those that would share it."""
+    owners: dict[tuple[bool, str], set[str]] = defaultdict(set)
+    telling = set()
+    for result in chosen:
+        label = _experiment(result)
+        owners[result.joint, names[_setting(result)]].add(label)
+        if label not in (result.method, f"{result.method}-joint" if result.joint else result.method):
+            telling.add(label)
+    return telling.union(*(labels for labels in owners.values() if len(labels) > 1))
 
 
 def _clashing(chosen: Sequence[Result], names: Mapping[tuple[str, ...], str]) -> set[str]:

@@ -28,7 +28,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def paired_p_value(first: Mapping[int, float], second: Mapping[int, float]) -> float | None:
     """Return the two-sided p-value of "no difference" over the seeds both have, None with fewer than two.
 
-    Seeds pair the runs: the same seed means the same batches and the same initial prompt.
+    Seeds pair the runs: the same seed means the same order of every task's rows and the same few-shot rows. Within one method it
+    also means the same start; methods draw theirs apart. The test holds however much the pairs have in common.
     """
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) <= 1:

@@ -55,7 +55,9 @@ class Settings(Section):
     max_failures: int = Field(default=2, ge=0, description="How often a trial that died is started again, from its checkpoint.")
     concurrency: int | None = Field(default=None, ge=1, description="Trials side by side; null is what the resources allow.")
     cpus: float = Field(default=1.0, gt=0, description="Cores of a process of a trial.")
-    gpus: float | None = Field(default=None, ge=0, description="GPUs (or a fraction of one) of a process; null is 1 if there are any.")
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs (or a fraction of one) of a process; null is 1 if there are any."
+    )
     workers: int = Field(default=1, ge=1, description="Processes of a trial of a `source` sweep.")
     time_budget: float | None = Field(default=None, gt=0, description="Minutes after which running trials stop, resumable.")
 
@@ -160,10 +162,14 @@ class Sweep:
         if not config.data.target_tasks or not config.target.steps:
             found.append(Problem(("run",), "has no target stage, and trials are compared by their validation there; name targets"))
         if self.settings.stage == "adapt" and config.method.HAS_SOURCE_STAGE and config.source.posterior is None:
-            found.append(Problem(("run", "source"), "posterior: is missing, an adapt sweep starts from a stored one; or stage: source"))
+            found.append(
+                Problem(("run", "source"), "posterior: is missing, an adapt sweep starts from a stored one; or stage: source")
+            )
         if self.settings.scheduler == "asha":
             if config.target.eval_every is None:
-                found.append(Problem(("run", "target"), "eval_every: is missing, asha compares trials at validations; or scheduler: none"))
+                found.append(
+                    Problem(("run", "target"), "eval_every: is missing, asha compares trials at validations; or scheduler: none")
+                )
             if separate and "target.steps" in self.space:
                 place = ("space", self.written["target.steps"])
                 found.append(Problem(place, "makes asha compare one target with another; set target.joint, or scheduler: none"))
@@ -175,8 +181,8 @@ class Sweep:
             set_key(data, tuple(key.split(".")), value)
         name = f"trial-{number:03d}-s{seed}"
         data |= {"name": name, "seed": seed, "output": str(self.settings.output), "run_dir": str(self.directory / name)}
-        tracking = data.get("tracking") if isinstance(data.get("tracking"), dict) else {}
-        if tracking.get("mlflow", True) and not tracking.get("experiment"):
+        tracking = data.get("tracking", {})
+        if isinstance(tracking, dict) and tracking.get("mlflow", True) and not tracking.get("experiment"):
             data["tracking"] = {**tracking, "experiment": self.settings.name}
         config, problems = validate(data, METHODS)
         return config, [Problem(self._place(problem.key), problem.text) for problem in problems]
@@ -238,9 +244,9 @@ def _settings(data: dict[str, Any]) -> tuple[Settings | None, list[Problem]]:
 
 def _problem(kind: str, key: Key, message: str, value: object) -> Problem:
     if kind == "extra_forbidden":
-        near = did_you_mean(str(key[-1]), Settings.model_fields)
         in_run = str(key[-1]) in fields_by_key(None)
-        return Problem(key, f"unknown key{near or ('; it belongs below run' if in_run else '')}")
+        near = "; it belongs below run" if in_run else did_you_mean(str(key[-1]), Settings.model_fields)
+        return Problem(key, f"unknown key{near}")
     if kind == "missing":
         return Problem(key, "is missing; give a value")
     text = message.removeprefix("Input ")
@@ -252,7 +258,9 @@ def _shared_keys(settings: Settings) -> list[Problem]:
     repeated = sorted({seed for seed in settings.seeds if settings.seeds.count(seed) > 1})
     found += [Problem(("seeds",), f"lists {seed} twice; name each once") for seed in repeated]
     if settings.stage == "adapt" and settings.workers > 1:
-        found.append(Problem(("workers",), f"has no effect in an adapt sweep (got {settings.workers}); remove it or set stage: source"))
+        found.append(
+            Problem(("workers",), f"has no effect in an adapt sweep (got {settings.workers}); remove it or set stage: source")
+        )
     if settings.search == "grid" and settings.num_settings is not None:
         found.append(Problem(("num_settings",), f"has no effect with search grid, which tries all (got {settings.num_settings})"))
     if settings.search != "grid" and settings.num_settings is None:
@@ -285,7 +293,9 @@ def _space(settings: Settings) -> tuple[dict[str, Entry], dict[str, str], list[P
             continue
         entry = space[dotted]
         if settings.search == "grid" and isinstance(entry, sweep_space.Range) and entry.points is None:
-            problems.append(Problem(place, "is a range, and search grid needs to know how many `points`; add them, or search: random"))
+            problems.append(
+                Problem(place, "is a range, and search grid needs to know how many `points`; add them, or search: random")
+            )
     return space, written, problems
 
 

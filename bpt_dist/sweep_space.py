@@ -1,9 +1,9 @@
 """A search space: which keys of a configuration take which values. Pure functions from the YAML mapping to lists of settings.
 
-    space:
-      method.sigma_relative: [0.1, 1, 10]                        # choices
-      target.lr: {log_uniform: [0.01, 1], points: 4}             # a range; `points` makes it a grid
-      method.rank: {integer: [1, 8]}
+space:
+  method.sigma_relative: [0.1, 1, 10]                        # choices
+  target.lr: {log_uniform: [0.01, 1], points: 4}             # a range; `points` makes it a grid
+  method.rank: {integer: [1, 8]}
 """
 
 from __future__ import annotations

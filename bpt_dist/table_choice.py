@@ -67,15 +67,31 @@ def choose(config: Config, runs: Sequence[Config], results: Sequence[Result]) ->
     return {contest: sorted(trials, key=lambda trial: -trial.score) for contest, trials in found.items()}
 
 
-def chosen_yaml(found: dict[Contest, list[Trial]], command: str) -> str:
-    """Return the chosen rows as YAML, with the scores of all trials as comments."""
+def chosen_yaml(config: Config, found: dict[Contest, list[Trial]], command: str) -> str:
+    """Return a configuration that trains the chosen rows, with the scores of all trials as comments.
+
+    It is the search's own without `evaluation.splits` and `seeds`: its table shows test rows, of the seeds it is given.
+    """
     num_trials = len(next(iter(found.values())))
-    lines = [f"# Chosen by `{command}`:", f"# best mean score on validation rows, {num_trials} trials for every row.", "rows:"]
+    plain = config.model_dump(mode="json", exclude_unset=True)
+    plain = {"name": f"{config.name}-chosen"} | {key: plain[key] for key in plain if key not in ("name", "rows", "seeds")}
+    plain["evaluation"] = {key: value for key, value in plain.get("evaluation", {}).items() if key != "splits"}
+    shared = {key: value for key, value in plain.items() if value != {}}
+    lines = [
+        f"# Chosen by `{command}`:",
+        f"# best mean score on {SPLIT} rows, {num_trials} trials for every row; their scores stand above each.",
+        _yaml(shared),
+        "rows:",
+    ]
     for contest, trials in found.items():
         label = {"label": f"{contest.method}-joint"} if contest.joint else {}
         lines += ["# " + ", ".join(f"{trial.label} {trial.score:.1f}" for trial in trials)]
-        lines += [yaml.safe_dump([label | trials[0].settings], sort_keys=False, default_flow_style=None, width=120).rstrip()]
+        lines += [_yaml([label | trials[0].settings])]
     return "\n".join(lines) + "\n"
+
+
+def _yaml(plain: Any) -> str:
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120).rstrip()
 
 
 def _rows_by_label(config: Config) -> dict[str, dict[str, Any]]:

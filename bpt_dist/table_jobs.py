@@ -13,12 +13,9 @@ from typing import Protocol
 
 from bpt_dist import config as configuration
 from bpt_dist.config import Config
-from bpt_dist.errors import INTERNAL_ERROR, Stopped, StorageError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, Stopped, StorageError
 from bpt_dist.files import read_json
-from bpt_dist.lock import holder_of
-
-ORPHAN_SECONDS = 20.0
-"""How long a run left alive by a killed command may still need to stop with a checkpoint."""
+from bpt_dist.lock import Holder, holder_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,12 @@ class Display(Protocol):
     def ended(self, jobs: Jobs, run: Config, outcome: Outcome, *, again: bool) -> None:
         """A run ended; `again`: it will be tried once more."""
 
+    def elsewhere(self, jobs: Jobs, run: Config, holder: Holder | None) -> None:
+        """Another command has a run, which this one waits for; None: it has finished it."""
+
+    def retired(self, jobs: Jobs, trainer: int) -> None:
+        """A trainer is not given another run."""
+
 
 class Jobs:
     """The runs of a table that are not finished, and how those of this start ended."""
@@ -67,12 +70,14 @@ class Jobs:
         self.running: dict[str, float] = {}  # name -> when it began
         self.stopping = False
         self._trainers: list[Trainer] = []
+        self._at_work: set[int] = set()
         self._retried: set[str] = set()
+        self._held: set[str] = set()
         self._lock = threading.Lock()
 
     def train(self, trainers: Sequence[Trainer]) -> int:
         """Train what waits, a thread for each trainer if there are several, and return the exit code."""
-        self._trainers = list(trainers)
+        self._trainers, self._at_work = list(trainers), set(range(len(trainers)))
         threads = [threading.Thread(target=self._work, args=pair) for pair in enumerate(trainers)]
         with self._stop_on_signals():
             if len(trainers) == 1:
@@ -85,11 +90,13 @@ class Jobs:
         return self.exit_code()
 
     def exit_code(self) -> int:
-        """Return 75 after a stop, or the code of the first run that failed in the order of the table, or 0."""
+        """Return 75 after a stop, or the code of the first run that failed in the order of the table, or 0.
+
+        A run that is not finished and of which nobody said how it ended counts as an internal error.
+        """
         if self.stopping:
             return Stopped.exit_code
-        ended = [self.outcomes[run.name].code for run in self.runs if run.name in self.outcomes]
-        return next((code for code in ended if code), 0)
+        return next((code for code in map(self._code, self.runs) if code), 0)
 
     def stop(self) -> None:
         """Take no further run and let those in progress stop with a checkpoint."""
@@ -112,16 +119,26 @@ class Jobs:
         by_name = {run.name: known.get(row_label(run), mean) for run in self.runs}
         left = sum(by_name[run.name] for run in self.waiting)
         left += sum(max(0.0, by_name[name] - (now - began)) for name, began in list(self.running.items()))
-        return left / len(self._trainers)
+        return left / max(1, len(self._at_work))
+
+    def _code(self, run: Config) -> int:
+        if run.name in self.outcomes:
+            return self.outcomes[run.name].code
+        return 0 if is_finished(run) else INTERNAL_ERROR
 
     def _work(self, number: int, trainer: Trainer) -> None:
+        proven = False  # whether this trainer has reached a step, or could say what is wrong with a run
         try:
-            while (run := self._next()) is not None:
+            while number in self._at_work and (run := self._next(number)) is not None:
                 self.running[run.name] = time.monotonic()
                 self.display.started(self, run, number)
+                before = _recorded_bytes(run)
                 outcome = self._train_one(trainer, run)
-                self._close(run, outcome)
+                broke = outcome.died or outcome.code == INTERNAL_ERROR
+                proven = proven or not broke or _recorded_bytes(run) != before
+                self._close(run, outcome, number, suspect=not proven)
         finally:
+            self._at_work.discard(number)
             trainer.close()
 
     def _train_one(self, trainer: Trainer, run: Config) -> Outcome:
@@ -131,10 +148,17 @@ class Jobs:
         except Exception as error:  # a thread that ends in silence would leave its runs untrained
             return Outcome(INTERNAL_ERROR, f"{type(error).__name__}: {error}", time.monotonic() - began)
 
-    def _close(self, run: Config, outcome: Outcome) -> None:
+    def _close(self, run: Config, outcome: Outcome, number: int, *, suspect: bool) -> None:
+        """Settle what becomes of a run, and of a trainer that is suspect: its run broke off before a first step."""
         with self._lock:
-            again = outcome.died and run.name not in self._retried and not self.stopping
             self.running.pop(run.name)
+            if outcome.code == ConfigError.exit_code and (_holder(run) is not None or is_finished(run)):
+                self.waiting.append(run)  # another command was faster: it is not this one's failure
+                return
+            may_repeat = run.name not in self._retried and not self.stopping
+            # Not where the run has failed on another trainer too, nor the last one: somebody has to say what is wrong with a run.
+            retired = suspect and may_repeat and len(self._at_work) > 1
+            again = retired or (outcome.died and may_repeat)
             if outcome.code == Stopped.exit_code:
                 self.stopping = True
             if again:
@@ -143,20 +167,32 @@ class Jobs:
             else:
                 self.outcomes[run.name] = outcome
             self.display.ended(self, run, outcome, again=again)
+            if retired:
+                self._at_work.discard(number)
+                self.display.retired(self, number)
 
-    def _next(self) -> Config | None:
-        """Take the next run that nobody else is training; one that stays occupied is taken last, and says who has it."""
-        deadline = time.monotonic() + ORPHAN_SECONDS
+    def _next(self, number: int) -> Config | None:
+        """Take the next run that nobody else is training; one that another command has is waited for."""
         while not self.stopping:
             with self._lock:
-                if not self.waiting:
-                    return None
-                for run in self.waiting:
-                    if time.monotonic() > deadline or not _is_alive(run):
+                for run in list(self.waiting):
+                    if self._is_free(run):
                         self.waiting.remove(run)
-                        return run
+                        if not is_finished(run):
+                            return run
+                        self.display.elsewhere(self, run, None)
+                if not self.waiting:
+                    self._at_work.discard(number)
+                    return None
             time.sleep(0.5)
         return None
+
+    def _is_free(self, run: Config) -> bool:
+        holder = _holder(run)
+        if holder is not None and run.name not in self._held:
+            self._held.add(run.name)
+            self.display.elsewhere(self, run, holder)
+        return holder is None
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -185,7 +221,13 @@ def row_label(run: Config) -> str:
     return re.sub(rf"-s{run.seed}$", "", run.name)
 
 
-def _is_alive(run: Config) -> bool:
+def _holder(run: Config) -> Holder | None:
     with suppress(StorageError):  # what is wrong with the lock is said when the run is opened
-        return holder_of(run.directory) is not None
-    return False
+        return holder_of(run.directory)
+    return None
+
+
+def _recorded_bytes(run: Config) -> int:
+    """Return how much a run has recorded of its steps."""
+    file = run.directory / "metrics.jsonl"
+    return file.stat().st_size if file.is_file() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -18,15 +20,27 @@ from bpt_dist import config as configuration
 from bpt_dist.config import Config
 from bpt_dist.errors import INTERNAL_ERROR, ConfigError, PeerLost, Stopped
 from bpt_dist.files import write_atomic
+from bpt_dist.rank_variables import NEEDED
 from bpt_dist.table_jobs import Outcome, is_finished
 
 SCRIPT = Path(__file__).parents[1] / "launcher" / "train.py"
 GPUS = Path("/dev")
+OF_A_RANK = frozenset({*NEEDED, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK", "ROLE_RANK"})
+# Ends a process group when its input does, which is when the process that holds the other end is gone, however it went.
+WATCH = 'read -r _; kill -TERM -"$0"'
 
 
 def num_gpus() -> int:
-    """Return how many NVIDIA devices this machine shows."""
-    return len(list(GPUS.glob("nvidia[0-9]*")))
+    """Return how many NVIDIA devices this machine shows to this process.
+
+    CUDA_VISIBLE_DEVICES narrows them as CUDA reads it: names behind the first one that is no device do not count.
+    """
+    there = len(list(GPUS.glob("nvidia[0-9]*")))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not there:
+        return there
+    devices = [name.strip() for name in named.split(",")]
+    return sum(1 for _ in takewhile(lambda name: re.match(r"GPU-|MIG-|\d+$", name), devices))
 
 
 def cores() -> int:
@@ -35,11 +49,14 @@ def cores() -> int:
 
 
 def prepare_environment(num_workers: int) -> dict[str, str]:
-    """Return the environment in which `num_workers` processes share this machine: its cores, if nothing else is said."""
+    """Return the environment in which `num_workers` processes share this machine: its cores, if nothing else is said.
+
+    What a launcher said about ranks is left out: it was meant for this process, and each of those is a job of its own.
+    """
     usual = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // num_workers))}
     # Said here, because DeepSpeed otherwise warns in every process that it found no accelerator.
     usual |= {} if num_gpus() else {"DS_ACCELERATOR": "cpu"}
-    return {**usual, **os.environ}
+    return {**usual, **{name: value for name, value in os.environ.items() if name not in OF_A_RANK}}
 
 
 def write_config(run: Config, folder: Path) -> Path:
@@ -54,7 +71,10 @@ class Here:
 
     def train(self, run: Config) -> Outcome:
         """Train one run; its guard has the signals meanwhile."""
-        os.environ.update(prepare_environment(1))
+        environment = prepare_environment(1)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
         from bpt_dist.table_worker import train_run
 
         began = time.monotonic()
@@ -150,7 +170,13 @@ class Launched:
             self.job = subprocess.Popen(
                 self.command(write_config(run, self.folder)), stdout=log, stderr=log, env=self.environment, start_new_session=True
             )
+        watch = subprocess.Popen(
+            ["sh", "-c", WATCH, str(self.job.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         code = self.job.wait()
+        watch.kill()
+        watch.communicate()
         seconds = time.monotonic() - began
         if is_finished(run):
             return Outcome(0, None, seconds)

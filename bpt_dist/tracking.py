@@ -27,6 +27,7 @@ from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.journal import MetricsLog, read_records
 from bpt_dist.lock import holder_of
+from bpt_dist.tracking_credentials import credentials
 
 __all__ = ["MetricsLog", "Request", "Sender", "Summary", "connect", "parameters", "sync"]
 
@@ -81,15 +82,22 @@ def parameters(config: Mapping[str, Any], *, leave_out: tuple[str, ...] = ()) ->
             continue
         found[name] = str(value)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name.rpartition(".")[2] in ("sigma", "sigma_relative") and is_number and value > 0:
-            head, dot, last = name.rpartition(".")
-            found[f"{head}{dot}log10_{last}"] = f"{math.log10(value):.6g}"
+        if is_number and value > 0 and (logged := log10_name(name)):
+            found[logged] = f"{math.log10(value):.6g}"
     return found
+
+
+def log10_name(name: str) -> str | None:
+    """Return the name of the logarithm that is logged beside a sigma, None for every other parameter."""
+    head, dot, last = name.rpartition(".")
+    return f"{head}{dot}log10_{last}" if last in ("sigma", "sigma_relative") else None
 
 
 def connect(uri: str) -> Any:
     """Return an MlflowClient whose calls fail fast; one process at a time makes a new sqlite store (6 s)."""
     os.environ.update(SHORT_CALLS)
+    if _sqlite_path(uri) is None:
+        os.environ.update(credentials())
     from mlflow import MlflowClient
 
     with _store_lock(uri):
@@ -116,7 +124,7 @@ class Sender:
         except OSError as error:
             self._lock.close()
             raise StorageError(f"{folder}: another process is sending this run to the tracking store") from error
-        self.state: dict[str, Any] = {"run_id": None, "sent": {}, "sending": {}, "images": {}, "files": {}}
+        self.state: dict[str, Any] = {"run_id": None, **_nothing_sent()}
         self.state |= read_json(folder / "tracking.json")
         if request is not None:
             self._adopt(request)
@@ -125,6 +133,7 @@ class Sender:
         """Send what is new: metrics, then pictures. Raises whatever MLflow raises."""
         if self._client is None:
             self._open_run()
+        self._send_tags()
         self._send_metrics()
         self._send_pictures()
 
@@ -146,7 +155,7 @@ class Sender:
 
     def _adopt(self, request: Request) -> None:
         if self.state["uri"] != request.uri:
-            self.state |= {"run_id": None, "sent": {}, "sending": {}, "images": {}, "files": {}}
+            self.state |= {"run_id": None, **_nothing_sent()}
         self.state |= asdict(request) | {"resumes": self.state.get("resumes", -1) + 1}
 
     def _true_state(self) -> str | None:
@@ -200,6 +209,15 @@ class Sender:
         # Beside the database: MLflow's default is relative to the working directory of whoever comes first.
         location = None if store is None else (store.parent / "mlartifacts" / self.state["experiment"]).as_uri()
         return client.create_experiment(self.state["experiment"], artifact_location=location)
+
+    def _send_tags(self) -> None:
+        """`tags.json` holds what is known of a run beside its configuration: the sweep it belongs to, why it was ended."""
+        path = self.folder / "tags.json"
+        tags = read_json(path) if path.is_file() else {}
+        if tags != self.state["more_tags"]:
+            _log_batch(self._client, self.state["run_id"], tags=tags)
+            self.state["more_tags"] = tags
+            self._save()
 
     def _send_metrics(self) -> None:
         path = self.folder / "metrics.jsonl"
@@ -271,6 +289,10 @@ class Sender:
 
     def _save(self) -> None:
         write_json_atomic(self.folder / "tracking.json", self.state)
+
+
+def _nothing_sent() -> dict[str, Any]:
+    return {"sent": {}, "sending": {}, "images": {}, "files": {}, "more_tags": {}}
 
 
 def metric_key(stage: str, name: str) -> str:

@@ -19,11 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist.errors import ConfigError, StorageError
-from bpt_dist.tracking import connect
+from bpt_dist.tracking import connect, log10_name
 
 VIEW = "bpt-dist"
-HEADLINE = "best/score"
-COLUMNS = ("method", "target.prior", "target.sigma", "method.lr_full", "method.lr_low_rank", "target.lr")
+HEADLINE, SWEEP_SCORE = "best/score", "sweep/score"
+COLUMNS = (
+    "method.name",
+    "method.prior",
+    "method.sigma",
+    "method.sigma_relative",
+    "method.lr_full",
+    "method.lr_low_rank",
+    "target.lr",
+)
+TAG = f"mlflow.sharedViewState.{VIEW}"
+COMPARED_RUNS = 100
 START_SECONDS = 120
 log = logging.getLogger(__name__)
 
@@ -43,10 +53,10 @@ class Page:
             self.process.wait(timeout=20)
 
 
-def ui(uri: str, port: int | None = None, *, headline: str = HEADLINE, params: Sequence[str] = COLUMNS) -> Page:
+def ui(uri: str, port: int | None = None, *, headline: str | None = None, params: Sequence[str] | None = None) -> Page:
     """Start the page of a sqlite store on 127.0.0.1 (on a free port if None is given) and wait for it.
 
-    The links open on parallel coordinates of `params` and `headline`. Raises ConfigError for an occupied
+    The links open on parallel coordinates of `params` (see `install_view`) and `headline`. Raises ConfigError for an occupied
     port, StorageError if the server ends or is silent for two minutes.
     """
     client = connect(uri)
@@ -63,45 +73,72 @@ def ui(uri: str, port: int | None = None, *, headline: str = HEADLINE, params: S
     return Page(address, _links(address, experiments), process)
 
 
-def install_view(client: Any, experiment_id: str, *, headline: str, params: Sequence[str]) -> None:
-    """Save the view the links open: MLflow's internal format, so a failure is only a plainer page."""
-    state = {
-        "selectedColumns": [
-            "attributes.`Source`",
-            f"metrics.`{headline}`",
-            *(f"params.`{name}`" for name in params),
-        ],
-        "compareRunCharts": [
-            {
-                "type": "PARALLEL",
-                "uuid": f"{VIEW}-parallel",
-                "runsCountToCompare": 100,
-                "selectedParams": list(params),
-                "selectedMetrics": [headline],
-                "metricSectionId": f"{VIEW}-section",
-                "deleted": False,
-                "isGenerated": False,
-            }
-        ],
-        "compareRunSections": [
-            {
-                "uuid": f"{VIEW}-section",
-                "name": "Comparison",
-                "display": True,
-                "isReordered": False,
-                "deleted": False,
-                "isGenerated": False,
-            }
-        ],
-        "runsHiddenMode": "FIRST_20_RUNS",
-    }
-    now = int(time.time() * 1000)
-    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    view = {"name": "bpt_dist", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
+def install_view(client: Any, experiment_id: str, *, headline: str | None = None, params: Sequence[str] | None = None) -> None:
+    """Save the view the links open, once for what there is to compare; a failure is only a plainer page (the format is internal).
+
+    Without `params` these are the searched keys of the experiment's sweep, or the usual ones that differ between its runs. Without
+    `headline` it is the score of a sweep, which pruned trials have too, or the score of finished runs.
+    """
     try:
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+        runs = client.search_runs([experiment_id], max_results=COMPARED_RUNS)
+        of_sweep = any(SWEEP_SCORE in run.data.metrics for run in runs)
+        headline = headline or (SWEEP_SCORE if of_sweep else HEADLINE)
+        shown = list(params or compared(runs))
+        before = client.get_experiment(experiment_id).tags.get(TAG)
+        state = _state(headline, shown)
+        packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+        if before is not None and json.loads(before)["state"] == f"deflate;{packed}":
+            return
+        now = int(time.time() * 1000)
+        view = {"name": "bpt_dist", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
+        client.set_experiment_tag(experiment_id, TAG, json.dumps(view))
     except Exception as error:
         log.warning("the view of experiment %s could not be saved (%s)", experiment_id, error)
+
+
+def compared(runs: Sequence[Any]) -> list[str]:
+    """Return the parameters by which MLflow runs are told apart, sigma by its logarithm: the axes are linear."""
+    swept = [key for run in runs for key in run.data.tags.get("bpt.swept", "").split(",") if key]
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key in dict.fromkeys([*swept, *COLUMNS]):
+            values.setdefault(log10_name(key) or key, set()).add(run.data.params.get(log10_name(key) or key, ""))
+    of_sweep = dict.fromkeys(log10_name(key) or key for key in swept)
+    return list(of_sweep) or [key for key, found in values.items() if len(found) > 1] or list(COLUMNS)
+
+
+def _state(headline: str, params: Sequence[str]) -> dict[str, Any]:
+    chart = {
+        "type": "PARALLEL",
+        "uuid": f"{VIEW}-parallel",
+        "runsCountToCompare": COMPARED_RUNS,
+        "selectedParams": list(params),
+        "selectedMetrics": [headline],
+        "metricSectionId": f"{VIEW}-section",
+        "deleted": False,
+        "isGenerated": False,
+    }
+    section = {
+        "uuid": f"{VIEW}-section",
+        "name": "Comparison",
+        "columns": 1,
+        "cardHeight": 520,
+        "display": True,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+    }
+    logged = [name for name in params if "log10_" in name]
+    columns = [f"metrics.`{name}`" for name in dict.fromkeys((headline, HEADLINE))]
+    columns += [f"params.`{name.replace('log10_', '')}`" for name in logged]
+    columns += [f"params.`{name}`" for name in params if name not in logged]
+    return {
+        "selectedColumns": columns,
+        "compareRunCharts": [chart],
+        "compareRunSections": [section],
+        "isAccordionReordered": True,  # else MLflow puts the sections it makes of every metric in alphabetical order before it
+        "runsHiddenMode": "SHOW_ALL",
+    }
 
 
 def _links(address: str, experiments: dict[str, str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ def run_all(config: Config, *, fresh: bool = False) -> int:
     """Train every run of a configuration in this job and return the exit code (collective: every rank)."""
     world = World()
     try:
-        limits, job = config.distribution, f"{config.name} {configuration.fingerprint(config)}"
+        limits, job = config.distribution, f"{configuration.fingerprint(config)} {config.directory}"
         world = World.start(limits.startup_timeout, limits.expect_world_size, job)
         runs = configuration.expand(config)
         for one in runs:

@@ -4,11 +4,13 @@ Every task owns, per epoch, one permutation keyed by (seed, task, epoch). At ste
 t·B … t·B + B − 1 of the endless row of permutations, so every row comes exactly once an epoch and a run resumes with
 nothing but its step number. Tasks that task sampling leaves out at a step skip their B rows. A mixture (sampling.py) draws the
 task of every text: a step then has K·B texts as well, and each task goes on in its row where the steps before left it.
+A stage after preludes begins at row S·B of each task, behind what their S steps have read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,12 +97,28 @@ class Batches:
         self.tasks_per_step = kappa
         self.task_weight = tuple(task_weight) if task_weight is not None else (1.0,) * len(datasets)
         self.num_particles = num_particles
+        self.first_row = 0  # in the endless row of each task
         self.mixture: Mixture | None = None
         if sampling.kind != "all":
             if kappa != len(datasets):
                 raise ConfigError(f"sampling {sampling.kind} draws tasks from all {len(datasets)}, tasks_per_step is {kappa}")
             self.mixture = Mixture(sampling, [len(task) for task in datasets], kappa * batch_size, seed)
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}  # the newest epoch of each task, recomputable
+
+    def of_all_tasks(self) -> Batches:
+        """Return what a prelude reads: B texts of every task at every step, however this stage draws its tasks.
+
+        Teachers and task embeddings are prompt tunings of one task each, which an optimizer must not move on other tasks' steps.
+        """
+        found = copy(self)
+        found.tasks_per_step, found.mixture = len(self.datasets), None
+        return found
+
+    def after(self, num_steps: int) -> Batches:
+        """Return these batches for a stage that comes `num_steps` steps of `of_all_tasks` later: each task's row goes on."""
+        found = copy(self)
+        found.first_row += num_steps * self.batch_size
+        return found
 
     def at(self, step: int, particle: int | None = None) -> Batch:
         """Return the batch of a step; with `particle`, the texts of that particle alone, which no other one sees.
@@ -120,10 +138,11 @@ class Batches:
     def _positions(self, step: int, block: int) -> list[tuple[int, range]]:
         """Return the places in the endless row of each task that gives texts, in ascending order of the tasks."""
         if self.mixture is None:
-            first = block * self.batch_size
+            first = self.first_row + block * self.batch_size
             return [(k, range(first, first + self.batch_size)) for k in self.tasks_at(step)]
         before, here = (texts.tolist() for texts in self.mixture.at(block))
-        return [(k, range(before[k], before[k] + here[k])) for k in range(len(here)) if here[k]]
+        firsts = [self.first_row + texts for texts in before]
+        return [(k, range(firsts[k], firsts[k] + here[k])) for k in range(len(here)) if here[k]]
 
     def tasks_at(self, step: int) -> tuple[int, ...]:
         """Return the κ tasks of a step in ascending order, drawn uniformly without replacement."""

@@ -36,8 +36,14 @@ class Sampling(NamedTuple):
         """Return the sampling that the settings of a stage describe."""
         return cls(stage.sampling, stage.sampling_cap, stage.sampling_temperature)
 
+    def shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """Return the share of each task in the texts of a step, in expectation: p_k, and 1/K where every task comes every time."""
+        if self.kind == "all":
+            return (1 / len(sizes),) * len(sizes)
+        return tuple(self.probabilities(sizes).tolist())
+
     def probabilities(self, sizes: Sequence[int]) -> np.ndarray:
-        """Return p_k for tasks of n_k = `sizes` rows."""
+        """Return p_k of a mixture of tasks of n_k = `sizes` rows."""
         rows = np.asarray(sizes, dtype=np.float64)
         weights = rows ** (1 / self.temperature) if self.kind == "temperature" else np.minimum(rows, self.cap)
         return weights / weights.sum()

@@ -47,7 +47,10 @@ class Config(PromptOptions):
         True, description="Train the layer norm of the attention network, as the paper counts; the authors' code freezes it."
     )
     prompt_steps: int | None = Field(
-        None, ge=1, description="Steps of the source prompts where source.steps pre-train the attention; null does not."
+        None,
+        ge=1,
+        description="Steps of the source prompts where source.steps pre-train the attention; null does not. A stored posterior "
+        "brings its own attention or none.",
     )
 
 
@@ -93,6 +96,11 @@ class AttentionalMixture(SourcePrompts):
         assert source is not None
         self.target_tasks = [task.name for task in tasks]
         pretrained = {name: source[f"attention/{name}"] for name in ATTENTION if f"attention/{name}" in source}
+        if self.config.prompt_steps is not None and not pretrained:
+            raise ConfigError(
+                f"method.prompt_steps: is {self.config.prompt_steps}, but the source posterior holds no pre-trained attention; set "
+                "it to null, or train the source stage anew"
+            )
         self._mix(source["prompts"].to(self.backbone.device), len(tasks), pretrained)
 
     def _mix(self, sources: Float[Tensor, "J P D"], num_tasks: int, pretrained: Tensors) -> None:

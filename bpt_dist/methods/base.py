@@ -31,6 +31,21 @@ class Prelude(NamedTuple):
     steps: int
     lr: float | None = None
 
+    def settings(self, stage: Stage) -> Stage:
+        """Return the settings of this prelude of `stage`: own steps and rate, all tasks at every step, nothing validated."""
+        own = {"steps": self.steps, "lr": self.lr or stage.lr, "sampling": "all"}
+        unset = {"tasks_per_step": None, "eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
+        known = type(stage).model_fields
+        return stage.model_copy(update=own | {key: value for key, value in unset.items() if key in known})
+
+
+class SharedPrompt(NamedTuple):
+    """A prompt [P, D] that targets trained together share, and the low-rank factors u [K, R, P], v [K, R, D] of each."""
+
+    full: Tensor
+    u: Tensor
+    v: Tensor
+
 
 class LowRankPairs(NamedTuple):
     """B A alpha / rank, added to linear layers of the T5: by the layer's name, A [R, inputs] and B [outputs, R]."""
@@ -53,6 +68,8 @@ class Method(nn.Module):
     source_tensors: ClassVar[Mapping[str, str]] = {}
     # The tasks along axis K of those tensors, in order; known once a source stage has begun or its posterior was read.
     source_tasks: tuple[str, ...] = ()
+    # The share of each target task in the texts of a step, in expectation, which weighs its likelihood; () is equal shares.
+    target_shares: tuple[float, ...] = ()
 
     def __init__(
         self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: Reduction, evaluation: Evaluation | None = None
@@ -85,7 +102,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def preludes(self) -> Sequence[Prelude]:
-        """Return the stages to train before the one just begun, on the same tasks and batches; `begin_...` has set up the first."""
+        """Return the stages to train before the one just begun, on the same tasks; `begin_...` has set up the first.
+
+        Every step of a prelude has texts of all tasks, whatever the sampling, and the main stage goes on behind them.
+        """
         return ()
 
     def end_prelude(self, mesh: Mesh) -> None:
@@ -138,6 +158,11 @@ class Method(nn.Module):
         """Return the optimizer's groups; two-speed learning rates live here."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
 
+    @property
+    def extra_forwards(self) -> int:
+        """Passes of every text without gradients that a step of the current stage takes beside the one it learns from."""
+        return 0
+
     # --- what is carried over ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -153,6 +178,16 @@ class Method(nn.Module):
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return the finished soft prompt of each target task, or None when the method is not a prompt."""
         return None
+
+    @classmethod
+    def shared_prompt(cls, trained: Tensors) -> SharedPrompt | None:
+        """Return what of the trained tensors of a joint stage makes its prompts F o (sum_r u_r v_r^T), or None."""
+        return None
+
+    @classmethod
+    def options_of_stored(cls, options: Mapping[str, Any], trained: Tensors) -> dict[str, Any]:
+        """Return options under which `begin_target` makes room for stored tensors without files their start was read from."""
+        return dict(options)
 
     def low_rank_pairs(self) -> LowRankPairs | None:
         """Return what is added to linear layers, or None when the method adds no such thing."""

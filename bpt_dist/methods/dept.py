@@ -7,7 +7,7 @@ this is the strong single-task prompt baseline of the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,6 +86,15 @@ class DecomposedPromptTuning(PromptTuning):
             update = update * (PUBLISHED_ALPHA / len(self.embedding_factor) ** 0.5)
         beyond = embeds.shape[1] - len(update)
         return prepend(self.particles, embeds + functional.pad(update, (0, 0, 0, beyond)).to(embeds))
+
+    @classmethod
+    def options_of_stored(cls, options: Mapping[str, Any], trained: Tensors) -> dict[str, Any]:
+        """Return options of the same sizes; `init: file` would read the prompt's start once more, only to be replaced."""
+        if options["init"] != "file":
+            return dict(options)
+        length, rank = trained["particles"].shape[1], trained["position_factor"].shape[1]
+        budget = Config.model_fields["budget_length"].default
+        return {**options, "init": "normal", "init_file": None, "length": length, "rank": rank, "budget_length": budget}
 
     def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
         """Return two speeds: the prompt and the update."""

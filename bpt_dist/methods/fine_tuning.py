@@ -21,7 +21,10 @@ class Config(MethodConfig):
 
 
 class FineTuning(Method):
-    """Train all weights of the T5 on the target task(s). 222,903,552 numbers on T5-base."""
+    """Train all weights of the T5 on the target task(s). 222,903,552 numbers on T5-base.
+
+    Without dropout, as all methods here: what it drops would depend on the number of processes and on where a run was resumed.
+    """
 
     paper = "Raffel et al. 2020"
     summary = "all weights of the T5"

@@ -25,7 +25,7 @@ from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
-from bpt_dist.methods.base import Prelude, Tensors
+from bpt_dist.methods.base import Prelude, SharedPrompt, Tensors
 from bpt_dist.objective import low_rank_product, sequence_divergence, state_distance
 from bpt_dist.prompts import prepend_own
 from bpt_dist.settings.prompt import PromptOptions
@@ -115,6 +115,11 @@ class MultitaskPromptTuning(SourcePrompts):
     def _distils(self) -> bool:
         return self.stage == "source" and self.config.distillation > 0
 
+    @property
+    def extra_forwards(self) -> int:
+        """Return 1 where the teacher reads every text too."""
+        return int(self._distils)
+
     def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
         """Return log-likelihoods of the batch's targets; where a teacher is to be followed, run it first.
 
@@ -151,6 +156,11 @@ class MultitaskPromptTuning(SourcePrompts):
             {"params": [self.full], "lr": self.config.lr_full},
             {"params": [self.u, self.v], "lr": self.config.lr_low_rank},
         ]
+
+    @classmethod
+    def shared_prompt(cls, trained: Tensors) -> SharedPrompt:
+        """Return the shared prompt and the targets' task vectors."""
+        return SharedPrompt(trained["full"], trained["u"], trained["v"])
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
         """Return the composed prompt of each target task."""

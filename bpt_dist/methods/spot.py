@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bpt_dist.config import refuse, without_effect
 from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.errors import ConfigError
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
 from bpt_dist.methods.base import Prelude, Tensors
@@ -48,7 +49,7 @@ class SoftPromptTransfer(SourcePrompts):
 
     paper = "Vu et al. 2022 (SPoT)"
     summary = "K source prompts, the most similar continued on the target"
-    source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D", "keys": "K P D", "start": "P D"}
+    source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D", "keys": "K P D", "start": "P D", "key_steps": ""}
     config: Config
 
     def task_start(self, task: str) -> Float[Tensor, "P D"]:
@@ -77,12 +78,18 @@ class SoftPromptTransfer(SourcePrompts):
         self.stage = "target"
 
     def end_source(self, mesh: Mesh) -> dict[str, Tensor]:
-        """Hand over the library, and the start that a target's embedding shares with the keys."""
-        return {"prompts": self.task_prompts.detach(), "keys": self.keys, "start": self.start("source").to(self.keys)}
+        """Hand over the library, and the start and the number of steps that a target's embedding shares with the keys."""
+        start, key_steps = self.start("source").to(self.keys), torch.tensor(self.config.probe_steps)
+        return {"prompts": self.task_prompts.detach(), "keys": self.keys, "start": start, "key_steps": key_steps}
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
         """Start the target's task embedding where those of the source tasks started."""
         assert source is not None
+        if (key_steps := int(source["key_steps"])) != self.config.probe_steps:
+            raise ConfigError(
+                f"method.probe_steps: is {self.config.probe_steps}, the keys of the source posterior had {key_steps} steps and "
+                f"compare with embeddings of as many; set it to {key_steps}"
+            )
         self.forget()
         self.library, self.keys, start = (source[name].to(self.backbone.device) for name in ("prompts", "keys", "start"))
         self.target_tasks = [task.name for task in tasks]

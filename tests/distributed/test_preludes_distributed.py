@@ -20,7 +20,9 @@ from bpt_dist.train import run_all
 STEPS = 4
 METHODS = {
     "spot": {"name": "spot", "retrieval": "mixture", "top_k": 2},
-    "attempt": {"name": "attempt", "prompt_steps": STEPS},
+    # Prompts far apart and a low temperature, so that the attention chooses: what moves its shift from zero would otherwise be a
+    # small difference of large numbers.
+    "attempt": {"name": "attempt", "prompt_steps": STEPS, "init": "normal", "temperature": 1.0},
     "mpt": {"name": "mpt", "teacher_steps": STEPS},
 }
 STAGES = {

@@ -17,6 +17,7 @@ import tiny_run
 import yaml
 
 from bpt_dist.cli import main
+from bpt_dist.lock import holder_of
 from bpt_dist.run import read_status
 
 COMMAND = [str(Path(sys.executable).with_name("bpt-dist")), "run-table"]
@@ -52,6 +53,12 @@ def finished(folder: Path) -> dict[str, bytes]:
         for file in files
         if json.loads(file.read_text())["state"] == "finished"
     }
+
+
+def has_just_begun(folder: Path) -> bool:
+    """Whether a run has recorded one or two steps of its six or more: a signal sent now meets it before its end."""
+    logs = (folder / "runs" / "table").glob("*/metrics.jsonl")
+    return any(0 < log.read_bytes().count(b"\n") <= 2 for log in logs)
 
 
 def wait_until(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
@@ -92,10 +99,15 @@ def test_a_failed_row_stops_no_other_a_dead_worker_is_replaced_and_nothing_is_tr
     assert main(["run-table", str(file), "--workers", "1"]) == 2
     assert "2 of 6 runs to train, in this process" in capfd.readouterr().out
     assert finished(tmp_path) == before
-    # Without the row that cannot be trained, everything is there.
+    # Without the row that cannot be trained, all is there; had one run met another T5 under that path, the table would say so.
     write_config(world, tmp_path, PROMPT, JOINT)
+    record = tmp_path / "runs" / "table" / "bpt-joint-s1" / "backbone.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "backbone_hash": "0" * 64}))
     assert main(["run-table", str(file)]) == 0
-    assert "all 4 runs are finished" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "all 4 runs are finished" in output
+    assert "Not comparable: bpt-joint-s1 had another content of backbone than the other runs" in output
+    assert output.count("Not comparable") == 1
     assert finished(tmp_path) == before
 
 
@@ -103,11 +115,11 @@ def test_a_stopped_and_a_killed_command_lose_nothing_that_was_finished(world: Pa
     file = write_config(world, tmp_path, PROMPT, JOINT, {"label": "bpt"})
     slow = "step.after_update,sleep:0.3"
     job = started(file, "--workers", "2", fault=slow)
-    wait_until(lambda: len(finished(tmp_path)) >= 1, job)
+    wait_until(lambda: len(finished(tmp_path)) >= 1 and has_just_begun(tmp_path), job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 75, output
-    assert "stopped with a checkpoint" in output
+    assert "stopped with a checkpoint" in output, output
     after_stop = finished(tmp_path)
     assert 1 <= len(after_stop) < 6
 
@@ -137,6 +149,24 @@ def test_each_run_may_be_a_job_of_the_deepspeed_launcher(world: Path, tmp_path: 
     assert json.loads((folder / "run.json").read_text())["openings"][-1]["world_size"] == 2
 
 
+def test_a_killed_command_takes_the_job_it_launched_with_it(world: Path, tmp_path: Path) -> None:
+    """Otherwise the next command would train a second job on the devices of the first."""
+    file, folder = write_config(world, tmp_path, JOINT), tmp_path / "runs" / "table" / "bpt-joint-s0"
+    job = started(file, "--processes", "2", "seeds=0", fault="step.after_update,sleep:2")
+    wait_until(lambda: (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size > 0, job)
+    job.kill()
+    job.communicate()
+    deadline = time.monotonic() + 60
+    while holder_of(folder) is not None:
+        assert time.monotonic() < deadline, "the launched job lives on"
+        time.sleep(0.2)
+    assert read_status(folder)["state"] == "stopped"
+    job = started(file, "--processes", "2", "seeds=0")
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    assert len(json.loads((folder / "run.json").read_text())["openings"]) == 2
+
+
 def test_a_configuration_that_makes_no_table_is_refused_before_anything_starts(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +176,9 @@ def test_a_configuration_that_makes_no_table_is_refused_before_anything_starts(
     assert main(["run-table", str(file), "--workers", "2", "--processes", "2"]) == 2
     assert main(["run-table", str(file), "--choose", str(tmp_path / "chosen.yaml")]) == 2
     assert "evaluation.splits" in capfd.readouterr().err
+    file = write_config(world, tmp_path, PROMPT, {**JOINT, "evaluation": {"splits": ["validation"]}})
+    assert main(["run-table", str(file)]) == 2
+    assert "bpt-joint is evaluated on ['validation'] and the table shows test rows" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

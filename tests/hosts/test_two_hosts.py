@@ -125,7 +125,7 @@ def test_a_host_that_does_not_answer_leaves_no_rank_behind(hosts: TwoHosts, tiny
     assert checked.returncode == 2
     assert re.search(r"^FAIL  10\.77\.0\.99: does not answer", checked.output, re.MULTILINE), checked.output
     config = long_config(hosts, tiny_world, "dead", 4)
-    started = hosts.run(hosts.train(config, "distribution.startup_timeout=8", hostfile="dead"), seconds=60)
+    started = hosts.run(hosts.train(config, "distribution.startup_timeout=8", hostfile="dead"), seconds=120)
     assert started.returncode != 0
     assert "10.77.0.99" in started.output
     assert not (hosts.folder / "runs" / "dead").exists()
@@ -134,11 +134,11 @@ def test_a_host_that_does_not_answer_leaves_no_rank_behind(hosts: TwoHosts, tiny
 
 def test_a_hostfile_that_is_not_there_does_not_become_a_small_job(hosts: TwoHosts, tiny_world: Path):
     config = long_config(hosts, tiny_world, "small", 4)
-    ended = hosts.run(hosts.train(config, "distribution.expect_world_size=2", hostfile="nosuch"), seconds=60)
+    ended = hosts.run(hosts.train(config, "distribution.expect_world_size=2", hostfile="nosuch"), seconds=120)
     assert ended.returncode == 2, ended.output
     assert ended.output.count("distribution.expect_world_size is 2, but 1 process(es) were started") == 1
     assert "is the hostfile found" in ended.output
-    assert ended.seconds <= 20
+    assert ended.seconds <= 60, "10 s on an idle machine, most of them the launcher's own imports"
     assert not (hosts.folder / "runs" / "small").exists()
     nothing_is_left(hosts)
 

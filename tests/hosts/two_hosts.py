@@ -9,6 +9,7 @@ throw-away files; an `ssh` first in PATH leads both the launcher and pdsh to the
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -53,6 +54,7 @@ class TwoHosts:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> TwoHosts:
+        remove(left_behind())
         try:
             self._write_files()
             self._connect()
@@ -63,15 +65,9 @@ class TwoHosts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for space in self.spaces:
-            for pid in self._pids(space):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        remove([*self.spaces, self.bridge])
         for server in self._servers:
             server.wait()
-        for space in (*self.spaces, self.bridge):
-            subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
-            shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
         for name in ("key", "host_key"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -197,12 +193,31 @@ class TwoHosts:
 
     def jobs(self) -> list[str]:
         """Return the command lines of launchers and ranks that are alive on either host."""
-        lines = [line_of(pid) for space in self.spaces for pid in self._pids(space)]
+        lines = [line_of(pid) for space in self.spaces for pid in pids(space)]
         return [line for line in lines if "train.py" in line or "deepspeed" in line or "hosts_probe" in line]
 
-    def _pids(self, space: str) -> list[int]:
-        found = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
-        return [int(word) for word in found.stdout.split()]
+
+def pids(space: str) -> list[int]:
+    """Return the processes in a namespace."""
+    found = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def remove(spaces: Sequence[str]) -> None:
+    """Remove namespaces of ours with all that runs in them."""
+    for space in spaces:
+        for pid in pids(space):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+        shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
+
+
+def left_behind() -> list[str]:
+    """Return the namespaces of a test process that was killed before it could remove them."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+    ours = re.findall(r"^(bpt(\d+)(?:sw|n[01]))\b", listed, re.MULTILINE)
+    return [space for space, owner in ours if not Path("/proc", owner).exists()]
 
 
 class Ended:

@@ -257,6 +257,18 @@ def test_targets_trained_together_become_one_multi_task_prompt(capsys, job, tmp_
         torch.testing.assert_close(peft_prompt(job, tmp_path / "joint", task_id), single)
 
 
+def test_a_shared_prompt_is_exported_as_one_whatever_its_parts_are_called(capsys, job, tmp_path):
+    """The names of trained tensors are a method's own: one calls the shared prompt particles, another full."""
+    config = tiny_run.settings(job.parents[1], {"name": "mpt"}, output=str(tmp_path / "runs"), target={"joint": True})
+    run = tiny_run.trained(tiny_run.load(tmp_path, config))
+    code, out, _ = run_command(capsys, "export", run, "--out", tmp_path / "out")
+    assert code == 0
+    assert str(tmp_path / "out" / "joint") in out.splitlines()
+    for task_id, task in enumerate(("mood", "count")):
+        single = load_file(tmp_path / "out" / task / "adapter_model.safetensors")["prompt_embeddings"]
+        torch.testing.assert_close(peft_prompt(job, tmp_path / "out" / "joint", task_id), single)
+
+
 def test_particles_and_their_mean_are_exported(capsys, job, tmp_path):
     run_command(capsys, "export", job / "single-s0", "--out", tmp_path, "--particles")
     stored = load_file(job / "single-s0" / "source" / "posterior" / "posterior.safetensors")

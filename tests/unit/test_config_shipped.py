@@ -11,10 +11,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tiny_t5
 import yaml
+from transformers import AutoTokenizer
 
 from bpt_dist import config
-from bpt_dist.data.tasks import GLUE_8, SOURCE_6, SOURCE_12, SUPER_GLUE_5
+from bpt_dist.data.tasks import GLUE_8, SOURCE_6, SOURCE_12, SUPER_GLUE_5, TASKS
+from bpt_dist.data.text_to_text import Example
+from bpt_dist.data.tokens import tokenise
 from bpt_dist.settings.schema import SCHEMA, schema_text
 
 CONFIGS = SCHEMA.parent
@@ -74,6 +78,17 @@ def test_methods_are_compared_under_one_protocol() -> None:
     for folder in folders:
         changed = config.changed_keys(reference, config.load(CONFIGS / folder / "t5_base.yaml"))
         assert [key for key in changed if not key.startswith(free)] == []
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("multirc", 348), ("mnli", 256)])
+def test_texts_are_cut_where_the_published_protocol_cuts_them(task: str, tokens: int, tmp_path: Path) -> None:
+    """DePT, ATTEMPT: 256 tokens, MultiRC 348. A limit set for a whole file takes the place of every task's own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_t5.make(tmp_path))
+    long = [Example("cat " * 2000, TASKS[task].words("fixed")[0], "train:1")]
+    for path in (path for path in SHIPPED if "t5_" in path.name):
+        for limit in {run.data.max_source_length for run in config.expand(config.load(path))}:
+            (ids,) = tokenise(TASKS[task], long, tokenizer, limit).source_ids
+            assert len(ids) == tokens, path
 
 
 def test_partition_settings_are_those_measured() -> None:

@@ -75,11 +75,50 @@ def test_no_row_is_trained_longer_than_another(name: str) -> None:
     assert len(targets) == len(sources) == 1, (targets, sources)
 
 
+@pytest.mark.parametrize("name", ["t5_base.yaml", "t5_base_multi_target.yaml"])
+def test_every_row_has_the_rates_of_its_methods_own_file(name: str) -> None:
+    """Rates and starts are given with their sources there; what the one protocol decides may differ."""
+    by_protocol = ("name", "run_dir", "seed", "data.", "source.steps", "target.", "method.teacher_steps", "method.probe_steps",
+                   "method.label_smoothing")  # fmt: skip
+    for run in runs(f"table/{name}", "seeds=0"):
+        folder = CONFIGS / run.method.name
+        own = configuration.load(folder / ("t5_base_6.yaml" if run.method.HAS_PARTICLES else "t5_base.yaml"))
+        changed = configuration.changed_keys(run, own)
+        rates = [key for key in changed if key in ("target.lr", "target.weight_decay") or not key.startswith(by_protocol)]
+        assert rates == ([] if run.method.name != "mpt" else ["source.sampling"]), run.name
+
+
 def test_the_search_is_the_same_for_everybody_and_covers_every_row_of_the_table() -> None:
     searched, table = runs("table/mini_search.yaml"), runs("table/mini.yaml")
     assert check_search(configuration.load(CONFIGS / "table" / "mini_search.yaml"), searched) == 3
     trials = {_without_place(run) for run in searched}
     assert {_without_place(run) for run in table if run.seed == 0} <= trials
+
+
+SECOND_RATES = {"lr_full", "lr_low_rank", "lr_attention"}
+
+
+def rates(run: Config) -> dict[str, float]:
+    """Return all learning rates of the target stage."""
+    own = {key: value for key, value in run.method.model_dump().items() if key in SECOND_RATES}
+    return own | ({} if run.method.OWN_TARGET_RATES else {"target.lr": run.target.lr})
+
+
+def test_the_trials_of_a_method_multiply_all_its_target_rates_alike() -> None:
+    trials: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    for run in runs("table/mini_search.yaml"):
+        trials.setdefault((run.method.name, run.target.joint), []).append(rates(run))
+    for contest, (first, *others) in trials.items():
+        for other in others:
+            factors = [other[name] / first[name] for name in first]
+            assert max(factors) / min(factors) < 1.15, (contest, factors)  # rates are round numbers
+            assert factors[0] > 2
+    assert len(trials[("dept", False)][0]) == len(trials[("attempt", True)][0]) == 2
+
+
+def test_real_text_is_trained_with_the_middle_rates_of_the_search() -> None:
+    middle = {run.method.name: rates(run) for run in runs("table/mini_search.yaml")[1::3] if not run.target.joint}
+    assert {run.method.name: rates(run) for run in runs("table/real.yaml", "seeds=0")} == middle
 
 
 def _without_place(run: Config) -> str:

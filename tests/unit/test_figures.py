@@ -91,7 +91,7 @@ DRAWINGS: dict[str, Callable[[FigureBase, int], None]] = {
     [*itertools.product(("paths", "kernel", "traces"), (1, 5, 12)), ("losses", 5), ("similarities", 3), ("product", 50)],
 )
 def test_every_label_is_on_the_page_and_none_covers_another(name, num_particles, tmp_path):
-    with figures._canvas((7.6, 5.8), tmp_path / "drawn.png") as figure:
+    with figures.canvas((7.6, 5.8), tmp_path / "drawn.png") as figure:
         DRAWINGS[name](figure, num_particles)
     page = figure.bbox
     boxes = {text: text.get_window_extent() for text in visible_texts(figure)}
@@ -107,7 +107,7 @@ def test_explained_variance_is_that_of_a_singular_value_decomposition_of_the_who
     points = numpy.concatenate([numpy.array(snapshot) for snapshot in trajectory.values()])
     variances = numpy.linalg.svd(points - points.mean(0), compute_uv=False) ** 2
     share = variances[:2] / variances.sum()
-    with figures._canvas((6.4, 5.2), tmp_path / "paths.png") as figure:
+    with figures.canvas((6.4, 5.2), tmp_path / "paths.png") as figure:
         figures._draw_paths(figure, trajectory)
     (axes,) = figure.axes
     assert axes.get_title(loc="left").endswith(f"shows {share.sum():.0%} of the variance")
@@ -116,7 +116,7 @@ def test_explained_variance_is_that_of_a_singular_value_decomposition_of_the_who
 
 
 def test_the_star_is_the_mean_of_the_particles(tmp_path):
-    with figures._canvas((6.4, 5.2), tmp_path / "paths.png") as figure:
+    with figures.canvas((6.4, 5.2), tmp_path / "paths.png") as figure:
         figures._draw_paths(figure, projections(source_records(5)))
     ends = numpy.array([line.get_xydata()[-1] for line in figure.axes[0].lines])
     numpy.testing.assert_allclose(ends[-1], ends[:-1].mean(0))
@@ -127,7 +127,7 @@ def test_particles_that_never_moved_are_still_drawn(tmp_path):
 
 
 def test_the_kernel_scale_is_always_zero_to_one_with_written_values(tmp_path):
-    with figures._canvas((5.4, 4.6), tmp_path / "kernel.png") as figure:
+    with figures.canvas((5.4, 4.6), tmp_path / "kernel.png") as figure:
         figures._draw_kernel(figure, [[1.0, 0.4, 0.001], [0.4, 1.0, 0.0], [0.001, 0.0, 1.0]], step=7)
     (image,) = figure.axes[0].images
     assert image.get_clim() == (0, 1)
@@ -138,7 +138,7 @@ def test_the_kernel_scale_is_always_zero_to_one_with_written_values(tmp_path):
 
 def test_the_similarity_matrix_has_sources_above_targets_and_frames_what_is_retrieved(tmp_path):
     records = similarity_records(2)
-    with figures._canvas((7.6, 5.8), tmp_path / "similarity.png") as figure:
+    with figures.canvas((7.6, 5.8), tmp_path / "similarity.png") as figure:
         figures._draw_similarities(figure, figures._similarities(records))
     axes, said = figure.axes[0], [record["similarity"] for record in records]
     expected = numpy.array([*said[0]["between"], said[0]["target"], said[1]["target"]])
@@ -152,7 +152,7 @@ def test_the_similarity_matrix_has_sources_above_targets_and_frames_what_is_retr
 
 
 def test_one_particle_says_that_it_has_no_distances(tmp_path):
-    with figures._canvas((6.8, 5.6), tmp_path / "svgd.png") as figure:
+    with figures.canvas((6.8, 5.6), tmp_path / "svgd.png") as figure:
         figures._draw_traces(figure, source_records(1))
     labels = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
     assert labels == ["median distance: 0", "root of bandwidth", "driving term", "repulsive term: 0"]
@@ -194,7 +194,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 
 def test_the_gaussian_product_picture_names_both_distances(tmp_path):
     result = run(num_particles=20, steps=100)
-    with figures._canvas((7.6, 5.8), tmp_path / "product.png") as figure:
+    with figures.canvas((7.6, 5.8), tmp_path / "product.png") as figure:
         figures._draw_product(figure.subplots(), result)
     title = figure.axes[0].get_title(loc="left")
     assert f"{result.svgd_error:.1g} away" in title

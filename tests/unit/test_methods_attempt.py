@@ -140,6 +140,10 @@ def test_the_attention_is_pre_trained_over_frozen_source_prompts(
         for name in ("down", "up", "norm_scale", "norm_shift"):
             assert torch.equal(getattr(stage.method, name), handed_over[f"attention/{name}"])
         assert torch.equal(stage.method.target_prompts[0], handed_over["prompts"][0])
+    plain = tiny_run.trained(configured(world, tmp_path, name="plain"))
+    missing = configured(world, tmp_path, {"prompt_steps": 2}, source={"posterior": str(plain)}, name="missing")
+    with pytest.raises(ConfigError, match=r"method\.prompt_steps: is 2, but the source posterior holds no pre-trained attention"):
+        tiny_run.trained(missing)
     narrow = configured(world, tmp_path, {"attention_width": 9}, source={"posterior": str(run)}, name="narrow")
     with pytest.raises(ConfigError, match=r"method\.attention_width: is 9, the pre-trained attention of the posterior has 100"):
         tiny_run.trained(narrow)

@@ -184,6 +184,34 @@ def test_the_gradient_of_the_target_objective(
             assert_is_gradient(parameter.grad, lambda value, name=name: objective(**{**fixed, name: value}), parameter)
 
 
+SAMPLINGS = [("all", None), ("proportional", None), ("proportional", 12), ("temperature", None), ("stochastic", None)]
+
+
+@pytest.mark.parametrize(("sampling", "cap"), SAMPLINGS)
+def test_joint_targets_have_the_prior_of_their_share_of_the_texts(
+    sampling: str, cap: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever draws the texts, likelihood and prior of a target weigh alike: its objective is J_k/|D_k| times one number."""
+    world = tiny_run.world(tmp_path)
+    file = world / "tasks" / "mood" / "train.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))  # beside 32 rows of the other target
+    joint = {"joint": True, "sampling": sampling, **({"sampling_cap": cap} if cap else {})}
+    with tiny_run.stage_of(monkeypatch, configured(world, tmp_path, {"sigma": 0.5}, target=joint), number=1) as stage:
+        likelihood = torch.zeros(2, dtype=torch.float64)
+        for step in range(2000):
+            batch = stage.batches.at(step)
+            likelihood += torch.bincount(batch.task_index, batch.weight.double(), minlength=2) / 2000
+        method, prior = stage.method, []
+        for k, num_examples in enumerate((4, 32)):
+            with torch.no_grad():  # only target k is away from the mean
+                method.u.fill_(1)
+                method.u[:, k] = 2
+                theta, mean = method.target_prompts()[0, k].double(), method.starts[0].double()
+                prior.append(float(method.penalty()) / float((theta - mean).square().sum() / (2 * 0.5**2) / num_examples))
+    assert prior == pytest.approx(likelihood.tolist(), abs=0.03)
+    assert sum(prior) == pytest.approx(1)
+
+
 def test_the_gradient_reaches_only_particles_own_score(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own loss averages over the M x N sequences of a pass; a score must not shrink as M grows."""
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tiny_t5
 import torch
 
 from bpt_dist import backbone as backbones
+from bpt_dist.cli_eval import evaluate_stored
 from bpt_dist.config import Config
 from bpt_dist.data.tokens import PAD_ID
 from bpt_dist.errors import ConfigError
@@ -107,6 +109,18 @@ def test_prompt_and_update_have_their_own_learning_rates(world: Path, tmp_path: 
         moved = {name: (tensor - before[name]).abs() for name, tensor in method.snapshot().items()}
     assert float(moved["particles"].median()) == pytest.approx(0.5, rel=1e-3)
     assert float(moved["embedding_factor"].median()) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_an_export_needs_the_file_of_its_start_no_longer(world: Path, tmp_path: Path) -> None:
+    """Also a start longer than the budget, which leaves the update its least rank."""
+    numpy.save(tmp_path / "start.npy", numpy.ones((120, 32), dtype=numpy.float32))
+    options = {"init": "file", "init_file": str(tmp_path / "start.npy"), "max_length": 8}
+    config = configured(world, tmp_path, options=options, data={"target_tasks": ["mood"]})
+    run = tiny_run.trained(config)
+    (tmp_path / "start.npy").unlink()
+    found, _ = evaluate_stored(run / "target" / "mood" / "weights", config, "mood", "test")
+    results = json.loads((run / "results.json").read_text())
+    assert found.metrics == {entry["metric"]: entry["value"] for entry in results}
 
 
 def test_a_prompt_as_long_as_the_budget_is_refused(world: Path, tmp_path: Path) -> None:

@@ -14,9 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import T5ForConditionalGeneration
 
+from bpt_dist.backbone_shapes import shape_of
 from bpt_dist.checkpoint import load, newest, read_tensors
 from bpt_dist.config import Config
+from bpt_dist.data import tasks
+from bpt_dist.data.prepared import specs
 from bpt_dist.data.tokens import PAD_ID
+from bpt_dist.plan import estimate
+from bpt_dist.plan_stages import lengths
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +120,39 @@ def test_teachers_are_trained_first_and_then_left_alone(world: Path, tmp_path: P
         stage.updater.step(0)
         assert torch.equal(stage.method.teachers, taught)
         assert set(stage.method.snapshot()) == {"full", "u", "v"}
+
+
+def test_teachers_see_their_own_task_at_every_step_whatever_the_student_draws(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that got no gradient in a step would still be moved by AdamW's moments: no longer a prompt tuning of its task."""
+    for number, source in enumerate(({"sampling": "temperature"}, {"tasks_per_step": 1})):
+        config = configured(world, tmp_path, source=source, name=f"run{number}")
+        with tiny_run.stage_of(monkeypatch, config) as stage:
+            assert stage.name == "source/teachers"
+            assert [stage.batches.at(step).task_index.bincount().tolist() for step in range(3)] == [[2, 2]] * 3
+            teachers = {row for step in range(3) for row in stage.batches.at(step).row_ids}
+        with tiny_run.stage_of(monkeypatch, config, 1) as stage:
+            assert stage.name == "source"
+            drawn = [stage.batches.at(step) for step in range(4)]
+            assert {len(set(batch.task_index.tolist())) for batch in drawn} == {1}
+            assert not teachers & {row for batch in drawn for row in batch.row_ids}
+
+
+def test_the_teachers_pass_is_in_the_plan(world: Path, tmp_path: Path) -> None:
+    """Beside the forward and backward pass of the student, a forward pass of each text."""
+    found = {}
+    for weight in (0.9, 0.0):
+        plain = tiny_run.settings(world, {"name": "mpt", "distillation": weight})
+        plain["method"] = {key: value for key, value in plain["method"].items() if weight or key != "teacher_steps"}
+        config = tiny_run.load(tmp_path, plain)
+        found[weight] = {stage.name: stage for stage in estimate(config, 1).stages}
+    shape = shape_of(str(world / "t5"))
+    costs = [shape.row_cost(3, *lengths(tasks.get(name, specs(config.data)), config)) for name in ("colour", "truth")]
+    more = found[0.9]["source"].flops - found[0.0]["source"].flops
+    assert more == 2 * sum(cost.forward_flops for cost in costs) > 0
+    assert found[0.9]["target/mood"].flops == found[0.0]["target/mood"].flops
+    assert found[0.9]["source/teachers"].flops == found[0.0]["source"].flops
 
 
 def test_without_distillation_there_are_no_teachers(world: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bpt_dist.checkpoint import read_tensors
 from bpt_dist.config import Config
+from bpt_dist.errors import ConfigError
 from bpt_dist.prompts import mixture_weights, similarities
 
 PLAIN = {"optimizer": "sgd", "lr": 0.3, "batch_size": 3, "clip": 0.05, "schedule": "constant"}
@@ -39,13 +40,12 @@ def posterior(run: Path) -> dict[str, Tensor]:
 
 
 def test_k_prompts_in_one_run_are_k_prompt_tunings(world: Path, tmp_path: Path) -> None:
-    """Also where gradients are clipped: each prompt by its own norm."""
+    """Also where gradients are clipped, each prompt by its own norm; 4 steps behind the 3 of the keys read on, as 7 steps do."""
     source = {"steps": 4, **PLAIN}
     found = posterior(tiny_run.trained(configured(world, tmp_path, options={"probe_steps": 3}, source=source)))
+    numpy.save(tmp_path / "start.npy", found["start"].numpy())
     for k, task in enumerate(("colour", "truth")):
-        start = found["start"]
-        for stage, steps in (("keys", 3), ("prompts", 4)):
-            numpy.save(tmp_path / "start.npy", start.numpy())
+        for stage, steps in (("keys", 3), ("prompts", 7)):
             alone = configured(
                 world,
                 tmp_path,
@@ -56,9 +56,19 @@ def test_k_prompts_in_one_run_are_k_prompt_tunings(world: Path, tmp_path: Path) 
                 target={"steps": steps, "eval_every": None, **PLAIN},
             )
             adapter = tiny_run.trained(alone) / "target" / task / "adapter" / "adapter_model.safetensors"
-            start = read_tensors(adapter)[0]["prompt_embeddings"]
-            assert not torch.equal(start, found["start"])
-            torch.testing.assert_close(found[stage][k], start, rtol=1e-5, atol=1e-6)
+            prompt = read_tensors(adapter)[0]["prompt_embeddings"]
+            assert not torch.equal(prompt, found["start"])
+            torch.testing.assert_close(found[stage][k], prompt, rtol=1e-5, atol=1e-6)
+
+
+def test_a_target_compared_after_other_steps_than_the_keys_is_refused(world: Path, tmp_path: Path) -> None:
+    """A cosine of prompts of 3 and of 5 steps would compare how long they were trained."""
+    first = tiny_run.trained(configured(world, tmp_path, options={"probe_steps": 3}))
+    again = configured(world, tmp_path, options={"probe_steps": 5}, source={"posterior": str(first)}, name="again")
+    with pytest.raises(
+        ConfigError, match=r"method\.probe_steps: is 5, the keys of the source posterior had 3 steps .*; set it to 3"
+    ):
+        tiny_run.trained(again)
 
 
 # --- similarity ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 
 from bpt_dist import backbone as backbones
 from bpt_dist.backbone import Backbone
+from bpt_dist.cli_export import export_run
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.posterior import Posterior
 
@@ -112,6 +113,40 @@ def test_a_run_refuses_a_posterior_of_another_kind_before_it_trains(maker: str, 
     with pytest.raises(ConfigError, match=f"was made by method {maker} and holds .*; method {taker} starts from"):
         tiny_run.trained(tiny_run.load(tmp_path, again))
     assert not (world / "runs" / "again" / "target").exists()
+
+
+def test_settings_that_contradict_a_posterior_are_refused_naming_both(tmp_path: Path) -> None:
+    """They would be ignored: prompts have the posterior's length, and its texts were worded as they were."""
+    world = tiny_run.world(tmp_path)
+    run = tiny_run.trained(tiny_run.load(tmp_path, tiny_run.settings(world, {"name": "bpt"}, data={"target_tasks": ["mood"]})))
+    for number, (method, data, message) in enumerate(
+        (
+            ({"length": 5}, {}, r"method\.length: is 5, the prompts of source\.posterior have 3 positions; set it to 3"),
+            ({}, {"protocol": "attempt"}, r"data\.protocol: is attempt, the source\.posterior was learnt from texts of fixed"),
+        )
+    ):
+        for name in ("bpt", "vanilla_transfer"):
+            plain = tiny_run.settings(
+                world, {"name": name, **method}, data=data, source={"posterior": str(run)}, name=f"{name}{number}"
+            )
+            with pytest.raises(ConfigError, match=message):
+                tiny_run.trained(tiny_run.load(tmp_path, plain))
+            assert not (world / "runs" / f"{name}{number}" / "target").exists()
+
+
+def test_cards_name_the_tasks_the_posterior_was_learnt_from(tmp_path: Path) -> None:
+    """Not those of a configuration that did not learn it."""
+    world = tiny_run.world(tmp_path)
+    run = tiny_run.trained(tiny_run.load(tmp_path, tiny_run.settings(world, {"name": "bpt"}, data={"target_tasks": ["mood"]})))
+    data = {"target_tasks": ["mood", "count"], "source_tasks": ["truth"]}
+    plain = tiny_run.settings(
+        world, {"name": "bpt"}, data=data, source={"posterior": str(run)}, target={"joint": True}, name="again"
+    )
+    again = tiny_run.trained(tiny_run.load(tmp_path, plain))
+    export_run(again, None, tmp_path / "out", particles=True)
+    cards = [again / "target" / "mood" / "adapter", tmp_path / "out" / "joint", tmp_path / "out" / "particles" / "mean"]
+    for folder in cards:
+        assert "- source tasks: colour, truth\n" in (folder / "README.md").read_text()
 
 
 def test_attempt_may_mix_the_library_of_spot(tmp_path: Path) -> None:

@@ -160,6 +160,36 @@ def test_runs_that_repeat_a_seed_are_told_apart_by_name(tmp_path):
     assert {"BPT [narrow]", "BPT [wide]"} < set(grid(build(tmp_path)))
 
 
+def test_rows_of_a_table_never_share_a_line_and_show_what_their_label_adds(tmp_path):
+    """Two rows of one method, one seed each so far: by method alone they would look like two seeds of one row."""
+    write_run(tmp_path, [entry(run="bpt-imq-s0", value=70.0)])
+    write_run(tmp_path, [entry(run="bpt-rbf-s1", seed=1, value=80.0)])
+    write_run(tmp_path, [entry(run="spot-s0", method="spot")])
+    for run in ("spot-joint-s0", "wide-s0"):
+        write_run(tmp_path, [entry(run=run, method="spot", joint=True)])
+    labels = set(grid(build(tmp_path, by_label=True))) - {"Majority class"}
+    assert labels == {"BPT [bpt-imq]", "BPT [bpt-rbf]", "SPoT", "SPoT [spot-joint]*", "SPoT [wide]*"}
+    assert "BPT" in grid(build(tmp_path)), "runs trained one by one are still put together"
+    (tmp_path / "alone").mkdir()
+    write_run(tmp_path / "alone", [entry(run="spot-joint-s0", method="spot", joint=True)])
+    assert "SPoT*" in grid(build(tmp_path / "alone", by_label=True))
+
+
+def test_an_average_has_the_spread_of_the_seeds_averages(tmp_path):
+    values = {0: (50.0, 70.0), 1: (60.0, 90.0), 2: (40.0, 80.0)}
+    for seed, (first, second) in values.items():
+        write_run(tmp_path, [entry(seed=seed, task="mnli", value=first), entry(seed=seed, task="rte", value=second)])
+    write_run(tmp_path, [entry(method="mpt", task="mnli"), entry(method="mpt")])
+    write_run(tmp_path, [entry(method="mpt", seed=1)])  # one column has a second seed
+    table = build(tmp_path)
+    averages = [np.mean(pair) for pair in values.values()]
+    assert grid(table)["BPT"]["GLUE average (2)"] == f"{np.mean(averages):.1f} ± {np.std(averages, ddof=1):.1f}"
+    assert grid(table)["MPT"]["GLUE average (2)"] == "80.0"
+    by_method = {row["method"]: row["averages"]["GLUE average (2)"] for row in table.to_json()["rows"]}
+    assert by_method["BPT"]["standard_deviation"] == pytest.approx(np.std(averages, ddof=1), abs=1e-12)
+    assert by_method["MPT"] == {"mean": 80.0, "standard_deviation": None}
+
+
 def test_the_same_run_twice_is_refused(tmp_path):
     write_run(tmp_path / "a", [entry()])
     write_run(tmp_path / "b", [entry()])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny_run
-import yaml
 
 from bpt_dist import config as configuration
 from bpt_dist.config import Config
@@ -69,16 +68,22 @@ def test_the_best_mean_over_targets_and_seeds_is_chosen_in_each_block(tmp_path: 
     }
 
 
-def test_the_chosen_rows_are_rows_of_a_configuration(tmp_path: Path) -> None:
+def test_the_chosen_rows_are_a_configuration_that_trains_as_the_trials_did(tmp_path: Path) -> None:
     config = search(tmp_path, ROWS)
     runs = configuration.expand(config)
-    text = chosen_yaml(choose(config, runs, results(runs)), "bpt-dist run-table search.yaml")
+    text = chosen_yaml(config, choose(config, runs, results(runs)), "bpt-dist run-table search.yaml")
     assert "2 trials for every row" in text
     assert "# pt-a 70.5, pt-b 65.5" in text
-    plain = tiny_run.settings(tmp_path, {"name": "bpt"}) | yaml.safe_load(text)
-    chosen = configuration.expand(tiny_run.load(tmp_path, plain))
-    assert [run.name for run in chosen] == ["prompt_tuning-s0", "bpt-s0", "bpt-joint-s0"]
+    file = tmp_path / "chosen.yaml"
+    file.write_text(text)
+    chosen = configuration.expand(configuration.load(file, ["seeds=[7]"]))
+    assert [run.name for run in chosen] == ["prompt_tuning-s7", "bpt-s7", "bpt-joint-s7"]
     assert chosen[0].target.lr == 0.1
+    assert {run.evaluation.splits for run in chosen} == {("test",)}
+    by_trial = {run.name: run for run in runs}
+    for run, trial in zip(chosen, ("pt-a-s0", "bpt-b-s0", "joint-a-s0"), strict=True):
+        same = {"seed": 0, "evaluation": by_trial[trial].evaluation}
+        assert configuration.fingerprint(run.model_copy(update=same)) == configuration.fingerprint(by_trial[trial])
     assert [(run.method.lr_full, run.target.joint) for run in chosen[1:]] == [(0.5, False), (0.1, True)]
 
 

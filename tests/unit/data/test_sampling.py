@@ -62,6 +62,37 @@ def test_tasks_come_as_often_as_the_closed_form_says(sampling: Sampling) -> None
     assert (abs(share - expected(sampling)) < 4 * error).all()
 
 
+@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda each: f"{each.kind}-{each.cap}")
+def test_the_share_of_a_task_is_the_expected_weight_of_its_texts(sampling: Sampling) -> None:
+    batches = Batches(TASKS, 4, 1, task_weight=[1 / 3] * 3, sampling=sampling)
+    weight = np.zeros(3)
+    for step in range(3000):
+        batch = batches.at(step)
+        weight += np.bincount(batch.task_index.numpy(), batch.weight.numpy(), minlength=3)
+    assert weight / 3000 == pytest.approx(sampling.shares(SIZES), abs=0.03)
+    assert sum(sampling.shares(SIZES)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda each: f"{each.kind}-{each.cap}")
+def test_a_stage_goes_on_behind_the_texts_of_its_preludes(sampling: Sampling) -> None:
+    """Preludes of 5 and 2 steps take 4 rows of every task at every step; all stages together read each task's rows in order."""
+    batches, read = Batches(TASKS, 4, 1, sampling=sampling), {task.name: list[str]() for task in TASKS}
+
+    def take(found: Batches, steps: int) -> None:
+        for row in (row for step in range(steps) for row in found.at(step).row_ids):
+            read[row[0]].append(row)
+
+    for steps in (5, 2):
+        take(batches.of_all_tasks(), steps)
+        batches = batches.after(steps)
+    assert {name: len(rows) for name, rows in read.items()} == {"a": 28, "b": 28, "c": 28}
+    take(batches, 20)
+    for task in TASKS:
+        alone = Batches([task], 1, 1)
+        assert read[task.name] == [alone.at(step).row_ids[0] for step in range(len(read[task.name]))]
+    assert sum(map(len, read.values())) == 3 * 28 + 20 * 12
+
+
 def test_texts_of_a_proportional_step_are_drawn_one_by_one() -> None:
     """The number of texts of a task is binomial: no step is forced to its expectation."""
     found, share = counts(Sampling("proportional"), 6000)[:, 1], expected(KINDS[0])[1]

@@ -1,0 +1,133 @@
+"""Hand a sweep to a Ray cluster: a job whose driver is `launcher/sweep.py` itself, on the cluster."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import typer
+
+from bpt_dist.errors import ConfigError, StorageError
+from bpt_dist.settings.tracking_uri import LOCAL_HOSTS
+from bpt_dist.sweep_settings import Sweep
+
+ROOT = Path(__file__).parents[1]
+LEFT_AT_HOME = (
+    "/.git/",
+    "/.venv/",
+    "/runs/",
+    "/build/",
+    "**/__pycache__/",
+    "*.db",
+    ".mypy_cache/",
+    ".ruff_cache/",
+    ".pytest_cache/",
+)
+PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+"""Variables that a job inherits. No secret is among them: jobs and their environments are listed to everybody on the cluster."""
+ENDED = {"SUCCEEDED": 0, "STOPPED": 75, "FAILED": 70}
+
+
+def submit(sweep: Sweep, file: Path, words: Sequence[str], address: str, *, resume: bool, follow: bool) -> int:
+    """Submit the sweep as a job, print how to look after it, and return 0 (with `follow`, what the job ended with).
+
+    The folders that the sweep names must be the same on all nodes. Raises ConfigError for an address that is not safe to talk to,
+    StorageError for one that does not answer.
+    """
+    check_address(address)
+    config = ROOT / "configs"
+    if not file.resolve().is_relative_to(ROOT):
+        raise ConfigError(f"--config: {file} is outside {ROOT}, which is what travels to the cluster; put it below {config}")
+    entrypoint = command(sweep, file, words, resume=resume)
+    client = _client(address)
+    job = f"{sweep.settings.name}-{secrets.token_hex(3)}"
+    try:
+        client.submit_job(
+            submission_id=job,
+            entrypoint=entrypoint,
+            runtime_env={
+                "working_dir": str(ROOT),
+                "excludes": list(LEFT_AT_HOME),
+                "env_vars": {"PYTHONPATH": ".", **{name: os.environ[name] for name in PASSED_ON if name in os.environ}},
+            },
+        )
+    except RuntimeError as error:
+        raise StorageError(f"--submit: {address} did not take the job ({str(error).splitlines()[0]})") from error
+    auth = "RAY_AUTH_MODE=token " if _has_token() else ""
+    typer.echo(f"submitted {job}: {entrypoint}")
+    for verb in ("status", "logs --follow", "stop"):
+        typer.echo(f"  {auth}ray job {verb} --address {address} {job}")
+    return _follow(client, job) if follow else 0
+
+
+def command(sweep: Sweep, file: Path, words: Sequence[str], *, resume: bool) -> str:
+    """Return the command line of the job: paths that are relative here are made absolute, for the job runs in a copy elsewhere."""
+    run = sweep.settings.run
+    found = [
+        word for word in words if word.partition("=")[0] not in ("output", "source.posterior", "posterior", "data.root", "root")
+    ]
+    found.append(f"output={sweep.settings.output.resolve()}")
+    for section, key in (("source", "posterior"), ("data", "root")):
+        value = (run.get(section) or {}).get(key)
+        if value is not None:
+            found.append(f"{section}.{key}={Path(value).expanduser().resolve()}")
+    arguments = ["python", "launcher/sweep.py", "--config", str(file.resolve().relative_to(ROOT)), *found]
+    return shlex.join([*arguments, *(["--resume"] if resume else [])])
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError unless the address is on this machine, or a token protects what is sent to it."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--submit: {address!r} is no address of a Ray dashboard; write http://HOST:8265")
+    if parts.username or parts.password:
+        raise ConfigError(
+            "--submit: the address holds credentials (value withheld); put the token into ~/.ray/auth_token, mode 0600"
+        )
+    if parts.hostname in LOCAL_HOSTS:
+        return
+    if os.environ.get("RAY_AUTH_MODE") != "token" or not _has_token():
+        raise ConfigError(
+            f"--submit: {parts.hostname} is another host, and whoever reaches an open Ray can run anything there; start the "
+            "cluster with RAY_AUTH_MODE=token, put its token into ~/.ray/auth_token (mode 0600) and set RAY_AUTH_MODE=token here"
+        )
+
+
+def _has_token() -> bool:
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    return "RAY_AUTH_TOKEN" in os.environ or path.is_file()
+
+
+def _client(address: str) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise StorageError(f"--submit: no Ray answers at {address} ({str(error).splitlines()[0]}); is the cluster up?") from error
+
+
+def _follow(client: Any, job: str) -> int:
+    """Show the output of the job until it ends and return its exit code."""
+    import asyncio
+
+    async def show() -> None:
+        async for lines in client.tail_job_logs(job):
+            typer.echo(lines, nl=False)
+
+    try:
+        asyncio.run(show())
+    except KeyboardInterrupt:
+        typer.echo(f"{job} goes on without this terminal")
+        return 0
+    info = client.get_job_info(job)
+    code = info.driver_exit_code
+    return int(code) if code is not None else ENDED.get(str(info.status), 70)
