@@ -10,7 +10,7 @@ export DS_ACCELERATOR ?= cpu
 TRIALS ?= 500
 FAULT_TESTS := tests:tests/distributed:tests/faults
 
-.PHONY: help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean
+.PHONY: sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## */\t/' | expand -t 16
@@ -58,6 +58,9 @@ fault-table: $(READY)  ## write docs/faults.md from what the fault tests measure
 
 test-hosts: $(READY)  ## two hosts on this machine: namespaces, sshd, pdsh; needs root, installs nothing
 	$(BIN)/pytest -q -rs tests/hosts
+
+sweep-campaign: $(READY)  ## kill a sweep at 10 random moments and compare with undisturbed runs
+	PYTHONPATH=tests:tests/end_to_end $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)
 
 schema: $(READY)  ## rewrite configs/schema.json from the settings
 	$(BIN)/bpt-dist schema configs/schema.json

@@ -206,7 +206,7 @@ def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was stopped or killed.")] = False,
-    submit: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run it as a job of the Ray cluster at this address.")] = None,
+    submit: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run it as a job of the Ray cluster there.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With --submit: show the job's output until it ends.")] = False,
 ) -> None:
     """Search sigma, learning rates or any other setting with Ray Tune, see configs/sweep/."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ LEFT_AT_HOME = (
 )
 PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 """Variables that a job inherits. No secret is among them: jobs and their environments are listed to everybody on the cluster."""
+STARTING_SECONDS = 60.0
 ENDED = {"SUCCEEDED": 0, "STOPPED": 75, "FAILED": 70}
 
 
@@ -46,23 +49,27 @@ def submit(sweep: Sweep, file: Path, words: Sequence[str], address: str, *, resu
     entrypoint = command(sweep, file, words, resume=resume)
     client = _client(address)
     job = f"{sweep.settings.name}-{secrets.token_hex(3)}"
-    try:
-        client.submit_job(
-            submission_id=job,
-            entrypoint=entrypoint,
-            runtime_env={
-                "working_dir": str(ROOT),
-                "excludes": list(LEFT_AT_HOME),
-                "env_vars": {"PYTHONPATH": ".", **{name: os.environ[name] for name in PASSED_ON if name in os.environ}},
-            },
-        )
-    except RuntimeError as error:
-        raise StorageError(f"--submit: {address} did not take the job ({str(error).splitlines()[0]})") from error
+    _hand_over(client, address, job, entrypoint)
     auth = "RAY_AUTH_MODE=token " if _has_token() else ""
     typer.echo(f"submitted {job}: {entrypoint}")
     for verb in ("status", "logs --follow", "stop"):
         typer.echo(f"  {auth}ray job {verb} --address {address} {job}")
     return _follow(client, job) if follow else 0
+
+
+def _hand_over(client: Any, address: str, job: str, entrypoint: str) -> None:
+    """Submit the job; a cluster that has just been started may ask to try again."""
+    variables = {"PYTHONPATH": ".", **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
+    environment = {"working_dir": str(ROOT), "excludes": list(LEFT_AT_HOME), "env_vars": variables}
+    deadline = time.monotonic() + STARTING_SECONDS
+    while True:
+        try:
+            client.submit_job(submission_id=job, entrypoint=entrypoint, runtime_env=environment)
+            return
+        except RuntimeError as error:
+            if "try again" not in str(error) or time.monotonic() > deadline:
+                raise StorageError(f"--submit: {address} did not take the job ({str(error).splitlines()[0]})") from error
+            time.sleep(2)
 
 
 def command(sweep: Sweep, file: Path, words: Sequence[str], *, resume: bool) -> str:
@@ -109,6 +116,7 @@ def _client(address: str) -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every file that stays at home
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:

@@ -50,8 +50,11 @@ def complete_tracking(record: Record) -> None:
                 if chosen:
                     write_json_atomic(trial.config.directory / TAGS, tags(record, trial) | {"bpt.best": "true"})
                 sent = sync(trial.config.directory)
-                if chosen:
-                    register(trial.config)
+        if sent is not None and best is not None:
+            # The alias stays with the last one: the seed with the best validation score.
+            for one in sorted(record.standings(), key=lambda one: (one.score or 0.0, one.seed)):
+                if one.number == best.number:
+                    register(record.named(one.name).config)
         if sent is not None:
             _install(record, sent)
     except UserError as error:

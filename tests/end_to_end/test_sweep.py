@@ -27,14 +27,22 @@ from bpt_dist.tracking import connect, metric_key
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+MARK = "BPT_TEST_SWEEP"
+ORPHAN_SECONDS = 15
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a sweep in `folder`: what all its processes inherit tells them from those of others."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
 
 
 def start(file: Path, *words: str) -> subprocess.Popen[str]:
     """Start a sweep in its own session, as a terminal would."""
     command = [sys.executable, str(ROOT / "launcher" / "sweep.py"), "--config", str(file), *words]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+    own = environment(file.parent)
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -61,17 +69,23 @@ def alive(runs: list[Path], driver: int) -> tuple[int, Path] | None:
     return None
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of Ray's and our processes that work for a sweep."""
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the processes of Ray and of ours that work for the sweep in `folder`."""
     found = []
-    for process in psutil.process_iter(["cmdline", "pid"]):
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            words = " ".join(process.info["cmdline"] or ())
-            inside = str(folder) in words or process.cwd().startswith(str(folder))
-            environment = process.environ().get("RAY_AUTH_TOKEN_PATH", "")
-            if process.pid != os.getpid() and (inside or "bpt-ray-" in environment):
-                found.append(words)
+            if process.environ().get(MARK) == str(folder):
+                found.append(process)
     return found
+
+
+def assert_nothing_left(folder: Path) -> None:
+    """Assert that no process of the sweep is alive 15 s after its end, and no folder of Ray is left."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+    assert not list(folder.glob("runs/*/ray*"))
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +97,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     runs = [folder / "runs" / "tiny" / f"trial-{number:03d}-s{seed}" for number in (0, 1) for seed in (0, 1)]
     first = start(file)
     wait_for(lambda: alive(runs, first.pid) or first.poll() is not None)
-    exposed = [
-        address.laddr
-        for process in psutil.process_iter()
-        for address in listening(process)
-        if not ipaddress.ip_address(address.laddr.ip.removeprefix("::ffff:")).is_loopback
-    ]
+    exposed = [one.laddr for process in processes_of(folder) for one in listening(process) if not is_loopback(one.laddr.ip)]
     assert exposed == []
     first.kill()
     first.communicate()
@@ -101,14 +110,17 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert "starts again after failure 1" in text
     (folder / "log.txt").write_text(text)
     yield folder
-    assert processes_of(folder) == []
+    assert_nothing_left(folder)
 
 
 def listening(process: psutil.Process) -> list:
     with contextlib.suppress(psutil.Error):
-        if "bpt-ray-" in process.environ().get("RAY_AUTH_TOKEN_PATH", ""):
-            return [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        return [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     return []
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 @pytest.mark.timeout(900)
@@ -153,14 +165,16 @@ def test_mlflow_holds_the_points_of_the_journal_and_the_sweep(disturbed: Path) -
         assert "method.log10_sigma_relative" in run.data.params
     assert len({run.data.tags["mlflow.runColor"] for run in runs.values()}) == 4
     assert "mlflow.sharedViewState.bpt-dist" in client.get_experiment(experiment.experiment_id).tags
-    best = read_json(disturbed / "runs" / "tiny" / "sweep.json")["best"]["number"]
+    record = read_json(disturbed / "runs" / "tiny" / "sweep.json")
+    best = [one for one in record["trials"] if one["number"] == record["best"]["number"]]
+    champion = disturbed / "runs" / "tiny" / max(best, key=lambda one: (one["score"], one["seed"]))["name"]
     version = client.get_model_version_by_alias("tiny-mood", "champion")
-    assert runs[read_json(disturbed / "runs" / "tiny" / f"trial-{best:03d}-s1" / "run.json")["id"]].info.run_id == version.run_id
+    assert runs[read_json(champion / "run.json")["id"]].info.run_id == version.run_id
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{disturbed / 'runs' / 'mlflow.db'}")
     fetched = Path(mlflow.artifacts.download_artifacts("models:/tiny-mood@champion"))
-    own = disturbed / "runs" / "tiny" / f"trial-{best:03d}-s1" / "target" / "mood" / "adapter" / "adapter_model.safetensors"
+    own = champion / "target" / "mood" / "adapter" / "adapter_model.safetensors"
     assert (fetched / "adapter_model.safetensors").read_bytes() == own.read_bytes()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import tiny_run
 import tiny_sweep
 from safetensors.torch import load_file
-from test_sweep import ROOT, processes_of
+from test_sweep import ROOT, assert_nothing_left, environment
 
 from bpt_dist.files import read_json
 
@@ -30,9 +29,9 @@ def test_two_ranks_under_ray_train_give_the_particles_of_deepspeed(tmp_path: Pat
         run={"source": source, "method": {"sigma_relative": 1.0}, "tracking": {"mlflow": False}},
     )
     file = tiny_sweep.write(tmp_path, plain)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+    own = environment(tmp_path)
     command = [sys.executable, str(ROOT / "launcher" / "sweep.py"), "--config", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "runs" / "tiny"
     (trial,) = read_json(folder / "sweep.json")["trials"]
@@ -48,9 +47,9 @@ def test_two_ranks_under_ray_train_give_the_particles_of_deepspeed(tmp_path: Pat
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port]
-    subprocess.run([*launcher, *alone], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=True)
+    subprocess.run([*launcher, *alone], cwd=ROOT, env=own, capture_output=True, timeout=300, check=True)
     posteriors = [
         run / "source" / "posterior" / "posterior.safetensors" for run in (folder / trial["name"], tmp_path / "runs" / "alone")
     ]
     tiny_run.assert_same(load_file(posteriors[0]), load_file(posteriors[1]))
-    assert processes_of(tmp_path) == []
+    assert_nothing_left(tmp_path)

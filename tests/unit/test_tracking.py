@@ -23,6 +23,7 @@ from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.journal import MetricsLog, read_records
 from bpt_dist.run import Run
 from bpt_dist.tracking import Request, Sender, connect, metric_key, parameters, sync
+from bpt_dist.tracking_credentials import credentials
 
 
 @pytest.fixture(scope="session")
@@ -383,3 +384,51 @@ def test_an_occupied_port_is_named(store):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} is in use"):
             tracking_page.ui(store, port)
+
+
+def test_tags_beside_the_configuration_are_sent_when_they_change(run, store):
+    sender = sender_for(run, store)
+    sender.pump()
+    (run.folder / "tags.json").write_text(json.dumps({"bpt.sweep": "s", "mlflow.runName": "sigma=1"}))
+    sender.pump()
+    (run.folder / "tags.json").write_text(json.dumps({"bpt.sweep": "s", "bpt.pruned": "asha@4"}))
+    run.status("stopped", "pruned")
+    sender.finish()
+    sender.close()
+    found, _ = stored(run, store)
+    assert (found.info.run_name, found.info.status) == ("sigma=1", "KILLED")
+    assert (found.data.tags["bpt.sweep"], found.data.tags["bpt.pruned"]) == ("s", "asha@4")
+
+
+def test_credentials_come_from_a_file_that_only_its_owner_reads(tmp_path):
+    file = tmp_path / "credentials"
+    assert credentials(file) == {}
+    file.write_text("[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary%1\nother = x\n")
+    file.chmod(0o600)
+    assert credentials(file) == {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "canary%1"}
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"can be read by others \(mode 640\); chmod 600"):
+        credentials(file)
+    file.chmod(0o600)
+    file.write_text("canary without a section\n")
+    with pytest.raises(ConfigError) as caught:
+        credentials(file)
+    assert "canary" not in str(caught.value)
+
+
+def test_the_view_shows_what_was_searched(store):
+    client = connect(store)
+    number = client.create_experiment("bpt/searched")
+    for sigma in ("0.1", "1"):
+        one = client.create_run(number, tags={"bpt.swept": "method.sigma_relative,target.steps"}).info.run_id
+        client.log_param(one, "method.sigma_relative", sigma)
+        client.log_param(one, "target.steps", "5")
+        client.log_metric(one, "sweep/score", 50.0)
+    for _ in range(2):  # the second time nothing changes
+        tracking_page.install_view(client, number)
+        views = client.get_experiment(number).tags["mlflow.sharedViewState.bpt-dist"]
+    state = json.loads(zlib.decompress(base64.b64decode(json.loads(views)["state"].split(";")[1])))
+    assert state["compareRunCharts"][0]["selectedParams"] == ["method.log10_sigma_relative", "target.steps"]
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["sweep/score"]
+    columns = ["metrics.`sweep/score`", "metrics.`best/score`", "params.`method.sigma_relative`", "params.`target.steps`"]
+    assert state["selectedColumns"] == columns
