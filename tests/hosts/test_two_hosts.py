@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 import torch
 import yaml
+from fault_figures import record_figure
 from safetensors.torch import load_file
 from two_hosts import ROOT, SCRIPT, TwoHosts, wait_until
 
@@ -117,11 +118,13 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_without_it(hosts: T
     steps_logged = [json.loads(line).get("step") for line in (run / "metrics.jsonl").read_text().splitlines()]
     never_logged = [json.loads(line).get("step") for line in (run.parent / "never_cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps_logged == never_logged
+    record_figure("F6", f"two hosts, cable cut, time-out {STEP_TIMEOUT} s", worst_seconds=round(rank_ends, 1))
 
 
 def test_a_host_that_does_not_answer_leaves_no_rank_behind(hosts: TwoHosts, tiny_world: Path):
     hosts.hostfile("dead", "node0 slots=1", "10.77.0.99 slots=1")
     checked = hosts.run(["bpt-dist", "check", "--hostfile", "dead"], seconds=30)
+    figures = {"worst_seconds": round(checked.seconds, 1)}
     assert checked.returncode == 2
     assert re.search(r"^FAIL  10\.77\.0\.99: does not answer", checked.output, re.MULTILINE), checked.output
     config = long_config(hosts, tiny_world, "dead", 4)
@@ -130,6 +133,7 @@ def test_a_host_that_does_not_answer_leaves_no_rank_behind(hosts: TwoHosts, tiny
     assert "10.77.0.99" in started.output
     assert not (hosts.folder / "runs" / "dead").exists()
     nothing_is_left(hosts)
+    record_figure("F7", "real pdsh, check and launch", **figures)
 
 
 def test_a_hostfile_that_is_not_there_does_not_become_a_small_job(hosts: TwoHosts, tiny_world: Path):
@@ -141,6 +145,7 @@ def test_a_hostfile_that_is_not_there_does_not_become_a_small_job(hosts: TwoHost
     assert ended.seconds <= 60, "10 s on an idle machine, most of them the launcher's own imports"
     assert not (hosts.folder / "runs" / "small").exists()
     nothing_is_left(hosts)
+    record_figure("F8", "two hosts, no such hostfile", worst_seconds=round(ended.seconds, 1))
 
 
 def test_a_port_in_use_is_said_and_nobody_waits_for_its_owner(hosts: TwoHosts, tiny_world: Path):
@@ -157,6 +162,7 @@ def test_a_port_in_use_is_said_and_nobody_waits_for_its_owner(hosts: TwoHosts, t
     assert "FAIL  node0: port 29517 is in use" in checked.output
     assert not (hosts.folder / "runs" / "port").exists()
     nothing_is_left(hosts)
+    record_figure("F21", "port in use, two hosts", worst_seconds=round(ended.seconds, 1))
 
 
 @pytest.mark.parametrize("form", ["torchrun with a rendezvous", "torchrun as Kubeflow Trainer calls it"])

@@ -62,7 +62,9 @@ def steps_of_preludes(run: Config) -> tuple[int, int]:
     return before_source, sum(prelude.steps for prelude in method.preludes())
 
 
-@pytest.mark.parametrize("name", ["mini.yaml", "mini_multi_target.yaml", "mini_search.yaml", "real.yaml", "t5_base.yaml", "t5_base_multi_target.yaml"])
+@pytest.mark.parametrize(
+    "name", ["mini.yaml", "mini_multi_target.yaml", "mini_search.yaml", "real.yaml", "t5_base.yaml", "t5_base_multi_target.yaml"]
+)
 def test_no_row_is_trained_longer_than_another(name: str) -> None:
     """Preludes count: teachers and task embeddings are steps on the same texts."""
     sources, targets = Counter[int](), Counter[int]()
