@@ -37,8 +37,10 @@ def test_ranks_that_do_not_share_the_run_directory_are_named_before_anything_is_
     def main() -> int:
         mesh.SHARED_SECONDS = 0.5
         # As on two hosts that each have a folder of this name.
-        own = config.model_copy(update={"run_dir": tmp_path / f"host{os.environ['RANK']}" / "run"})
-        return run_all(own)
+        host = tmp_path / f"host{os.environ['RANK']}"
+        host.mkdir()
+        os.chdir(host)
+        return run_all(config.model_copy(update={"run_dir": Path("runs/run")}))
 
     assert ranks.launch(main, 2) == [74, 74]
     assert "does not see it; put the run directory (output=) on a disk that all hosts share" in capfd.readouterr().err
