@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fault_figures import record_figure
 from hooks import CrashAtCall
-from safetensors.torch import load_file
+from safetensors.torch import load
 from server import ForkServer
 from trials import Trials
 
@@ -36,7 +36,7 @@ def value_of(folder: Path) -> float | None:
         return None
     assert {path.name for path in folder.iterdir()} == COMPLETE
     json.loads((folder / "adapter_config.json").read_text())
-    prompt = load_file(folder / WEIGHTS)["prompt_embeddings"]
+    prompt = load((folder / WEIGHTS).read_bytes())["prompt_embeddings"]  # a folder moved away is a FileNotFoundError
     assert (prompt == prompt[0, 0]).all()
     return float(prompt[0, 0])
 
