@@ -48,9 +48,9 @@ class PromptedT5(nn.Module):
         self.model = model
 
     def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
-        """Run `score`, `rank`, `generate` or `embed`."""
+        """Run `log_likelihood`, `rank`, `generate` or `embed`."""
         run: dict[str, Callable[..., Any]] = {
-            "score": self._score,
+            "log_likelihood": self._log_likelihood,
             "rank": self._rank,
             "generate": self._generate,
             "embed": self.model.shared,
@@ -65,7 +65,7 @@ class PromptedT5(nn.Module):
         full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
         return inputs.flatten(0, 1).to(self.model.dtype), full_mask
 
-    def _score(
+    def _log_likelihood(
         self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction, states: bool
     ) -> tuple[Tensor, ...]:
         """Return log-likelihoods [rows] and logits [rows, U, V]; with `states`, also the last states of encoder and decoder."""
@@ -155,10 +155,10 @@ class Backbone(InsertionPoints):
         """All blocks of encoder and decoder."""
         return [module for module in self.model.modules() if isinstance(module, self.block_class)]
 
-    def score(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
+    def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
-        log_likelihood, *rest = self.call("score", ids, mask, targets, encoder_inputs, reduction, states)
+        log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, encoder_inputs, reduction, states)
         logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
         return Forward(log_likelihood.view(-1, len(ids)), logits, (last[0], last[1]) if last else None)
 

@@ -90,4 +90,4 @@ def _step(backbone: Backbone) -> None:
     def inputs(embeds: Tensor) -> Tensor:
         return prepend(prompt, embeds)
 
-    backbone.score(texts, inputs, "token_mean").log_likelihood.sum().backward()
+    backbone.log_likelihood(texts, inputs, "token_mean").log_likelihood.sum().backward()

@@ -120,7 +120,7 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
         """Return log-likelihoods [m, N] of the batch's targets for the `particles` (counted on this rank)."""
-        return self.backbone.score(batch, lambda embeds: self.encoder_inputs(embeds, batch)[particles], self.reduction)
+        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch)[particles], self.reduction)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
         """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""

@@ -129,8 +129,8 @@ class MultitaskPromptTuning(SourcePrompts):
             return super().forward(batch, particles)
         own_teacher = self.teachers[batch.task_index.to(self.teachers.device)][None]
         with torch.no_grad():
-            self.taught = self.backbone.score(batch, lambda embeds: prepend_own(own_teacher, embeds), self.reduction, states=True)
-        return self.backbone.score(batch, lambda embeds: self.encoder_inputs(embeds, batch), self.reduction, states=True)
+            self.taught = self.backbone.log_likelihood(batch, lambda embeds: prepend_own(own_teacher, embeds), self.reduction, states=True)
+        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch), self.reduction, states=True)
 
     def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum over texts of minus log-likelihood + lambda (KL to the teacher + distances of states)."""

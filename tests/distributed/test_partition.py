@@ -54,7 +54,7 @@ def texts(rank: int, step: int) -> SimpleNamespace:
 def prompt_gradient(backbone: Backbone, rank: int, step: int) -> Tensor:
     """Of two particles, by the float32 prompt."""
     prompts = torch.randn(2, 4, backbone.width, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-    found = backbone.score(texts(rank, step), lambda embeds: prepend(prompts, embeds), "token_mean")
+    found = backbone.log_likelihood(texts(rank, step), lambda embeds: prepend(prompts, embeds), "token_mean")
     (-found.log_likelihood.sum()).backward()
     assert prompts.grad is not None
     return prompts.grad
@@ -76,7 +76,7 @@ class Inserted:
         backbone.around_sublayer(make, ["feed_forward", "self_attention"], stack=stack)
 
     def gradient(self, backbone: Backbone, rank: int, step: int) -> Tensor:
-        found = backbone.score(texts(rank, step), lambda embeds: embeds[None], "token_mean")
+        found = backbone.log_likelihood(texts(rank, step), lambda embeds: embeds[None], "token_mean")
         (-found.log_likelihood.sum()).backward()
         gradients = [tensor.grad for tensor in self.tensors]
         for tensor in self.tensors:
@@ -104,7 +104,7 @@ def predictions(parts: Backbone, whole: Backbone, rank: int) -> dict[str, Any]:
     candidates, prompts = torch.tensor([[10, 1], [11, 1]]), torch.randn(1, 4, 32).requires_grad_()
     ranked = [each.rank(texts(rank, 0), candidates, lambda e: prepend(prompts, e)) for each in (parts, whole)]
     rows = [each.vocabulary_rows(torch.arange(3, 9)) for each in (parts, whole)]
-    passed = parts.score(texts(rank, 0), lambda e: prepend(prompts, e), "token_mean")
+    passed = parts.log_likelihood(texts(rank, 0), lambda e: prepend(prompts, e), "token_mean")
     waiting = gathered(parts.model)
     passed.log_likelihood.sum().backward()
     return {"ranked": float((ranked[0] - ranked[1]).abs().max()), "rows": torch.equal(*rows), "waiting": waiting}

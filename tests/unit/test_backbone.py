@@ -80,7 +80,7 @@ def rows() -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def test_one_unpadded_text_has_minus_the_loss_of_transformers(backbone: Backbone) -> None:
-    found = backbone.score(texts(), with_prompts(prompts()), "token_mean").log_likelihood
+    found = backbone.log_likelihood(texts(), with_prompts(prompts()), "token_mean").log_likelihood
     model = stock(Path(backbone.path), torch.float32)
     expected = [[-logits_of_row(model, particle, *row).loss for row in rows()] for particle in prompts()]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
@@ -95,7 +95,7 @@ def test_log_likelihood_equals_a_float64_loop_over_tokens(backbone: Backbone, re
             probabilities = logits_of_row(model, particle, ids, labels).logits[0].softmax(-1)
             logs = [probabilities[place, label].log() for place, label in enumerate(labels)]
             expected.append(sum(logs) / (len(logs) if reduction == "token_mean" else 1))
-    found = backbone.score(texts(), with_prompts(prompts()), reduction)
+    found = backbone.log_likelihood(texts(), with_prompts(prompts()), reduction)
     assert found.log_likelihood.shape == (2, 3)
     assert found.logits.shape == (2, 3, max(ANSWERS), 128)
     torch.testing.assert_close(found.log_likelihood.double().flatten(), torch.stack(expected), rtol=1e-5, atol=1e-5)
@@ -104,19 +104,19 @@ def test_log_likelihood_equals_a_float64_loop_over_tokens(backbone: Backbone, re
 @torch.no_grad()
 def test_what_stands_at_pads_changes_nothing_and_prompts_are_attended(tied: Backbone) -> None:
     clean, dirty = texts(pad=0), texts(pad=77)
-    expected = tied.score(clean, with_prompts(prompts()), "token_sum").log_likelihood
-    assert torch.equal(tied.score(dirty, with_prompts(prompts()), "token_sum").log_likelihood, expected)
+    expected = tied.log_likelihood(clean, with_prompts(prompts()), "token_sum").log_likelihood
+    assert torch.equal(tied.log_likelihood(dirty, with_prompts(prompts()), "token_sum").log_likelihood, expected)
     moved = prompts()
     moved[:, 0] += 1.0  # the first position of the prompt, the farthest from the text
-    assert not torch.isclose(tied.score(clean, with_prompts(moved), "token_sum").log_likelihood, expected).any()
+    assert not torch.isclose(tied.log_likelihood(clean, with_prompts(moved), "token_sum").log_likelihood, expected).any()
 
 
 @torch.no_grad()
 def test_a_text_scores_the_same_alone_and_beside_longer_ones(backbone: Backbone) -> None:
-    together = backbone.score(texts(), with_prompts(prompts()), "token_sum").log_likelihood
+    together = backbone.log_likelihood(texts(), with_prompts(prompts()), "token_sum").log_likelihood
     for n, (ids, labels) in enumerate(rows()):
         alone = SimpleNamespace(source_ids=ids[None], source_mask=torch.ones_like(ids[None]), target_ids=labels[None])
-        found = backbone.score(alone, with_prompts(prompts()), "token_sum").log_likelihood
+        found = backbone.log_likelihood(alone, with_prompts(prompts()), "token_sum").log_likelihood
         torch.testing.assert_close(found[:, 0], together[:, n], rtol=1e-5, atol=1e-5)
 
 
@@ -133,8 +133,8 @@ def test_a_really_untied_head_is_the_one_that_was_stored(folders: dict[str, Path
 
 @torch.no_grad()
 def test_bfloat16_is_as_far_from_the_truth_as_bfloat16_is(folders: dict[str, Path]) -> None:
-    exact = backbones.load(str(folders["tied"])).score(texts(), with_prompts(prompts()), "token_mean").log_likelihood
-    half = backbones.load(str(folders["tied"]), dtype="bf16").score(texts(), with_prompts(prompts()), "token_mean")
+    exact = backbones.load(str(folders["tied"])).log_likelihood(texts(), with_prompts(prompts()), "token_mean").log_likelihood
+    half = backbones.load(str(folders["tied"]), dtype="bf16").log_likelihood(texts(), with_prompts(prompts()), "token_mean")
     assert half.log_likelihood.dtype is torch.float32
     torch.testing.assert_close(half.log_likelihood, exact, rtol=3e-2, atol=3e-2)
 
@@ -150,7 +150,7 @@ def test_ranking_equals_scoring_each_label_separately(backbone: Backbone) -> Non
     for c, label in enumerate(labels):
         batch = texts()
         batch.target_ids = torch.tensor([label] * 3)
-        alone = backbone.score(batch, with_prompts(prompts()), "token_sum").log_likelihood
+        alone = backbone.log_likelihood(batch, with_prompts(prompts()), "token_sum").log_likelihood
         torch.testing.assert_close(found[:, :, c], alone.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_generation_equals_the_stock_generate_on_the_same_embeddings(backbone: B
 
 def test_only_the_prompt_gets_a_gradient_and_a_changed_weight_is_noticed(tied: Backbone) -> None:
     particles = prompts().requires_grad_()
-    (-tied.score(texts(), with_prompts(particles), "token_mean").log_likelihood.sum()).backward()
+    (-tied.log_likelihood(texts(), with_prompts(particles), "token_mean").log_likelihood.sum()).backward()
     assert particles.grad is not None
     assert particles.grad.flatten(1).norm(dim=1).all()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in tied.model.parameters())

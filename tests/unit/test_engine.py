@@ -187,9 +187,9 @@ def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_names_and_ho
         ids = torch.tensor([[5, 6, 7]])
         texts = SimpleNamespace(source_ids=ids, source_mask=torch.ones_like(ids), target_ids=ids)
         inputs = partial(prepend, prompt)
-        backbone.score(texts, inputs, "token_mean").log_likelihood.sum().backward()
+        backbone.log_likelihood(texts, inputs, "token_mean").log_likelihood.sum().backward()
         with torch.no_grad():
-            backbone.score(texts, inputs, "token_mean")
+            backbone.log_likelihood(texts, inputs, "token_mean")
         found.append([tensor.grad for tensor in (prompt, scale) if tensor.requires_grad])
         names.append([name for name, _ in backbone.model.named_modules()])
         passes.append(len(count))

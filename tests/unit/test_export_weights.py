@@ -93,7 +93,7 @@ def test_low_rank_changes_give_peft_the_bits_of_the_run(world: Path, tmp_path: P
     with torch.no_grad():
         expected = ours(batch).logits[0]
         found = theirs(input_ids=batch.source_ids, attention_mask=batch.source_mask, labels=batch.target_ids).logits
-        before = backbones.load(str(world / "t5")).score(batch, lambda embeds: embeds[None], "token_sum").logits[0]
+        before = backbones.load(str(world / "t5")).log_likelihood(batch, lambda embeds: embeds[None], "token_sum").logits[0]
     assert torch.equal(found, expected)
     assert not torch.equal(expected, before)
     tiny_run.assert_same(ours.snapshot(), method.snapshot())

@@ -32,12 +32,12 @@ def backbone(folder: Path) -> Backbone:
 
 @torch.no_grad()
 def logits(backbone: Backbone) -> Tensor:
-    return backbone.score(batch(), lambda embeds: embeds[None], "token_sum").logits[0]
+    return backbone.log_likelihood(batch(), lambda embeds: embeds[None], "token_sum").logits[0]
 
 
 @torch.no_grad()
 def log_likelihood(backbone: Backbone) -> Tensor:
-    return backbone.score(batch(), lambda embeds: embeds[None], "token_sum").log_likelihood[0]
+    return backbone.log_likelihood(batch(), lambda embeds: embeds[None], "token_sum").log_likelihood[0]
 
 
 def unchanged(_place: Place) -> Change:
@@ -114,7 +114,7 @@ def test_a_trained_gain_around_a_norm_is_a_changed_gain(folder: Path, backbone: 
         torch.testing.assert_close(logits(backbone)[n, : len(target)], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", ["score", "rank", "generate"])
+@pytest.mark.parametrize("run", ["log_likelihood", "rank", "generate"])
 @torch.no_grad()
 def test_the_encoder_is_seen_once_a_pass_with_its_mask(backbone: Backbone, run: str) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
@@ -126,7 +126,7 @@ def test_the_encoder_is_seen_once_a_pass_with_its_mask(backbone: Backbone, run: 
 
     texts = batch(pad=77)
     {
-        "score": lambda: backbone.score(texts, inputs, "token_sum"),
+        "log_likelihood": lambda: backbone.log_likelihood(texts, inputs, "token_sum"),
         "rank": lambda: backbone.rank(texts, torch.tensor([[5, 1], [6, 1]]), inputs),
         "generate": lambda: backbone.generate(texts, inputs, 4),
     }[run]()
