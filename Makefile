@@ -60,7 +60,7 @@ test-hosts: $(READY)  ## two hosts on this machine: namespaces, sshd, pdsh; need
 	$(BIN)/pytest -q -rs tests/hosts
 
 sweep-campaign: $(READY)  ## kill a sweep at 10 random moments and compare with undisturbed runs
-	PYTHONPATH=tests:tests/end_to_end $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)
+	PYTHONPATH=tests $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)
 
 schema: $(READY)  ## rewrite configs/schema.json from the settings
 	$(BIN)/bpt-dist schema configs/schema.json

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,20 +21,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file, logging
 
 from bpt_dist.errors import ConfigError
+from bpt_dist.forward import EncoderInputs, Forward
 from bpt_dist.insertion import InsertionPoints
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
+from bpt_dist.packed import PackedT5
+from bpt_dist.packed_attention import ATTENTIONS
 
-EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
+# FLOPs lost by the host time of a pass (1.1 ms a block) at the rate of one core or one GPU, over the 48 D^2 FLOPs that a token
+# costs in a block, forward and backward.
+PASS_FLOPS = {"cpu": 1.1e-3 * 5e10 / 48, "cuda": 1.1e-3 * 3e14 / 48}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Forward(NamedTuple):
-    """What one pass through the T5 yields for m particles and N texts."""
-
-    log_likelihood: Float[Tensor, "m N"]
-    logits: Float[Tensor, "m N U V"]
-    # On request, the last hidden states of encoder [m, N, L, D] and decoder [m, N, U, D].
-    states: tuple[Float[Tensor, "m N L D"], Float[Tensor, "m N U D"]] | None = None
 
 
 class PromptedT5(nn.Module):
@@ -127,6 +123,7 @@ class Backbone(InsertionPoints):
         self.synced = False
         self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
         self.partition: Any = None  # how the engine partitioned the T5, for a method that trains it
+        self.packed: PackedT5 | None = None  # our own pass, where the engine allows it
         self._loaded_hash = _hash_tensors(model)
         self.tokenizer_hash = _hash_tokenizer(tokenizer)
 
@@ -155,17 +152,41 @@ class Backbone(InsertionPoints):
         """All blocks of encoder and decoder."""
         return [module for module in self.model.modules() if isinstance(module, self.block_class)]
 
+    def pack(self, attention: str) -> None:
+        """Read texts by our own pass wherever it applies; for a whole T5 only. `attention` is `sdpa` or `eager`."""
+        self.packed = PackedT5(self.model, ATTENTIONS[attention])
+
+    @property
+    def padding_for(self) -> float:
+        """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not."""
+        if self.packs(0) is not None:
+            return 0.0
+        return PASS_FLOPS[self.device.type] / self.width**2
+
+    def packs(self, num_targets: int) -> PackedT5 | None:
+        """Return our own pass where it applies to targets of that length: the T5 is whole, not trained, nothing is inserted.
+
+        It reads the encoder's states without keys and values, which pays while the decoder has fewer positions than a head is wide.
+        """
+        if self.packed is None or self._handles or num_targets > self.model.config.d_kv:
+            return None
+        return None if self.model.shared.weight.requires_grad else self.packed
+
     def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
+        if (packed := self.packs(targets.shape[1])) is not None:
+            return packed.log_likelihood(ids, mask, targets, encoder_inputs, reduction, states)
         log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, encoder_inputs, reduction, states)
         logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
-        return Forward(log_likelihood.view(-1, len(ids)), logits, (last[0], last[1]) if last else None)
+        return Forward(log_likelihood.view(-1, len(ids)), lambda: logits, (last[0], last[1]) if last else None)
 
     @torch.no_grad()
     def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        if (packed := self.packs(candidates.shape[1])) is not None:
+            return packed.rank(ids, mask, candidates.to(self.device), encoder_inputs)
         found: Tensor = self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
         return found.view(-1, len(ids), len(candidates))
 
@@ -173,8 +194,11 @@ class Backbone(InsertionPoints):
     def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced)
-        tokens = tokens.view(-1, len(ids), tokens.shape[-1])
+        if (packed := self.packs(max_new_tokens)) is not None:
+            tokens = packed.generate(ids, mask, encoder_inputs, max_new_tokens)
+        else:
+            tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced)
+            tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in tokens]
 
     @torch.no_grad()

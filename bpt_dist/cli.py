@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from bpt_dist.cli_bench import bench
 from bpt_dist.errors import INTERNAL_ERROR, UserError
 from bpt_dist.hosts import DEFAULT_PORT
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 example = typer.Typer(help="Small computations with a known answer.", no_args_is_help=True)
 app.add_typer(example, name="example")
+app.add_typer(bench, name="bench")
 
 
 class Format(StrEnum):

@@ -63,11 +63,12 @@ CHANGEABLE = frozenset({
     "data.cache",
     "source.pass_size", "target.pass_size",
     "source.checkpoint_every", "source.log_every", "target.checkpoint_every", "target.log_every",
-    "evaluation.batch_size",
-    "distribution.mesh", "distribution.mesh.particle", "distribution.mesh.data", "distribution.shard", "distribution.zero_config",
-    "distribution.scope", "distribution.offload", "distribution.activation_checkpointing",
+    "evaluation.batch_size", "backbone.attention", "backbone.forward",
+    "distribution.mesh", "distribution.mesh.particle", "distribution.mesh.data", "distribution.exchange",
+    "distribution.shard", "distribution.zero_config", "distribution.scope", "distribution.offload",
+    "distribution.activation_checkpointing",
     "distribution.expect_world_size", "distribution.startup_timeout", "distribution.step_timeout",
-    "tracking.mlflow", "tracking.uri", "tracking.experiment", "tracking.allow_insecure",
+    "tracking.mlflow", "tracking.uri", "tracking.experiment", "tracking.allow_insecure", "tracking.register_as",
 })  # fmt: skip
 """Keys that a resumed run may change: where things are, how often, on how many processes. All others shape the result."""
 

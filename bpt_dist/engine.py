@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bpt_dist.allocator import keep_pages
 from bpt_dist.backbone import Backbone
 from bpt_dist.config import Distribution, Stage
 from bpt_dist.engine_update import OPTIMIZERS, Updater, schedule
@@ -41,6 +42,8 @@ def place(backbone: Backbone, distribution: Distribution, world: World, *, train
         for block in backbone.blocks:
             _recompute_in_backward(block)
     backbone.device = world.device
+    if world.device.type == "cpu":
+        keep_pages()
     if distribution.shard == "none":
         backbone.core.to(world.device)
         return

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from bpt_dist.peers import RollCall, Verdict
 from bpt_dist.rendezvous import join
 
 SHARED_SECONDS = 10.0
+Exchanged = Literal["all_gather", "coordinates"]
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ class World:
         """Return which rank does not answer after a collective failed, and who says so."""
         return self._roll_call[0].verdict() if self._roll_call else Verdict("another rank did not appear", None)
 
-    def mesh(self, num_particles: int, shape: tuple[int, int] | None = None) -> Mesh:
+    def mesh(self, num_particles: int, shape: tuple[int, int] | None = None, exchange: Exchanged = "all_gather") -> Mesh:
         """Arrange the ranks for `num_particles` (collective: every rank, in the same order on all).
 
         Without `shape` the particle axis is gcd(M, W): equal work, no padding, no idle rank. Raises ConfigError naming the shapes
-        that are possible when an explicit `shape` divides neither the particles nor the world.
+        that are possible when an explicit `shape` divides neither the particles nor the world. `exchange.py` reads `exchange`.
         """
         particle, data = shape or (math.gcd(num_particles, self.size), self.size // math.gcd(num_particles, self.size))
         if particle * data != self.size or num_particles % particle:
@@ -148,7 +149,7 @@ class World:
             )
         if (particle, data) not in self._axes:
             self._axes[particle, data] = self._make_axes(particle, data)
-        return Mesh(self, *self._axes[particle, data])
+        return Mesh(self, *self._axes[particle, data], exchange)
 
     def _make_axes(self, particle: int, data: int) -> tuple[Axis, Axis]:
         a, c = divmod(self.rank, data)
@@ -225,6 +226,7 @@ class Mesh:
     world: World = field(default_factory=World)
     particle: Axis = field(default_factory=Axis)
     data: Axis = field(default_factory=Axis)
+    exchange: Exchanged = "all_gather"
 
     def rows(self, num_particles: int) -> slice:
         """Return the block of particles this rank owns."""
@@ -243,14 +245,39 @@ class Mesh:
         if self.particle.size == 1:
             return lambda: local
         self.world.progress.calls += 1
-        parts = [torch.empty_like(local) for _ in range(self.particle.size)]
+        whole = local.new_empty((self.particle.size * len(local), *local.shape[1:]))
+        parts = list(whole.chunk(self.particle.size))
         pending = dist.all_gather(parts, local.contiguous(), group=self.particle.group, async_op=True)
 
         def wait() -> Tensor:
             pending.wait()
-            return torch.cat(parts)
+            return whole
 
         return wait
+
+    def start_trade(self, outgoing: Sequence[Tensor], received: Sequence[int]) -> Callable[[], Float[Tensor, " n"]]:
+        """Start to send `outgoing[r]` to rank r of `particle`, and return what waits for what comes (collective: every rank).
+
+        That is `received[r]` numbers from rank r, one rank after the other. As for a gather, every rank must wait, in order.
+        """
+        self.world.progress.calls += 1
+        packed = torch.cat([part.reshape(-1) for part in outgoing])
+        arrived = packed.new_empty(sum(received))
+        sent = [part.numel() for part in outgoing]
+        pending = dist.all_to_all_single(arrived, packed, list(received), sent, group=self.particle.group, async_op=True)
+
+        def wait() -> Tensor:
+            pending.wait()
+            return arrived
+
+        return wait
+
+    def sum_over_particles_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over `particle`, the same bits on every rank, and return it (collective: every rank)."""
+        if self.particle.size > 1:
+            self.world.progress.calls += 1
+            dist.all_reduce(tensor, group=self.particle.group)
+        return tensor
 
     def gather_over_data(self, local: Float[Tensor, " n"]) -> list[Float[Tensor, " n"]]:
         """Return the vectors of all replicas along `data`, in order (collective: every rank)."""

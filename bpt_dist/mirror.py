@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from bpt_dist.files import write_json_atomic
-from bpt_dist.tracking import SHORT_CALLS, Request, Sender
+from bpt_dist.tracking import Request, Sender
+from bpt_dist.tracking_machine import Machine
+from bpt_dist.tracking_store import SHORT_CALLS
 
 # Seconds without news after which an ending training process stops waiting; a dead server is given up after
 # 5.
@@ -130,6 +132,11 @@ class _Loop:
         self.finishing: set[Path] = set()
         self.phase, self.quitting, self.orphaned = "starting", False, False
         self.parent = os.getppid()
+        self.machine = Machine()
+        # MLflow prints a farewell with links for each run of a server; the pipe to our parent is for our own lines.
+        self.news = os.dup(sys.stdout.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def run(self) -> None:
         """Work until `quit` or until the parent is gone; then once more, and say what is missing."""
@@ -137,7 +144,7 @@ class _Loop:
             threading.Thread(target=watch, daemon=True).start()
         interval, answered = INTERVAL, True
         while not self.quitting:
-            self._obey(interval)
+            self._await_commands(interval)
             # A store that fails while we are told to quit is not asked again: its silence costs seconds.
             answered = self.quitting or self._send()
             interval = INTERVAL if answered else min(2 * interval, LONGEST_INTERVAL)
@@ -171,19 +178,26 @@ class _Loop:
         self._report("waiting")
         return True
 
-    def _obey(self, seconds: float) -> None:
-        """Wait up to `seconds` for a command, then take all there are."""
+    def _await_commands(self, seconds: float) -> None:
+        """Wait up to `seconds` for a command and take it, and measure the machine meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and not self._obey(min(left, self.machine.seconds_left())):
+            self.machine.measure_if_due([folder for folder in self.requests if folder not in self.finishing])
+
+    def _obey(self, seconds: float) -> bool:
+        """Wait up to `seconds` for a command, then take all there are; false if there were none."""
+        obeyed = False
         try:
             command = self.commands.get(timeout=seconds) if seconds else self.commands.get_nowait()
             while True:
-                folder = Path(command["folder"])
+                folder, obeyed = Path(command["folder"]), True
                 if command["do"] == "finish":
                     self.finishing.add(folder)
                 elif command["do"] == "open":
                     self.requests[folder] = Request(**command["request"])
                 command = self.commands.get_nowait()
         except queue.Empty:
-            pass
+            return obeyed
 
     def _await_settled(self, seconds: float) -> None:
         """Our pipe closes a moment before the parent is gone, and only then its run counts as killed."""
@@ -220,7 +234,7 @@ class _Loop:
 
     def _say(self, news: dict[str, Any]) -> None:
         try:
-            os.write(1, json.dumps(news).encode() + b"\n")
+            os.write(self.news, json.dumps(news).encode() + b"\n")
         except OSError:
             self.quitting = True  # nobody listens any more
 
@@ -228,3 +242,4 @@ class _Loop:
 if __name__ == "__main__":
     os.nice(5)
     _Loop().run()
+    os._exit(0)  # all is said and stored, and whoever waits for this process need not wait for mlflow's modules to be taken down

@@ -14,6 +14,7 @@ from bpt_dist import config as configuration
 from bpt_dist import engine, mini
 from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config
+from bpt_dist.data.prepared import default_cache
 from bpt_dist.errors import INTERNAL_ERROR, ConfigError, DataError, OutOfMemory, PeerLost, UserError
 from bpt_dist.faults import fault_point
 from bpt_dist.files import read_json, write_json_atomic
@@ -21,11 +22,14 @@ from bpt_dist.guard import Guard
 from bpt_dist.journal import MetricsLog
 from bpt_dist.lock import NAME as LOCK
 from bpt_dist.mesh import World, peer_lost
+from bpt_dist.methods.base import Method
 from bpt_dist.mirror import Mirror, shutdown
+from bpt_dist.packed_attention import probed
 from bpt_dist.run import Run, exit_code, git_state, reason_of, versions
 from bpt_dist.session import Session
 from bpt_dist.tracking import Request, parameters
 
+log = logging.getLogger(__name__)
 UNTRACKED = ("name", "output", "run_dir", "seed", "tracking", "figures", "data.cache", "rows", "seeds")
 
 
@@ -62,6 +66,7 @@ def _session(config: Config, world: World, run: Run, guard: Guard, stack: ExitSt
         stack.callback(journal.close)
     session = Session(config, world, guard, run, journal, backbone, configuration.fingerprint(config))  # type: ignore[arg-type]
     _check_data(run, session.data_hashes(), world)
+    _check_registered(config, session.method)
     if journal is not None and config.tracking.mlflow:
         # As late as can be: what the first stage cuts off the metrics on a resume need not be sent.
         stack.enter_context(Mirror(run.folder, tracking_request(config, run, world.size)))
@@ -147,6 +152,13 @@ def _check_data(run: Run, own: dict[str, str], world: World) -> None:
         raise DataError(problem)
 
 
+def _check_registered(config: Config, method: Method) -> None:
+    """Refuse to register what a method does not leave: a PEFT folder, made from prompts or low-rank pairs."""
+    own = type(method)
+    if config.tracking.register_as is not None and (own.prompts, own.low_rank_pairs) == (Method.prompts, Method.low_rank_pairs):
+        raise ConfigError(f"tracking.register_as: method {config.method.name} leaves no PEFT folder to register; remove it")
+
+
 def load_backbone(config: Config, world: World) -> Backbone:
     """Load the T5 of the configuration and put it where it belongs (collective: every rank)."""
     path = str(mini.BACKBONE) if config.backbone.path == "mini" else config.backbone.path
@@ -156,7 +168,29 @@ def load_backbone(config: Config, world: World) -> Backbone:
     )
     fault_point("backbone.loaded")
     engine.place(backbone, config.distribution, world, trained=config.method.TRAINS_BACKBONE)
+    if _may_pack(config, world):
+        # One rank measures for all: ranks that compute differently would differ in the last bits.
+        kind = settings.attention if settings.attention != "auto" else world.broadcast(_faster_attention(backbone, config, world))
+        backbone.pack(kind)
     return backbone
+
+
+def _may_pack(config: Config, world: World) -> bool:
+    """Return whether our own pass may stand in for transformers', and say on rank 0 why not."""
+    given = config.distribution
+    reason = f"distribution.shard is {given.shard}" if given.shard != "none" else None
+    reason = "distribution.activation_checkpointing is on" if given.activation_checkpointing else reason
+    if config.backbone.forward == "stock" or reason is None:
+        return config.backbone.forward != "stock"
+    if world.rank == 0:
+        log.info("texts are read by transformers' modules, padded: %s", reason)
+    return False
+
+
+def _faster_attention(backbone: Backbone, config: Config, world: World) -> str | None:
+    if world.rank:
+        return None
+    return probed(world.device, backbone.model.dtype, config.data.cache or default_cache())
 
 
 def leave(error: Exception, world: World) -> int:
@@ -213,4 +247,5 @@ def tracking_request(config: Config, run: Run, world_size: int) -> Request:
         run_name=config.name,
         params=parameters(config.model_dump(mode="json"), leave_out=UNTRACKED),
         tags=tags,
+        alias=config.tracking.register_as,
     )

@@ -160,7 +160,7 @@ def _stages(config: Config, world: PlannedWorld, shape: T5Shape) -> list[StagePl
     if config.method.HAS_SOURCE_STAGE:
         method.begin_source(sources, Mesh())
         if config.source.posterior is None:
-            mesh = world.mesh(method.num_particles, explicit)
+            mesh = world.mesh(method.num_particles, explicit, config.distribution.exchange)
             found += _with_preludes("source", config, config.source, method, mesh, sources, shape)
         else:
             skip_preludes(method)

@@ -15,8 +15,10 @@ from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
 from bpt_dist.engine import OPTIMIZERS
 from bpt_dist.errors import ConfigError
+from bpt_dist.exchange import slices
 from bpt_dist.mesh import Axis, Mesh, World
 from bpt_dist.methods.base import Method
+from bpt_dist.passes import Passes, sequences_at_once
 
 ASSUMED_EVAL_ROWS = 1000  # the published split rule carves so many; data.max_eval_rows says otherwise
 CHARACTERS_A_TOKEN = 3  # of label words; a T5 piece is longer on average
@@ -81,10 +83,12 @@ def stage_plan(
     """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStage) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
-    refuse_idle_ranks(name, texts, mesh)
     copies, positions = _added(method)
     is_source = isinstance(settings, SourceStage)
+    if mesh.exchange == "coordinates":
+        slices(positions, mesh.particle.size)
     own = copies // mesh.particle.size if is_source else copies
+    refuse_idle_ranks(name, texts * own if config.deals_cells(settings) else texts, mesh)
     own_texts = -(-texts // mesh.data.size)
     together = not isinstance(settings, SourceStage) or settings.shared_texts
     trains_weights = config.method.TRAINS_BACKBONE
@@ -99,7 +103,8 @@ def stage_plan(
         if isinstance(settings, TargetStage) and evaluated
         else (0, 0)
     )
-    particles_at_once, texts_at_once = sequences_at_once(config, settings, own if together else 1, own_texts)
+    longest = max(positions + sum(lengths(spec, config)) for spec in specs)
+    particles_at_once, texts_at_once = at_once(config, settings, own if together else 1, own_texts, longest)
     num_passes = -(-own // particles_at_once) * -(-own_texts // texts_at_once)
     return StagePlan(
         name=name,
@@ -124,14 +129,12 @@ def stage_plan(
     )
 
 
-def sequences_at_once(config: Config, settings: Stage, particles: int, texts: int) -> tuple[int, int]:
-    """Return how many particles and texts meet in one pass through the T5."""
+def at_once(config: Config, settings: Stage, particles: int, texts: int, longest: int) -> tuple[int, int]:
+    """Return how many particles and texts meet in one pass through the T5 when all texts are as long as the longest."""
     if config.distribution.exact:
         return 1, 1
-    if settings.pass_size is None:
-        return particles, texts
-    particles = min(particles, settings.pass_size)
-    return particles, min(texts, max(1, settings.pass_size // particles))
+    together = config.distribution.shard != "none"
+    return sequences_at_once(particles, texts, longest, Passes(size=settings.pass_size, together=together))
 
 
 def lengths(spec: TaskSpec, config: Config) -> tuple[int, int]:
@@ -146,13 +149,13 @@ def flops_of_a_text(flops: Sequence[int], settings: Stage) -> float:
     return sum(flops) / len(flops) if settings.sampling == "all" else max(flops)
 
 
-def refuse_idle_ranks(stage: str, texts: int, mesh: Mesh) -> None:
-    """Raise ConfigError where a step has fewer texts than the data axis has ranks."""
-    if texts >= mesh.data.size:
+def refuse_idle_ranks(stage: str, sequences: int, mesh: Mesh) -> None:
+    """Raise ConfigError where a step has fewer sequences to deal than the data axis has ranks."""
+    if sequences >= mesh.data.size:
         return
     raise ConfigError(
-        f"{stage.partition('/')[0]}.batch_size: a step of {stage} has {texts} text(s) for {mesh.data.size} ranks of the data axis; "
-        f"raise it, or start at most {texts * mesh.particle.size} processes"
+        f"{stage.partition('/')[0]}.batch_size: a step of {stage} has {sequences} sequence(s) for {mesh.data.size} ranks of the "
+        f"data axis; raise it, or start at most {sequences * mesh.particle.size} processes"
     )
 
 
@@ -214,7 +217,15 @@ def _collectives(
         found.append(Collective("all-gather of gradients over data, pass by pass", num_passes, num_passes * mesh.data.size * one))
     elif mesh.data.size > 1:
         found.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
-    if mesh.particle.size > 1:
+    if mesh.particle.size > 1 and mesh.exchange == "coordinates":
+        num_positions = _added(method)[1]
+        of_position = _bytes(method, Mesh()) // num_positions
+        widest = max(each.stop - each.start for each in slices(num_positions, mesh.particle.size))
+        received = 2 * widest * of_position + _bytes(method, mesh)
+        found.append(Collective("all-to-all of particles, of scores and of directions", 3, received))
+        if getattr(config.method, "scope", "prompt") == "prompt":
+            found.append(Collective("all-reduce of squared distances", 1, WORD * copies**2))
+    elif mesh.particle.size > 1:
         found.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
     if config.distribution.shard != "none":
         gathers = (2 + method.extra_forwards) * num_passes

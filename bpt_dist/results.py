@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bpt_dist.errors import DataError
 
-COPIES = "mlartifacts"
+COPIES, SWEEP = "mlartifacts", "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,17 @@ class Collected(NamedTuple):
 def collect(paths: Sequence[Path]) -> Collected:
     """Read every `results.json` at or below `paths`, leaving out unfinished runs with a note.
 
+    The trials of a sweep are tries, not results: they are read where their sweep's folder, or one inside it, is named.
+
     Raises DataError for a path without results and for an entry that cannot be read, naming file and entry.
     """
     results: list[Result] = []
     notes: list[str] = []
-    for file in _result_files(paths):
+    files = _result_files(paths)
+    for sweep in sorted({file.parent.parent for file in files if not _is_wanted(file, paths)}):
+        num_trials = sum(file.parent.parent == sweep for file in files)
+        notes.append(f"Left out: {num_trials} trials of sweep {sweep.name}; name {sweep} to see them.")
+    for file in (file for file in files if _is_wanted(file, paths)):
         state = _run_state(file.parent)
         if state != "finished":
             notes.append(f"Left out: run {file.parent.name} is {state}, not finished.")
@@ -84,6 +90,12 @@ def _result_files(paths: Sequence[Path]) -> list[Path]:
             raise DataError(f"{path}: no results.json at or below it; give folders of evaluated runs, or their parent")
         found.update(dict.fromkeys(file.resolve() for file in files))
     return list(found)
+
+
+def _is_wanted(file: Path, paths: Sequence[Path]) -> bool:
+    """Return whether a result belongs to no sweep, or to one that was asked for."""
+    sweep = file.parent.parent
+    return not (sweep / SWEEP).is_file() or any(Path(path).resolve().is_relative_to(sweep) for path in paths)
 
 
 def _run_state(folder: Path) -> str:

@@ -29,7 +29,7 @@ from bpt_dist.methods import base as methods
 from bpt_dist.model_card import CardFacts, PosteriorFacts
 from bpt_dist.posterior import FACTS, Posterior
 from bpt_dist.run import Run
-from bpt_dist.stage import StageRun, check_texts
+from bpt_dist.stage import StageRun, check_sequences
 
 log = logging.getLogger(__name__)
 RESULT = "result.json"
@@ -56,7 +56,7 @@ class Session:
         # What can be known of the last stage is said before the first one is trained.
         if config.target.steps:
             num_tasks = len(config.data.target_tasks) if config.target.joint else 1
-            check_texts("target", config.target.batch_size, num_tasks, self.world.size)
+            check_sequences("target", config.target.batch_size, num_tasks * config.target.batch_size, self.world.size)
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         options = config.data
         if config.method.HAS_SOURCE_STAGE and self.config.source.posterior is None:
@@ -122,7 +122,7 @@ class Session:
         """Arrange the ranks for the source stage, as the configuration says."""
         shape = self.config.distribution.mesh
         explicit = None if isinstance(shape, str) else (shape.particle, shape.data)
-        return self.world.mesh(self.method.num_particles, explicit)
+        return self.world.mesh(self.method.num_particles, explicit, self.config.distribution.exchange)
 
     def target_mesh(self) -> Mesh:
         """Arrange the ranks for a target stage: all of them share the texts, since every rank predicts with every prompt."""
@@ -136,6 +136,7 @@ class Session:
             self.run.status("running", stage=name)
         return StageRun(
             name, settings, self.method, mesh, batches, self.run, self.log, self.fingerprint, self.guard, validate, self.position,
+            shares=self.method.num_particles // mesh.particle.size if self.config.deals_cells(settings) else 1,
             exact=self.config.distribution.exact,
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from bpt_dist.journal import MetricsLog
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods.base import Method
 from bpt_dist.objective import annealing
+from bpt_dist.passes import Passes
 from bpt_dist.peers import StragglerAlarm
 from bpt_dist.progress import StepProgress
 from bpt_dist.run import Run
@@ -61,11 +62,11 @@ class Selection:
             self.since += 1
 
 
-def check_texts(stage: str, batch_size: int, num_tasks: int, num_ranks: int) -> None:
-    """Refuse a stage whose steps have fewer texts than the data axis has ranks."""
-    if num_tasks * batch_size < num_ranks:
+def check_sequences(stage: str, batch_size: int, num_sequences: int, num_ranks: int) -> None:
+    """Refuse a stage whose steps have fewer sequences to deal than the data axis has ranks."""
+    if num_sequences < num_ranks:
         raise ConfigError(
-            f"{stage}.batch_size is {batch_size}: a step has {num_tasks * batch_size} text(s) for {num_ranks} ranks of the data "
+            f"{stage}.batch_size is {batch_size}: a step has {num_sequences} sequence(s) for {num_ranks} ranks of the data "
             "axis; raise it, or start fewer processes"
         )
 
@@ -86,6 +87,7 @@ class StageRun:
     validate: Callable[[], dict[str, float]] | None = None
     position: int = 0  # of the metrics log: when the stage began, then at its newest checkpoint
     prelude: str | None = None  # the name of the prelude this is, if it is one
+    shares: int = 1  # into how many parts the particles of a text may be dealt
     exact: bool = False  # one particle and one text a pass, summed in order: the same bits on every world size
 
     def __post_init__(self) -> None:
@@ -96,12 +98,13 @@ class StageRun:
         self.stragglers = StragglerAlarm(self.mesh.world.hosts)
         self.seconds = 0.0  # this rank's own work in the last step
         self.task_names = [task.name for task in self.batches.datasets]
-        check_texts(self.stage, self.batches.batch_size, self.batches.tasks_per_step, self.mesh.data.size)
+        texts = self.batches.batch_size * self.batches.tasks_per_step
+        check_sequences(self.stage, self.batches.batch_size, texts * self.shares, self.mesh.data.size)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
     def work(self, step: int) -> Iterator[Unit]:
-        """Yield the passes of this rank, equally many on every rank, and measure how long they take."""
+        """Yield the passes of this rank and measure how long they take."""
         began = time.perf_counter()
         own = self.mesh.rows(self.num_particles)
         blocks: list[tuple[slice, int | None]] = [(own, None)]
@@ -114,8 +117,15 @@ class StageRun:
             if self.exact:
                 yield from ordered_units(batch, here, self.mesh)
             else:
-                yield from shared_units(batch, here, self.mesh, self.settings.pass_size)
+                yield from shared_units(batch, here, self.mesh, self.passes)
         self.seconds = time.perf_counter() - began
+
+    @property
+    def passes(self) -> Passes:
+        """Return what limits the passes of this stage."""
+        backbone = self.method.backbone
+        num_added = getattr(self.method.config, "length", 0)
+        return Passes(self.settings.pass_size, num_added, backbone.padding_for, backbone.synced)
 
     def memory_for(self, unit: Unit) -> AbstractContextManager[None]:
         """Return what names this rank, step and batch when the pass of `unit` runs out of memory."""
@@ -217,14 +227,14 @@ class StageRun:
     # --- records ------------------------------------------------------------------------------------------------------
 
     def record(self, losses: Losses, progress: StepProgress) -> None:
-        """Say where the stage is, and write it down when it is due (rank 0)."""
+        """Say where the stage is, and write it down when it is due (collective: every rank; rank 0 writes)."""
         if self.skipped:
             progress.update(self.step, "skipped")
             self.write({f"{self.metric_prefix}/skipped": 1.0})
             return
         mean = [total / count for total, count in zip(losses.sums, losses.counts, strict=True) if count]
         progress.update(self.step, f"loss {sum(mean) / len(mean):.4f}")
-        if self.run.rank == 0 and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
+        if self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
             prefix = self.metric_prefix
             values = {f"{prefix}/loss": sum(mean) / len(mean)}
             if len(self.task_names) > 1:

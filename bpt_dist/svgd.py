@@ -16,6 +16,9 @@ Rows of the direction do not depend on how particles are split over ranks: every
 kernel from the whole particle set, and each row of phi is summed in the one order j = 0 .. M-1. Up to PAIRWISE_LIMIT
 particles every operation on the way is a single correctly rounded one, so this asks nothing of a BLAS; above it matrix
 products run on aligned tiles of TILE_ROWS whole rows, so that a row always meets a product of the same shape.
+
+Every function here also takes a slice [M, p, D] of the positions of all particles: squared distances of slices add up to
+those of whole prompts, the kernel is made of the sums, and phi of a slice needs nothing but the slice and the kernel.
 """
 
 from __future__ import annotations
@@ -31,10 +34,16 @@ from torch import Tensor
 Kernel = Literal["rbf", "imq"]
 Scope = Literal["prompt", "token"]
 Form = Literal["svgd", "repulsive_ensemble"]
+Bandwidth = Literal["median"] | float
+Place = tuple[slice, slice, slice]  # blocks, rows (counted among those asked for), coordinates
 
 PAIRWISE_LIMIT = 16
-TILE_ROWS = 16
-CHUNK_ELEMENTS = 1 << 22
+TILE_ROWS = 32
+# Numbers worked on at once. On a CPU they stay in the cache: temporaries as large as the particles cost three times the
+# arithmetic, most of it in pages the system has to hand out anew. A GPU wants few launches instead.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_GPU = 1 << 17, 1 << 22
+SHORTEST_CHUNK = 512
+GRAM_ROWS = 64
 # Coincident particles have median 0. 2/h must stay finite in float32 even when summed over thousands of particles,
 # and no float32 prompts of any use are closer than 1e-15, so the floor never bites where it matters.
 BANDWIDTH_FLOOR = 1e-30
@@ -43,19 +52,44 @@ BANDWIDTH_FLOOR = 1e-30
 RELATIVE_FLOOR = 1e-10
 
 
+class Rule(NamedTuple):
+    """How distances and scores become a direction; `bandwidth` in units of squared distance."""
+
+    kernel: Kernel = "rbf"
+    scope: Scope = "prompt"
+    bandwidth: Bandwidth = "median"
+    form: Form = "svgd"
+
+
+class Weights(NamedTuple):
+    """What all pairs of particles mean to one another, S = 1 matrix for scope `prompt`, one a position for `token`.
+
+    `kernel` is k, `slope` is g = -2 dk/d(d2); float64, as the squared distances are.
+    """
+
+    kernel: Float[Tensor, "S M M"]
+    slope: Float[Tensor, "S M M"]
+    bandwidth: Float[Tensor, " S"]
+    squared_distances: Float[Tensor, "S M M"]
+
+
 class Direction(NamedTuple):
     """The Stein direction with everything computed on the way, so that diagnostics cost nothing twice.
 
-    `phi = driving + repulsive` holds only the rows asked for (M of them by default); `kernel` and `squared_distances`
+    `driving` and `repulsive` hold only the rows asked for (M of them by default); `kernel` and `squared_distances`
     always hold all pairs, with a leading position axis P when the scope is `token`; `bandwidth` likewise.
     """
 
-    phi: Float[Tensor, "m P D"]
     driving: Float[Tensor, "m P D"]
     repulsive: Float[Tensor, "m P D"]
     kernel: Float[Tensor, "*scope M M"]
     bandwidth: Float[Tensor, "*scope"]
     squared_distances: Float[Tensor, "*scope M M"]
+
+    @property
+    def phi(self) -> Float[Tensor, "m P D"]:
+        """The direction itself, the sum of both terms."""
+        return self.driving + self.repulsive
 
 
 def stein_direction(
@@ -64,7 +98,7 @@ def stein_direction(
     *,
     kernel: Kernel = "rbf",
     scope: Scope = "prompt",
-    bandwidth: Literal["median"] | float = "median",
+    bandwidth: Bandwidth = "median",
     form: Form = "svgd",
     rows: slice | None = None,
 ) -> Direction:
@@ -73,26 +107,9 @@ def stein_direction(
     `score` is computed once per particle beforehand: the T5 runs M times, not M^2. Finite for every finite input of
     magnitude below 1e30, coincident particles included. No gradient flows through the result.
     """
-    if particles.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"particles are {particles.dtype}: half precision destroys their distances; keep float32")
+    rule = Rule(kernel, scope, bandwidth, form)
     with torch.no_grad():
-        blocks, scores = _blocks(particles, scope), _blocks(score, scope)
-        squared = squared_distances(particles, scope)
-        width = _bandwidth(squared, bandwidth)
-        weights, slope = _kernel_and_slope(squared, width[:, None, None], kernel)
-        weights = weights.to(particles.dtype)
-        chosen = slice(*(rows or slice(None)).indices(len(particles)))
-        assert chosen.step == 1, f"rows {rows} are not contiguous"
-        assert chosen.start < chosen.stop, f"rows {rows} of {len(particles)} particles"
-        driving, repulsive = _sum_over_particles(blocks, scores, weights, slope, chosen)
-        if form == "svgd":
-            driving, repulsive = driving / len(particles), repulsive / len(particles)
-        else:
-            driving, repulsive = scores[:, chosen].clone(), repulsive / weights.sum(-1)[:, chosen, None]
-        driving, repulsive = (_unblock(term, particles.shape) for term in (driving, repulsive))
-    if scope == "prompt":
-        weights, width, squared = weights[0], width[0], squared[0]
-    return Direction(driving + repulsive, driving, repulsive, weights, width, squared)
+        return combine(particles, score, weigh(squared_distances(particles, scope), rule), rule, rows)
 
 
 def stein_rows(
@@ -102,19 +119,27 @@ def stein_rows(
     *,
     kernel: Kernel = "rbf",
     scope: Scope = "prompt",
-    bandwidth: Literal["median"] | float = "median",
+    bandwidth: Bandwidth = "median",
     form: Form = "svgd",
 ) -> Float[Tensor, "m P D"]:
     """Return the given `rows` of phi, bit-identical to that slice of the full result."""
-    return stein_direction(particles, score, kernel=kernel, scope=scope, bandwidth=bandwidth, form=form, rows=rows).phi
+    rule = Rule(kernel, scope, bandwidth, form)
+    return combined(particles, score, weigh(squared_distances(particles, scope), rule), rule, rows)
 
 
+# --- the three parts: distances, kernel, combination ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
 def squared_distances(particles: Float[Tensor, "M P D"], scope: Scope) -> Float[Tensor, "S M M"]:
     """Return float64 squared distances, symmetric with a zero diagonal: S = 1 for scope `prompt`, P for `token`.
 
     Few particles use explicit differences; many use the Gram matrix of centred particles, which needs no M x M x PD
-    tensor. The raw expansion |x|^2 + |y|^2 - 2xy is never used: it was 20-fold wrong for close particles.
+    tensor. The raw expansion |x|^2 + |y|^2 - 2xy is never used: it was 20-fold wrong for close particles. Raises
+    TypeError for particles in half precision.
     """
+    if particles.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"particles are {particles.dtype}: half precision destroys their distances; keep float32")
     if len(particles) > PAIRWISE_LIMIT:
         upper = _centred_gram(_blocks(particles, scope))
     else:
@@ -124,39 +149,53 @@ def squared_distances(particles: Float[Tensor, "M P D"], scope: Scope) -> Float[
     return upper + upper.mT
 
 
+@torch.no_grad()
+def weigh(squared: Float[Tensor, "S M M"], rule: Rule) -> Weights:
+    """Return kernel and slope of all pairs from their squared distances; ValueError for an impossible bandwidth."""
+    width = _bandwidth(squared, rule.bandwidth)
+    over = width[:, None, None]
+    if rule.kernel == "rbf":
+        value = (squared / -over).exp_()
+        return Weights(value, 2 / over * value, width, squared)
+    value = (squared / over).add_(1).rsqrt_()
+    return Weights(value, value**3 / over, width, squared)
+
+
+@torch.no_grad()
+def combine(
+    particles: Float[Tensor, "M P D"], score: Float[Tensor, "M P D"], weights: Weights, rule: Rule, rows: slice | None = None
+) -> Direction:
+    """Return the direction of all or some `rows` from particles, scores and weights."""
+    chosen = _chosen(rows, len(particles))
+    blocks, scores = _blocks(particles, rule.scope), _blocks(score, rule.scope)
+    driving, repulsive = torch.empty_like(blocks[:, chosen]), torch.empty_like(blocks[:, chosen])
+    for place, drive, push in _terms(blocks, scores, weights, rule.form, chosen):
+        driving[place], repulsive[place] = drive, push
+    driving, repulsive = (_unblock(term, particles.shape) for term in (driving, repulsive))
+    one = 0 if rule.scope == "prompt" else slice(None)
+    return Direction(driving, repulsive, weights.kernel[one], weights.bandwidth[one], weights.squared_distances[one])
+
+
+@torch.no_grad()
+def combined(
+    particles: Float[Tensor, "M P D"], score: Float[Tensor, "M P D"], weights: Weights, rule: Rule, rows: slice | None = None
+) -> Float[Tensor, "m P D"]:
+    """Return phi alone: the bits of `combine`, without keeping its two terms."""
+    chosen = _chosen(rows, len(particles))
+    blocks, scores = _blocks(particles, rule.scope), _blocks(score, rule.scope)
+    phi = torch.empty_like(particles[chosen])
+    into = _blocks(phi, rule.scope)
+    for place, drive, push in _terms(blocks, scores, weights, rule.form, chosen):
+        torch.add(drive, push, out=into[place])
+    return phi
+
+
 def median_bandwidth(squared: Float[Tensor, "*scope M M"]) -> Float[Tensor, "*scope"]:
     """Return median_{i<j}(d2) / log(M+1), at least BANDWIDTH_FLOOR; 1 for a single particle."""
     num_particles = squared.shape[-1]
     if num_particles == 1:
         return torch.ones_like(squared[..., 0, 0])
-    return (_median(_pairs(squared)) / math.log(num_particles + 1)).clamp_min(BANDWIDTH_FLOOR)
-
-
-def diagnostics(direction: Direction, particles: Float[Tensor, "M P D"]) -> dict[str, float]:
-    """Return the numbers logged at every step: is the cloud alive, and does repulsion matter beside the score?
-
-    Distances are between whole prompts whatever the scope (0 without pairs). `bandwidth` and `kernel_off_diagonal` are
-    means over positions for scope `token`. `driving_norm`, `repulsive_norm` and `mean_norm` are means over particles
-    of Euclidean norms (the first two over the rows in `direction`). `spread` is the root mean square deviation of a
-    coordinate from the mean particle, in the units of the prompt.
-    """
-    squared = direction.squared_distances
-    whole = squared.reshape(-1, *squared.shape[-2:]).sum(0)
-    distances, off_diagonal = _pairs(whole).sqrt(), _pairs(direction.kernel)
-    has_pairs = distances.numel() > 0
-    mean = particles.mean(0)
-    return {
-        "distance_min": float(distances.min()) if has_pairs else 0.0,
-        "distance_median": float(_median(distances)) if has_pairs else 0.0,
-        "distance_max": float(distances.max()) if has_pairs else 0.0,
-        "bandwidth": float(direction.bandwidth.mean()),
-        "kernel_off_diagonal": float(off_diagonal.mean()) if has_pairs else 0.0,
-        "driving_norm": _mean_norm(direction.driving),
-        "repulsive_norm": _mean_norm(direction.repulsive),
-        "spread": float((particles - mean).double().square().mean().sqrt()),
-        "norm_of_mean": _mean_norm(mean[None]),
-        "mean_norm": _mean_norm(particles),
-    }
+    return (median(pairs(squared)) / math.log(num_particles + 1)).clamp_min(BANDWIDTH_FLOOR)
 
 
 def initial_particles(
@@ -184,54 +223,19 @@ def _unblock(blocks: Float[Tensor, "S m E"], shape: torch.Size) -> Float[Tensor,
     return blocks.transpose(0, 1).reshape(-1, *shape[1:])
 
 
-def _pairs(matrix: Float[Tensor, "*scope M M"]) -> Float[Tensor, "*scope pairs"]:
+def pairs(matrix: Float[Tensor, "*scope M M"]) -> Float[Tensor, "*scope pairs"]:
     """Return the entries above the diagonal."""
     row, column = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], offset=1, device=matrix.device)
     return matrix[..., row, column]
 
 
-def _median(values: Float[Tensor, "*scope n"]) -> Float[Tensor, "*scope"]:
+def median(values: Float[Tensor, "*scope n"]) -> Float[Tensor, "*scope"]:
     """Return the median of the last axis; for an even count the mean of the two middle values."""
-    ordered, count = values.sort(dim=-1).values, values.shape[-1]
-    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
+    lower, upper = (values.kthvalue(place + 1).values for place in ((values.shape[-1] - 1) // 2, values.shape[-1] // 2))
+    return (lower + upper) / 2
 
 
-def _mean_norm(tensor: Float[Tensor, "m P D"]) -> float:
-    """Return the mean over particles of the Euclidean norm, in float64 so that large prompts do not overflow."""
-    return float(tensor.flatten(1).double().norm(dim=1).mean())
-
-
-def _differences(blocks: Float[Tensor, "S M E"]) -> Float[Tensor, "S M M"]:
-    """Return the strict upper triangle of d2 by explicit differences, one particle against the later ones."""
-    num_blocks, num_particles, _ = blocks.shape
-    upper = blocks.new_zeros((num_blocks, num_particles, num_particles), dtype=torch.float64)
-    for i in range(num_particles - 1):
-        difference = blocks[:, i + 1 :].double() - blocks[:, i, None].double()
-        upper[:, i, i + 1 :] = difference.square().sum(-1)
-    return upper
-
-
-def _centred_gram(blocks: Float[Tensor, "S M E"]) -> Float[Tensor, "S M M"]:
-    """Return the strict upper triangle of d2 by float64 Gram matrices of centred coordinates, chunk by chunk."""
-    num_blocks, num_particles, _ = blocks.shape
-    gram = blocks.new_zeros((num_blocks, num_particles, num_particles), dtype=torch.float64)
-    for _, centred in _centred_chunks(blocks):
-        gram += centred @ centred.mT
-    norms = gram.diagonal(dim1=-2, dim2=-1)
-    return (norms[:, :, None] + norms[:, None, :] - 2 * gram).clamp_min(0).triu(1)
-
-
-def _centred_chunks(blocks: Float[Tensor, "S M E"]) -> Iterator[tuple[slice, Float[Tensor, "S M e"]]]:
-    """Yield pieces of the coordinates in float64, relative to the first particle: coincident ones become exact zeros."""
-    num_blocks, num_particles, num_coordinates = blocks.shape
-    chunk = max(1, CHUNK_ELEMENTS // (num_blocks * num_particles))
-    for start in range(0, num_coordinates, chunk):
-        coordinates = slice(start, start + chunk)
-        part = blocks[..., coordinates].double()
-        yield coordinates, part - part[:, :1]
-
-
-def _bandwidth(squared: Float[Tensor, "S M M"], bandwidth: Literal["median"] | float) -> Float[Tensor, " S"]:
+def _bandwidth(squared: Float[Tensor, "S M M"], bandwidth: Bandwidth) -> Float[Tensor, " S"]:
     """Return one bandwidth a block, the median heuristic or the given number, not below what arithmetic can bear."""
     if isinstance(bandwidth, str):
         width = median_bandwidth(squared)
@@ -244,61 +248,109 @@ def _bandwidth(squared: Float[Tensor, "S M M"], bandwidth: Literal["median"] | f
     return torch.maximum(width, RELATIVE_FLOOR * squared.amax((-2, -1)))
 
 
-def _kernel_and_slope(
-    squared: Float[Tensor, "S M M"], width: Float[Tensor, "S 1 1"], kernel: Kernel
-) -> tuple[Float[Tensor, "S M M"], Float[Tensor, "S M M"]]:
-    """Return k and g = -2 dk/d(d2)."""
-    if kernel == "rbf":
-        value = torch.exp(-squared / width)
-        return value, 2 / width * value
-    value = torch.rsqrt(1 + squared / width)
-    return value, value**3 / width
+def _chosen(rows: slice | None, num_particles: int) -> slice:
+    chosen = slice(*(rows or slice(None)).indices(num_particles))
+    assert chosen.step == 1, f"rows {rows} are not contiguous"
+    assert chosen.start < chosen.stop, f"rows {rows} of {num_particles} particles"
+    return chosen
 
 
-def _sum_over_particles(
-    blocks: Float[Tensor, "S M E"],
-    scores: Float[Tensor, "S M E"],
-    weights: Float[Tensor, "S M M"],
-    slope: Float[Tensor, "S M M"],
-    rows: slice,
-) -> tuple[Float[Tensor, "S m E"], Float[Tensor, "S m E"]]:
-    """Return sum_j k_ij s_j and sum_j g_ij (x_i - x_j) for the rows i asked for."""
-    if blocks.shape[1] <= PAIRWISE_LIMIT:
-        return _sum_in_order(blocks, scores, weights, slope, rows)
-    return _sum_by_tiles(blocks, scores, weights, slope, rows)
+# --- loops over pieces of the coordinates ---------------------------------------------------------------------------------------
+
+
+def _pieces(blocks: Float[Tensor, "S M E"], *, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks and coordinates that are worked on at once: several whole blocks, or a part of the coordinates of one."""
+    num_blocks, num_particles, num_coordinates = blocks.shape
+    elements = CHUNK_ELEMENTS_ON_GPU if blocks.is_cuda else CHUNK_ELEMENTS
+    several = elements // (num_particles * num_coordinates)
+    length = num_coordinates if several or whole_rows else max(SHORTEST_CHUNK, elements // num_particles)
+    for first in range(0, num_blocks, max(1, several)):
+        for start in range(0, num_coordinates, length):
+            yield slice(first, first + max(1, several)), slice(start, start + length)
+
+
+def _differences(blocks: Float[Tensor, "P M D"]) -> Float[Tensor, "P M M"]:
+    """Return the strict upper triangle of d2 by explicit differences, one particle against the later ones."""
+    num_blocks, num_particles, _ = blocks.shape
+    upper = blocks.new_zeros((num_blocks, num_particles, num_particles), dtype=torch.float64)
+    for some, _ in _pieces(blocks, whole_rows=True):
+        part = blocks[some].double()
+        for i in range(num_particles - 1):
+            upper[some, i, i + 1 :] = (part[:, i + 1 :] - part[:, i, None]).square_().sum(-1)
+    return upper
+
+
+def _centred_gram(blocks: Float[Tensor, "S M E"]) -> Float[Tensor, "S M M"]:
+    """Return the strict upper triangle of d2 by float64 Gram matrices of centred coordinates, piece by piece."""
+    num_blocks, num_particles, _ = blocks.shape
+    gram = blocks.new_zeros((num_blocks, num_particles, num_particles), dtype=torch.float64)
+    for some, coordinates in _pieces(blocks):
+        centred = _centred(blocks[some, :, coordinates])
+        for start in range(0, num_particles, GRAM_ROWS):  # what is below the diagonal is not computed
+            gram[some, start : start + GRAM_ROWS, start:] += centred[:, start : start + GRAM_ROWS] @ centred[:, start:].mT
+    norms = gram.diagonal(dim1=-2, dim2=-1)
+    return (norms[:, :, None] + norms[:, None, :]).sub_(gram, alpha=2).clamp_min_(0).triu_(1)
+
+
+def _centred(part: Float[Tensor, "S M e"]) -> Float[Tensor, "S M e"]:
+    """Return coordinates in float64, relative to the first particle: coincident ones become exact zeros."""
+    wide = part.double()
+    return wide - wide[:, :1]
+
+
+def _terms(
+    blocks: Float[Tensor, "S M E"], scores: Float[Tensor, "S M E"], weights: Weights, form: Form, rows: slice
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
+    """Yield the driving and the repulsive term of the rows asked for, piece by piece, and where the piece belongs."""
+    kernel, num_particles = weights.kernel.to(blocks.dtype), blocks.shape[1]
+    sums = _sum_in_order if num_particles <= PAIRWISE_LIMIT else _sum_by_tiles
+    totals = kernel.sum(-1, keepdim=True)
+    for place, driving, repulsive in sums(blocks, scores, kernel, weights.slope, rows):
+        some, own, coordinates = place
+        if form == "svgd":
+            yield place, driving.div_(num_particles), repulsive.div_(num_particles)
+        else:
+            yield place, scores[some, rows, coordinates][:, own], repulsive.div_(totals[some, rows][:, own])
 
 
 def _sum_in_order(
     blocks: Float[Tensor, "S M E"],
     scores: Float[Tensor, "S M E"],
-    weights: Float[Tensor, "S M M"],
+    kernel: Float[Tensor, "S M M"],
     slope: Float[Tensor, "S M M"],
     rows: slice,
-) -> tuple[Float[Tensor, "S m E"], Float[Tensor, "S m E"]]:
-    """Add one particle j after the other: exact for close pairs, and coincident particles get identical rows."""
-    own = blocks[:, rows]
-    weights, slope = weights[:, rows, :, None], slope[:, rows, :, None].to(blocks.dtype)
-    driving, repulsive = torch.zeros_like(own), torch.zeros_like(own)
-    for j in range(blocks.shape[1]):
-        # Products and sums are separate operations: a fused multiply-add is used for some elements and not for others.
-        driving += weights[:, :, j] * scores[:, j, None]
-        repulsive += slope[:, :, j] * (own - blocks[:, j, None])
-    return driving, repulsive
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
+    """Yield sum_j k_ij s_j and sum_j g_ij (x_i - x_j), one particle j after the other.
+
+    Exact for close pairs, and coincident particles get identical rows.
+    """
+    kernel, slope = kernel[:, rows, :, None], slope[:, rows, :, None].to(blocks.dtype)
+    for some, coordinates in _pieces(blocks):
+        part, own, score = blocks[some, :, coordinates], blocks[some, rows, coordinates], scores[some, :, coordinates]
+        driving, repulsive = torch.zeros_like(own), torch.zeros_like(own)
+        for j in range(blocks.shape[1]):
+            # Products and sums are separate operations: a fused multiply-add is used for some elements and not for others.
+            driving += kernel[some, :, j] * score[:, j, None]
+            repulsive += (own - part[:, j, None]).mul_(slope[some, :, j])
+        yield (some, slice(None), coordinates), driving, repulsive
 
 
 def _sum_by_tiles(
     blocks: Float[Tensor, "S M E"],
     scores: Float[Tensor, "S M E"],
-    weights: Float[Tensor, "S M M"],
+    kernel: Float[Tensor, "S M M"],
     slope: Float[Tensor, "S M M"],
     rows: slice,
-) -> tuple[Float[Tensor, "S m E"], Float[Tensor, "S m E"]]:
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """Multiply whole aligned tiles of rows that cover `rows`, then cut: a row's bits cannot depend on the split."""
     first = rows.start // TILE_ROWS * TILE_ROWS
-    tiles = [slice(start, start + TILE_ROWS) for start in range(first, rows.stop, TILE_ROWS)]
-    cut = slice(rows.start - first, rows.stop - first)
-    totals, repulsive = slope.sum(-1, keepdim=True), torch.empty_like(blocks[:, rows])
-    for coordinates, centred in _centred_chunks(blocks):
-        pushes = [totals[:, tile] * centred[:, tile] - slope[:, tile] @ centred for tile in tiles]
-        repulsive[..., coordinates] = torch.cat(pushes, 1)[:, cut].to(blocks.dtype)
-    return torch.cat([weights[:, tile] @ scores for tile in tiles], 1)[:, cut], repulsive
+    tiles = [slice(start, min(start + TILE_ROWS, blocks.shape[1])) for start in range(first, rows.stop, TILE_ROWS)]
+    sums = slope.sum(-1, keepdim=True)
+    for some, coordinates in _pieces(blocks):
+        centred, score = _centred(blocks[some, :, coordinates]), scores[some, :, coordinates].contiguous()
+        for tile in tiles:
+            inside = slice(max(tile.start, rows.start), min(tile.stop, rows.stop))
+            cut = slice(inside.start - tile.start, inside.stop - tile.start)
+            push = (sums[some, tile] * centred[:, tile]).sub_(slope[some, tile] @ centred)
+            own = slice(inside.start - rows.start, inside.stop - rows.start)
+            yield (some, own, coordinates), (kernel[some, tile] @ score)[:, cut], push[:, cut].to(blocks.dtype)

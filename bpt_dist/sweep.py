@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist.config import Config
-from bpt_dist.errors import INTERNAL_ERROR, ConfigError, Stopped
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, Stopped, StorageError, UserError
 from bpt_dist.files import write_atomic, write_json_atomic
 from bpt_dist.lock import RunLock
-from bpt_dist.sweep_cluster import Resources, cluster
+from bpt_dist.sweep_cluster import Resources, check_resources, cluster
 from bpt_dist.sweep_record import Record
 from bpt_dist.sweep_report import finish_report
 from bpt_dist.sweep_scores import Point, last_step
 from bpt_dist.sweep_screen import Screen
 from bpt_dist.sweep_settings import Sweep, Trial, runnable_yaml
-from bpt_dist.sweep_tracking import complete_tracking, tags
+from bpt_dist.sweep_tracking import complete_tracking, tags, warn_of_silence
 from bpt_dist.sweep_work import PRUNED, STOP, read_history
 
 CONFIGS = "configs"
+FULL_BYTES = 1 << 20  # less than this is no room for a checkpoint
 log = logging.getLogger(__name__)
 
 
@@ -40,14 +41,18 @@ def run_sweep(sweep: Sweep, *, resume: bool = False) -> int:
     """
     folder = sweep.directory
     check(sweep)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = RunLock(folder)
-    lock.acquire()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        lock.acquire()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from error
     try:
         record = Record.open(sweep, resume=resume)
         (folder / STOP).unlink(missing_ok=True)
         with Screen(record) as screen:
             if _has_work(record):
+                warn_of_silence(record)
                 with cluster(sweep.settings, folder) as resources:
                     _run_trials(record, screen, resources)
         record.save()
@@ -59,12 +64,13 @@ def run_sweep(sweep: Sweep, *, resume: bool = False) -> int:
 
 
 def check(sweep: Sweep) -> None:
-    """Check what every trial needs before one is started: the search, the stored posterior, the T5 it belongs to, the rows.
+    """Check what every trial needs before one is started: the machine, the search, the posterior, the T5 it belongs to, the rows.
 
     Raises ConfigError or DataError.
     """
     from bpt_dist.sweep_checks import check_inputs
 
+    check_resources(sweep.settings)
     known = sweep.known_settings()
     if known is None:
         from bpt_dist.sweep_search import check_search
@@ -72,7 +78,7 @@ def check(sweep: Sweep) -> None:
 
         check_search(sweep)
         known = list(corners(sweep.space))
-    check_inputs([trial.config for trial in sweep.trials(known)])
+    check_inputs([trial.config for trial in sweep.trials(known)], sweep.settings.workers)
 
 
 def _has_work(record: Record) -> bool:
@@ -106,13 +112,28 @@ def _run_trials(record: Record, screen: Screen, resources: Resources) -> None:
             name="tune",
             storage_path=str((folder / "ray").resolve()),
             failure_config=tune.FailureConfig(max_failures=sweep.settings.max_failures),
-            callbacks=[Watch(screen, sweep.settings.max_failures, stop.check)],
+            callbacks=[Watch(screen, sweep.settings.max_failures, stop.check, record.reasons)],
             verbose=0,
         ),
     )
     with stop.on_signals():
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise _cause(error, folder) from error
     shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _cause(error: BaseException, folder: Path) -> BaseException:
+    """Return what Tune has wrapped in errors of its own, or met first on a full disk: what a user can mend, or the error itself."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    if shutil.disk_usage(folder).free < FULL_BYTES:
+        return StorageError(f"{folder}: no space left on the device; make room, then --resume goes on")
+    return error
 
 
 def _trainable(sweep: Sweep, resources: Resources) -> Any:

@@ -6,12 +6,14 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.files import read_json, write_json_atomic
@@ -58,19 +60,45 @@ def cluster(settings: Settings, sweep_folder: Path) -> Iterator[Resources]:
     Raises ConfigError when no node can ever hold a trial.
     """
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    # It prints the traceback of every failed attempt; the screen and the table of the sweep say why a trial failed.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     if "RAY_ADDRESS" in os.environ:
         import ray
 
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        _join(ray)
         try:
             yield fitting(settings, _nodes(ray))
         finally:
             ray.shutdown()
         return
-    here = [{"CPU": float(num_cores()), "GPU": float(num_gpus())}]
-    fitting(settings, here)  # says at once what can never run
-    with _own_ray(settings, here[0], sweep_folder / "ray.json"):
-        yield fitting(settings, here)
+    here = _this_machine()
+    with _own_ray(settings, here, sweep_folder / "ray.json"):
+        yield fitting(settings, [here])
+
+
+def check_resources(settings: Settings) -> None:
+    """Raise ConfigError for a trial that this machine can never hold; the nodes of another Ray are known once it is joined."""
+    if "RAY_ADDRESS" not in os.environ:
+        fitting(settings, [_this_machine()])
+
+
+def _this_machine() -> dict[str, float]:
+    return {"CPU": float(num_cores()), "GPU": float(num_gpus())}
+
+
+def _join(ray: Any) -> None:
+    """Connect to the cluster that RAY_ADDRESS names; Ray itself would wait for minutes for one that is not there."""
+    parts = urlsplit(f"//{os.environ['RAY_ADDRESS'].rpartition('//')[2]}")
+    try:
+        if parts.hostname and parts.port:
+            socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"RAY_ADDRESS: no Ray can be joined at {os.environ['RAY_ADDRESS']} ({reason}); start it, or unset RAY_ADDRESS to use "
+            "this machine alone"
+        ) from error
 
 
 @contextmanager

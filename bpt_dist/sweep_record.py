@@ -6,7 +6,7 @@ import math
 import statistics
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from bpt_dist.config import Config
 from bpt_dist.errors import ConfigError, NonFinite
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.sweep_scores import history, reported
-from bpt_dist.sweep_settings import Sweep, Trial, changed, fingerprint
+from bpt_dist.sweep_settings import TRIAL, Sweep, Trial, changed, fingerprint
 from bpt_dist.sweep_space import Values
 from bpt_dist.sweep_work import PRUNED
 
@@ -112,6 +112,7 @@ class Record:
 
     def __init__(self, sweep: Sweep, plain: dict[str, Any]) -> None:
         self.sweep, self.plain = sweep, plain
+        self.reasons: dict[str, str] = {}  # why trials of this start failed, where they could not write it down
         # JSON has sorted the values; names and tables keep the order of the file.
         ordered = [{key: one["values"][key] for key in sweep.keys} for one in plain["trials"]]
         pairs = zip(plain["trials"], ordered, strict=True)
@@ -119,10 +120,13 @@ class Record:
 
     @classmethod
     def open(cls, sweep: Sweep, *, resume: bool) -> Self:
-        """Create the record, or go on with it. Raises ConfigError unless the folder is free, or `resume` and it is this sweep."""
+        """Create the record, or go on with it. Raises ConfigError unless the folder is free, or `resume` and it is this sweep.
+
+        A record whose trials have left nothing, because the sweep was refused before the first of them, stands in nobody's way.
+        """
         file = sweep.directory / FILE
-        if not file.is_file():
-            if sweep.directory.is_dir() and any(child.name not in ("run.lock",) for child in sweep.directory.iterdir()):
+        if not file.is_file() or not (resume or _has_runs(sweep.directory)):
+            if not file.is_file() and any(not child.name.startswith("run.lock") for child in sweep.directory.glob("*")):
                 raise ConfigError(f"{sweep.directory}: is not empty and no sweep; choose another name=")
             plain: dict[str, Any] = {"format": FORMAT, "id": uuid.uuid4().hex, "trials": [], "created": _now(), "openings": []}
         else:
@@ -151,7 +155,8 @@ class Record:
 
     def standings(self) -> list[Standing]:
         """Return how all trials stand."""
-        return [standing(trial) for trial in self.trials]
+        found = [standing(trial) for trial in self.trials]
+        return [replace(one, reason=self.reasons.get(one.name, one.reason)) if one.state == "failed" else one for one in found]
 
     def waiting(self) -> list[Trial]:
         """Return the trials that have not ended and would not end the same way again."""
@@ -186,6 +191,10 @@ class Record:
         found = None if best is None else {**vars(best), "mean": best.mean, "spread": best.spread}
         write_json_atomic(self.sweep.directory / FILE, self.plain | {"trials": trials, "best": found})
         return self.sweep.directory / FILE
+
+
+def _has_runs(folder: Path) -> bool:
+    return any(folder.glob(f"{TRIAL}*"))
 
 
 def _check(sweep: Sweep, plain: dict[str, Any], file: Path, *, resume: bool) -> None:

@@ -14,6 +14,7 @@ from bpt_dist.sweep_record import FILE, Record, Standing
 from bpt_dist.sweep_settings import runnable_yaml, show
 
 BEST = "best.yaml"
+LONGEST_REASON = 120
 
 
 def finish_report(record: Record) -> Config | None:
@@ -74,7 +75,13 @@ def table(record: Record, standings: list[Standing]) -> list[list[str]]:
 
 
 def how_ended(ones: list[Standing]) -> str:
-    """Return how the trials of a setting ended, as in `1 finished, 1 pruned at step 50`."""
-    states = Counter(f"pruned at step {one.step}" if one.state == "pruned" else "diverged" if one.diverged else one.state
-                     for one in ones)  # fmt: skip
+    """Return how the trials of a setting ended, as in `1 finished, 1 pruned at step 50`; of those that failed also why."""
+
+    def how(one: Standing) -> str:
+        if one.state == "failed" and not one.diverged:
+            reason = " ".join((one.reason or "").split())
+            return f"failed ({reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + '…'})"
+        return f"pruned at step {one.step}" if one.state == "pruned" else "diverged" if one.diverged else one.state
+
+    states = Counter(map(how, ones))
     return ", ".join(f"{count} {state}" for state, count in states.items())

@@ -24,7 +24,8 @@ from bpt_dist.settings.strict_yaml import Document, Key, Problem, parse_value, r
 from bpt_dist.settings.validation import validate
 from bpt_dist.sweep_space import Entry, Values
 
-MOST_TRIALS = 1000
+MOST_TRIALS, COMMAND_LINE = 1000, 2**31
+TRIAL = "trial-"
 OF_THE_SWEEP = ("name", "output", "run_dir", "seed", "seeds", "rows")
 """Keys of a run that the sweep sets for each trial."""
 NOT_SEARCHED = ("seed", "evaluation", "distribution", "data.target_tasks", "data.protocol", "data.max_eval_rows", "data.split_seed")
@@ -97,6 +98,7 @@ class Sweep:
     space: dict[str, Entry]
     document: Document = field(repr=False)
     written: dict[str, str] = field(default_factory=dict)  # full key -> as it stands in the file
+    words: frozenset[Key] = frozenset()  # keys that the command line has set
 
     @property
     def directory(self) -> Path:
@@ -137,9 +139,13 @@ class Sweep:
     def refusal(self, problems: Iterable[Problem]) -> ConfigError:
         """Return the error that lists `problems` with their lines."""
         document = self.document
-        found = {(problem.line or document.line_of(problem.key), problem.dotted, problem.text) for problem in problems}
-        lines = [f"{document.path}:{line}: {dotted}: {text}" for line, dotted, text in sorted(found)]
-        return ConfigError("\n".join(lines))
+        found = set()
+        for problem in problems:
+            of_a_word = any(problem.key[: len(key)] == key for key in self.words)
+            line = COMMAND_LINE if of_a_word else problem.line or document.line_of(problem.key)
+            found.add((line, f"{problem.dotted}: {problem.text}" if problem.key else problem.text))
+        places = {line: "command line" if line == COMMAND_LINE else f"{document.path}:{line}" for line, _ in found}
+        return ConfigError("\n".join(f"{places[line]}: {text}" for line, text in sorted(found)))
 
     def resolved(self) -> dict[str, Any]:
         """Return every key of the sweep as plain data, the run's in the spelling of the file."""
@@ -158,7 +164,12 @@ class Sweep:
         return found or (self._problems_of_search(first) if first is not None else [])
 
     def _problems_of_search(self, config: Config) -> list[Problem]:
-        found, separate = [], len(config.data.target_tasks) > 1 and not config.target.joint
+        found: list[Problem] = []
+        separate = len(config.data.target_tasks) > 1 and not config.target.joint
+        if config.tracking.register_as is not None:
+            found.append(
+                Problem(("run", "tracking", "register_as"), "is for single runs; a sweep registers the prompts of its best setting")
+            )
         if not config.data.target_tasks or not config.target.steps:
             found.append(Problem(("run",), "has no target stage, and trials are compared by their validation there; name targets"))
         if self.settings.stage == "adapt" and config.method.HAS_SOURCE_STAGE and config.source.posterior is None:
@@ -179,7 +190,7 @@ class Sweep:
         data = copy.deepcopy(spell_out(self.settings.run))
         for key, value in values.items():
             set_key(data, tuple(key.split(".")), value)
-        name = f"trial-{number:03d}-s{seed}"
+        name = f"{TRIAL}{number:03d}-s{seed}"
         data |= {"name": name, "seed": seed, "output": str(self.settings.output), "run_dir": str(self.directory / name)}
         tracking = data.get("tracking", {})
         if isinstance(tracking, dict) and tracking.get("mlflow", True) and not tracking.get("experiment"):
@@ -204,25 +215,34 @@ def load(path: Path, words: Sequence[str] = ()) -> Sweep:
     """
     document = read(path)
     data, problems = dict(document.data), list(document.problems)
-    own = [word for word in words if word.partition("=")[0] in Settings.model_fields]
+    own = [word for word in words if "=" in word and word.partition("=")[0] in Settings.model_fields]
+    keys: set[Key] = {(word.partition("=")[0],) for word in own}
     for word in own:
         problems += _set_own(data, word)
     if isinstance(data.get("run"), dict):
         overridden = apply(data["run"], [word for word in words if word not in own], METHODS)
         data["run"] = overridden.data
-        problems += overridden.problems
+        keys |= {("run", *key) for key in overridden.keys}
+        problems += [_of_a_word(problem) for problem in overridden.problems]
     settings, wrong = _settings(data)
-    sweep = Sweep(settings or Settings.model_construct(), {}, document)
+    sweep = Sweep(settings or Settings.model_construct(), {}, document, words=frozenset(keys))
     problems += wrong
     if settings is not None:
         problems += _shared_keys(settings)
         space, written, wrong = _space(settings)
-        sweep = Sweep(settings, space, document, written)
+        sweep = Sweep(settings, space, document, written, frozenset(keys))
         problems += wrong or _problems_of_size(sweep)
         problems += [] if problems else sweep.problems()
     if problems:
         raise sweep.refusal(problems)
     return sweep
+
+
+def _of_a_word(problem: Problem) -> Problem:
+    """Return a problem with a word that is no key of a run: it may have been meant for the sweep."""
+    unknown = problem.text.startswith("unknown key;") and "did you mean" not in problem.text
+    near = did_you_mean(problem.dotted, Settings.model_fields) if unknown else ""
+    return Problem(problem.key, f"unknown key{near}" if near else problem.text, COMMAND_LINE)
 
 
 def _set_own(data: dict[str, Any], word: str) -> list[Problem]:

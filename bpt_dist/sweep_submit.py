@@ -68,7 +68,7 @@ def _hand_over(client: Any, address: str, job: str, entrypoint: str) -> None:
             return
         except RuntimeError as error:
             if "try again" not in str(error) or time.monotonic() > deadline:
-                raise StorageError(f"--submit: {address} did not take the job ({str(error).splitlines()[0]})") from error
+                raise StorageError(f"--submit: {address} did not take the job ({_first_line(error)})") from error
             time.sleep(2)
 
 
@@ -114,13 +114,23 @@ def _client(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it names every file that stays at home
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise StorageError(f"--submit: no Ray answers at {address} ({str(error).splitlines()[0]}); is the cluster up?") from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"--submit: {address} asks for its token ({_first_line(error)}); set RAY_AUTH_MODE=token and put the token into "
+            "~/.ray/auth_token, mode 0600"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # nobody, or somebody else
+        raise StorageError(f"--submit: no Ray answers at {address} ({_first_line(error)}); is the cluster up?") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _follow(client: Any, job: str) -> int:

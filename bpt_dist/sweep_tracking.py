@@ -34,6 +34,17 @@ def tags(record: Record, trial: Trial) -> dict[str, str]:
     }
 
 
+def warn_of_silence(record: Record) -> None:
+    """Say before the first trial that nobody answers at the address of the store; the trials need no store."""
+    from bpt_dist.tracking_store import reach
+
+    for uri in {trial.config.tracking.uri for trial in record.trials if trial.config.tracking.mlflow} - {None}:
+        try:
+            reach(str(uri))
+        except OSError as error:
+            log.warning("tracking.uri: nobody answers at %s (%s); the sweep runs without it, --resume sends all later", uri, error)
+
+
 def complete_tracking(record: Record) -> None:
     """Send what the mirrors of the trials could not, install the view, and register the prompts of the best setting.
 
@@ -69,7 +80,7 @@ def register(config: Config) -> None:
 
 
 def _install(record: Record, sent: Any) -> None:
-    from bpt_dist.tracking import connect
     from bpt_dist.tracking_page import install_view
+    from bpt_dist.tracking_store import connect
 
     install_view(connect(sent.uri), sent.experiment_id)

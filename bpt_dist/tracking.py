@@ -1,55 +1,47 @@
-"""MLflow as a mirror of the run directory; the only import of mlflow.
+"""MLflow as a mirror of the run directory.
 
-`metrics.jsonl`, `figures/`, `results.json` and `status.json` are the truth. A process of its own (a thread
+`metrics.jsonl`, `system.jsonl`, `figures/`, `results.json` and `status.json` are the truth. A process of its own (a thread
 would take the interpreter lock from the training step) tails them and keeps in `tracking.json` what the store
-has: for each metric the last step `sent`, and before every batch what is in flight. A crash between the two
+has: for each metric the last step `sent`, and before every batch what is in flight. A crash or an outage between the two
 is settled by asking the store, so nothing is lost or doubled. MLflow is never asked whether or where to
 resume.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import math
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.journal import MetricsLog, read_records
 from bpt_dist.lock import holder_of
-from bpt_dist.tracking_credentials import credentials
+from bpt_dist.tracking_models import register_prompts
+from bpt_dist.tracking_store import Point, connect, log_batch, reach, sqlite_path, store_lock
 
 __all__ = ["MetricsLog", "Request", "Sender", "Summary", "connect", "parameters", "sync"]
 
+LOGS = ("metrics.jsonl", "system.jsonl")
 LARGEST_BATCH = 1000  # of the MLflow API
 LONGEST_PARAMETER = 500
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#00798c", "#b5651d", "#5c677d")
-# A call to a server that is down fails within seconds instead of the four minutes of MLflow's own settings.
-SHORT_CALLS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-}
-Point = tuple[str, float, int, int]  # key, value, milliseconds, step
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Where a run is mirrored to and under which name; `id` is that of `run.json` and finds the run again."""
+    """Where a run is mirrored to and under which name; `id` is that of `run.json` and finds the run again.
+
+    With an `alias` the prompts of the run, once it is finished, become versions of registered models under it.
+    """
 
     id: str
     uri: str
@@ -57,6 +49,7 @@ class Request:
     run_name: str
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,17 +86,6 @@ def log10_name(name: str) -> str | None:
     return f"{head}{dot}log10_{last}" if last in ("sigma", "sigma_relative") else None
 
 
-def connect(uri: str) -> Any:
-    """Return an MlflowClient whose calls fail fast; one process at a time makes a new sqlite store (6 s)."""
-    os.environ.update(SHORT_CALLS)
-    if _sqlite_path(uri) is None:
-        os.environ.update(credentials())
-    from mlflow import MlflowClient
-
-    with _store_lock(uri):
-        return MlflowClient(tracking_uri=uri)
-
-
 class Sender:
     """Bring one run directory's MLflow run up to date; one sender a directory at a time (`tracking.lock`)."""
 
@@ -117,7 +99,7 @@ class Sender:
         self.folder, self.report = folder, report
         self.points = 0
         self._client: Any = None
-        self._offset = 0
+        self._offsets: dict[str, int] = {}
         self._lock = (folder / "tracking.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,19 +113,28 @@ class Sender:
 
     def pump(self) -> None:
         """Send what is new: metrics, then pictures. Raises whatever MLflow raises."""
-        if self._client is None:
-            self._open_run()
-        self._send_tags()
-        self._send_metrics()
-        self._send_pictures()
+        try:
+            if self._client is None:
+                self._open_run()
+            self._send_tags()
+            for name in LOGS:
+                self._send_metrics(name)
+            self._send_pictures()
+        except BaseException:
+            # What was read and did not arrive has to be read again, and what may have arrived the store is asked for.
+            self._client, self._offsets = None, {}
+            raise
 
     def finish(self) -> None:
-        """Send everything, then the files, then the true status (none while the run is alive)."""
+        """Send everything, then the files, then the true status (none while the run is alive); register finished prompts."""
         self.pump()
         self._send_files()
         state = self._true_state()
         if state is not None:
             self._client.set_terminated(self.state["run_id"], STATUS.get(state, "KILLED"))
+        if state == "finished" and self.state.get("alias"):
+            self.report("opening")
+            register_prompts(self.folder, alias=self.state["alias"])
 
     def is_settled(self) -> bool:
         """Whether the run directory says how the run ended."""
@@ -167,17 +158,17 @@ class Sender:
 
     def _open_run(self) -> None:
         # Before mlflow is imported (seconds): a server that is down must not delay the end of a short run.
-        _reach(self.state["uri"])
+        reach(self.state["uri"])
         self.report("loading")
         client = connect(self.state["uri"])
-        self.report("opening" if _sqlite_path(self.state["uri"]) else "sending")
+        self.report("opening" if sqlite_path(self.state["uri"]) else "sending")
         if self.state["run_id"] is None:
             self._create_run(client)
         run_id = self.state["run_id"]
         run = client.get_run(run_id)
         tags, known = self.state["tags"], run.data.params
         new = {name: value for name, value in self.state["params"].items() if name not in known}
-        _log_batch(client, run_id, params=new, tags={**tags, "bpt.resumes": str(self.state.get("resumes", 0))})
+        log_batch(client, run_id, params=new, tags={**tags, "bpt.resumes": str(self.state.get("resumes", 0))})
         if self._true_state() is None and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
         # What was in flight when a sender ended: the store knows how far it came.
@@ -190,7 +181,7 @@ class Sender:
         self._client = client
 
     def _create_run(self, client: Any) -> None:
-        with _store_lock(self.state["uri"]):
+        with store_lock(self.state["uri"]):
             experiment = client.get_experiment_by_name(self.state["experiment"])
             experiment_id = experiment.experiment_id if experiment else self._create_experiment(client)
         # The tag finds a run whose sender ended between creating it and writing its id down.
@@ -205,7 +196,7 @@ class Sender:
         self._save()
 
     def _create_experiment(self, client: Any) -> str:
-        store = _sqlite_path(self.state["uri"])
+        store = sqlite_path(self.state["uri"])
         # Beside the database: MLflow's default is relative to the working directory of whoever comes first.
         location = None if store is None else (store.parent / "mlartifacts" / self.state["experiment"]).as_uri()
         return client.create_experiment(self.state["experiment"], artifact_location=location)
@@ -215,16 +206,18 @@ class Sender:
         path = self.folder / "tags.json"
         tags = read_json(path) if path.is_file() else {}
         if tags != self.state["more_tags"]:
-            _log_batch(self._client, self.state["run_id"], tags=tags)
+            log_batch(self._client, self.state["run_id"], tags=tags)
             self.state["more_tags"] = tags
             self._save()
 
-    def _send_metrics(self) -> None:
-        path = self.folder / "metrics.jsonl"
-        if path.exists() and not _ends_a_line(path, self._offset):
-            self._offset = 0  # cut back by a resume, perhaps longer again since; the marks below skip what was sent
+    def _send_metrics(self, name: str) -> None:
+        path = self.folder / name
+        offset = self._offsets.get(name, 0)
+        if path.exists() and not _ends_a_line(path, offset):
+            offset = 0  # cut back by a resume, perhaps longer again since; the marks below skip what was sent
         while True:
-            records, self._offset = read_records(path, self._offset)
+            records, offset = read_records(path, offset)
+            self._offsets[name] = offset
             if not records:
                 return
             batch: list[Point] = []
@@ -247,16 +240,14 @@ class Sender:
         return sorted(points, key=lambda point: not point[0].startswith("best/"))
 
     def _send_batch(self, batch: list[Point]) -> None:
-        last = {key: step for key, _, _, step in batch}
         for start in range(0, len(batch), LARGEST_BATCH):
             self.report("sending")
             part = batch[start : start + LARGEST_BATCH]
             self.state["sending"] = {key: step for key, _, _, step in part}
             self._save()
-            _log_batch(self._client, self.state["run_id"], points=part)
+            log_batch(self._client, self.state["run_id"], points=part)
             self.points += len(part)
-        if batch:
-            self.state["sent"] |= last
+            self.state["sent"] |= self.state["sending"]
             self.state["sending"] = {}
             self._save()
 
@@ -323,53 +314,10 @@ def sync(folder: Path) -> Summary:
     return Summary(sender.points, state["run_id"], state["experiment_id"], state["uri"])
 
 
-@contextlib.contextmanager
-def _store_lock(uri: str) -> Iterator[None]:
-    """Hold the lock beside a sqlite file; two processes that create its tables at once spoil them."""
-    store = _sqlite_path(uri)
-    if store is None:
-        yield
-        return
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with store.with_name(f"{store.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _reach(uri: str) -> None:
-    parts = urlsplit(uri)
-    if parts.hostname:
-        port = parts.port or {"https": 443}.get(parts.scheme, 80)
-        socket.create_connection((parts.hostname, port), timeout=2).close()
-
-
 def _ends_a_line(path: Path, offset: int) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, offset - 1))
         return offset == 0 or file.read(1) == b"\n"
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _log_batch(
-    client: Any,
-    run_id: str,
-    *,
-    points: list[Point] | None = None,
-    params: Mapping[str, str] | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
-    client.log_batch(
-        run_id,
-        metrics=[Metric(*point) for point in points or []],
-        params=[Param(key, value) for key, value in (params or {}).items()],
-        tags=[RunTag(key, value) for key, value in (tags or {}).items()],
-        synchronous=True,
-    )
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist.errors import ConfigError, StorageError
-from bpt_dist.tracking import connect, log10_name
+from bpt_dist.tracking import log10_name
+from bpt_dist.tracking_store import connect
 
 VIEW = "bpt-dist"
 HEADLINE, SWEEP_SCORE = "best/score", "sweep/score"

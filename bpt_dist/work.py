@@ -1,6 +1,6 @@
 """Divide one step: which particles meet which texts on this rank, pass by pass.
 
-Every rank makes the same number of passes, whatever its share, because a partitioned T5 is gathered in each of them.
+Where the T5 is partitioned every rank makes the same number of passes, whatever its share, because it is gathered in each of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from bpt_dist.data.batches import Batch
-from bpt_dist.mesh import Mesh, deal
+from bpt_dist.mesh import Mesh
+from bpt_dist.passes import Passes, divide
 
 
 class Unit(NamedTuple):
@@ -25,17 +26,16 @@ class Unit(NamedTuple):
     round_tasks: tuple[int, ...] = ()
 
 
-def shared_units(batch: Batch, particles: slice, mesh: Mesh, pass_size: int | None) -> Iterator[Unit]:
-    """Yield this rank's share of the texts, dealt by cost, in passes of at most `pass_size` sequences (particles x texts)."""
-    shares = deal(batch.costs().tolist(), mesh.data.size)
-    own, most = shares[mesh.data.index], max(len(share) for share in shares)
-    size = len(range(particles.start, particles.stop))
-    in_pass = size if pass_size is None else min(size, pass_size)
-    texts = most if pass_size is None else max(1, pass_size // in_pass)
-    for first in range(particles.start, particles.stop, in_pass):
-        some = slice(first, min(first + in_pass, particles.stop))
-        for place in range(0, most, texts):
-            yield Unit(some, _padded(batch, own[place : place + texts], own[:1]))
+def shared_units(batch: Batch, particles: slice, mesh: Mesh, passes: Passes) -> Iterator[Unit]:
+    """Yield this rank's share of (particle, text) cells, dealt by their tokens, in passes within the limits."""
+    tokens = [cost + passes.num_added for cost in batch.costs().tolist()]
+    of_ranks = divide(tokens, len(range(particles.start, particles.stop)), mesh.data.size, passes)
+    own, most = of_ranks[mesh.data.index], max(map(len, of_ranks))
+    for some, texts in own:
+        yield Unit(slice(particles.start + some.start, particles.start + some.stop), batch.select(texts))
+    for _ in range(most - len(own) if passes.together else 0):
+        cheapest = min(range(len(batch)), key=tokens.__getitem__)
+        yield Unit(slice(particles.start, particles.start + 1), _padded(batch, [], [cheapest]))
 
 
 def ordered_units(batch: Batch, particles: slice, mesh: Mesh) -> Iterator[Unit]:

@@ -46,14 +46,15 @@ class PlainT5:
 
     def logits(self, source_ids: Tensor, decoder_ids: Tensor) -> Tensor:
         """Return [U, V] for the source ids [T] and what the decoder has read [U]."""
-        states = self._stack("encoder", source_ids, None)
+        words = self.weights["shared.weight"]
+        states = self.stack("encoder", words[source_ids], None)
         self.encoded(states)
-        return self.linear("lm_head", self._stack("decoder", decoder_ids, states) * self.config.d_model**-0.5)
+        return self.linear("lm_head", self.stack("decoder", words[decoder_ids], states) * self.config.d_model**-0.5)
 
-    def _stack(self, stack: str, ids: Tensor, states: Tensor | None) -> Tensor:
-        hidden = self.weights["shared.weight"][ids]
+    def stack(self, stack: str, hidden: Tensor, states: Tensor | None) -> Tensor:
+        """Return the last hidden states [T, D] of encoder or decoder for its input embeddings."""
         causal = stack == "decoder"
-        bias = self._bias(stack, len(ids), causal)
+        bias = self._bias(stack, len(hidden), causal)
         for number in range(self.config.num_layers):
             block = f"{stack}.block.{number}.layer"
             normed = self.norm(f"{block}.0.layer_norm", hidden)

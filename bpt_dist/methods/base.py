@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bpt_dist.backbone import Backbone, Forward
+from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config, Evaluation, MethodConfig, Stage
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.forward import Forward
 from bpt_dist.mesh import Mesh
 from bpt_dist.objective import Reduction
 
@@ -151,7 +152,7 @@ class Method(nn.Module):
         """Change the gradients before the update (collective: every rank); by default they stay."""
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return what the last step should log besides the losses."""
+        """Return what the last step should log besides the losses (collective: every rank; what rank 0 returns counts)."""
         return {}
 
     def param_groups(self, stage: Stage) -> list[dict[str, Any]]:

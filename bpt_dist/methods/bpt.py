@@ -6,7 +6,7 @@ a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from bpt_dist.config import Stage, refuse, without_effect
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.exchange import SteinExchange
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods.base import SharedPrompt, Tensors, generator
 from bpt_dist.methods.vanilla_transfer import VanillaTransfer
 from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
 from bpt_dist.prompts import prepend_own
 from bpt_dist.settings.prompt import PromptOptions
-from bpt_dist.svgd import diagnostics, initial_particles, stein_direction
+from bpt_dist.svgd import Rule, initial_particles
 
 PROJECTED = 64  # coordinates of the particle picture kept in metrics.jsonl
 
@@ -105,47 +106,38 @@ class BayesianPromptTuning(VanillaTransfer):
         else:
             particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
         self.own(particles[mesh.rows(num_particles)])
+        self.exchange = SteinExchange(
+            mesh, num_particles, particles.shape[1], Rule(config.kernel, config.scope, config.bandwidth, config.form)
+        )
         self.stage = "source"
-        self.gathering: Callable[[], Tensor] | None = None  # waits for the gather that `begin_step` started
 
     def begin_step(self, mesh: Mesh) -> None:
-        """Start the gather of the particles: theta is known now, the Stein direction needs it after the backward pass."""
+        """Send the particles out: theta is known now, the Stein direction needs it after the backward pass."""
         if self.stage == "source":
-            if self.gathering:
-                self.gathering()  # of a step that was skipped
-            self.gathering = mesh.start_gather_particles(self.particles.detach())
+            self.exchange.begin(self.particles.detach())
 
     def precondition_(self, mesh: Mesh) -> None:
         """Turn the gradients of the source loss into minus the Stein direction (collective: every rank)."""
         if self.stage != "source":
             return
         assert self.particles.grad is not None
-        # A copy: on one rank the gathered tensor is the parameter itself, and the diagnostics come after its update.
-        particles = (self.gathering() if self.gathering else mesh.gather_particles(self.particles.detach())).clone()
-        self.gathering = None
-        score = mesh.gather_particles(-self.particles.grad)
-        phi = stein_direction(particles, score, rows=mesh.rows(len(particles)), **self._kernel()).phi
+        phi = self.exchange.direction(self.particles.detach(), score=-self.particles.grad)
         self.particles.grad.copy_(-phi)
-        self.last_step = (particles, score)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start."""
+        """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start (collective)."""
         if self.stage != "source":
             return {}
-        particles, score = self.last_step
-        direction = stein_direction(particles, score, **self._kernel())
-        kernel = direction.kernel if direction.kernel.dim() == 2 else direction.kernel.mean(0)  # noqa: PLR2004 - [P, M, M]
         # A fixed random projection keeps distances (Johnson-Lindenstrauss) and fits a line of the log.
-        axes = torch.randn(particles[0].numel(), PROJECTED, generator=generator(0, "projection")) / PROJECTED**0.5
-        projection = particles.flatten(1).cpu() @ axes
+        shape = (*self.particles.shape[1:], PROJECTED)
+        axes = torch.randn(shape[0] * shape[1], PROJECTED, generator=generator(0, "projection")) / PROJECTED**0.5
+        found = self.exchange.diagnostics(axes.view(shape))
+        if found is None:
+            return {}
         return {
-            "metrics": {f"svgd/{name}": value for name, value in diagnostics(direction, particles).items()},
-            "particles": {"projection": projection.tolist(), "kernel": kernel.tolist()},
+            "metrics": {f"svgd/{name}": value for name, value in found.metrics.items()},
+            "particles": {"projection": found.projection.tolist(), "kernel": found.kernel.tolist()},
         }
-
-    def _kernel(self) -> dict[str, Any]:
-        config = self.config
-        return {"kernel": config.kernel, "scope": config.scope, "bandwidth": config.bandwidth, "form": config.form}
 
     # --- target stage -----------------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.backbone import Forward
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
+from bpt_dist.forward import Forward
 from bpt_dist.insertion import Change, Place, of_rows
 from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, bottleneck, linear, normal
 

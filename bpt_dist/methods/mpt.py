@@ -19,10 +19,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bpt_dist.backbone import Forward
 from bpt_dist.config import Stage, refuse, without_effect
 from bpt_dist.data.batches import Batch
 from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.forward import EncoderInputs, Forward
 from bpt_dist.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
 from bpt_dist.methods.base import Prelude, SharedPrompt, Tensors
@@ -129,8 +129,11 @@ class MultitaskPromptTuning(SourcePrompts):
             return super().forward(batch, particles)
         own_teacher = self.teachers[batch.task_index.to(self.teachers.device)][None]
         with torch.no_grad():
-            self.taught = self.backbone.log_likelihood(batch, lambda embeds: prepend_own(own_teacher, embeds), self.reduction, states=True)
-        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch), self.reduction, states=True)
+            self.taught = self._read(batch, lambda embeds: prepend_own(own_teacher, embeds))
+        return self._read(batch, lambda embeds: self.encoder_inputs(embeds, batch))
+
+    def _read(self, batch: Batch, encoder_inputs: EncoderInputs) -> Forward:
+        return self.backbone.log_likelihood(batch, encoder_inputs, self.reduction, states=True)
 
     def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum over texts of minus log-likelihood + lambda (KL to the teacher + distances of states)."""

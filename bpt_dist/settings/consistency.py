@@ -93,12 +93,32 @@ def _mesh_divides_work(config: Config) -> Iterator[str]:
     joint_tasks = len(config.data.target_tasks) if config.target.joint else 1
     drawn = config.source.tasks_per_step or len(config.data.source_tasks)
     for stage, section, num_tasks in (("source", config.source, drawn), ("target", config.target, joint_tasks)):
-        texts = _texts_of_a_step(section, num_tasks)
-        if texts and mesh.data > texts:
+        shares = max(1, num_particles // mesh.particle) if config.deals_cells(section) else 1
+        sequences = _texts_of_a_step(section, num_tasks) * shares
+        if sequences and mesh.data > sequences:
             yield (
-                f"distribution.mesh.data: more ranks than texts in a {stage} step, {texts} (got {mesh.data}); "
-                f"at most {texts}, or raise {stage}.batch_size"
+                f"distribution.mesh.data: more ranks than sequences in a {stage} step, {sequences} (got {mesh.data}); "
+                f"at most {sequences}, or raise {stage}.batch_size"
             )
+
+
+def _slices_of_prompts(config: Config) -> Iterator[str]:
+    given, mesh = config.distribution, config.distribution.mesh
+    if given.exchange == "all_gather":
+        return
+    if not config.method.HAS_PARTICLES:
+        reason = f"with method {config.method.name}, which has no particles"
+        for problem in without_effect(given, reason, "exchange"):
+            yield f"distribution.{problem}"
+        return
+    if given.exact:
+        yield "distribution.exchange: coordinates adds up as many slices as there are ranks, which exact forbids; use all_gather"
+    length = getattr(config.method, "prompt_length", None)
+    if not isinstance(mesh, str) and length is not None and mesh.particle > length:
+        yield (
+            f"distribution.exchange: coordinates gives each of {mesh.particle} ranks a slice of {length} prompt position(s); use "
+            "all_gather, fewer ranks along distribution.mesh.particle, or a longer method.length"
+        )
 
 
 def _exact_makes_its_own_passes(config: Config) -> Iterator[str]:
@@ -118,6 +138,11 @@ def _few_shot(config: Config) -> Iterator[str]:
         yield f"data.shots: has no effect without target tasks (got {config.data.shots}); remove it"
 
 
+def _registered(config: Config) -> Iterator[str]:
+    if config.tracking.register_as is not None and not config.data.target_tasks:
+        yield f"tracking.register_as: has no effect without target tasks (got {config.tracking.register_as!r}); remove it"
+
+
 def _one_or_many(config: Config) -> Iterator[str]:
     if config.seeds is not None:
         if config.seed != type(config).model_fields["seed"].default:
@@ -135,8 +160,10 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_particles, "method source.shared_texts evaluation.predict"),
     (_backbone_trained_in_parts, "method distribution"),
     (_mesh_divides_work, "method distribution.mesh data source target"),
+    (_slices_of_prompts, "method distribution"),
     (_exact_makes_its_own_passes, "distribution source target"),
     (_few_shot, "data.shots data.target_tasks"),
+    (_registered, "tracking.register_as data.target_tasks"),
     (_one_or_many, "seed seeds"),
 )
 """Each rule with the keys or sections it reads: a rule that reads a broken key has nothing to say."""

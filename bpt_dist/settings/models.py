@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +30,23 @@ class Backbone(Section):
     path: str = Field(default="mini", min_length=1, description="`mini` (shipped with the package), a hub id, or a folder.")
     revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]+$", description="Commit hash or tag of a hub id.")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of weights and activations; prompts stay fp32.")
-    attention: Literal["auto", "eager", "sdpa"] = Field(default="auto", description="Attention implementation of transformers.")
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        default="auto",
+        description="Plain products or torch's fused kernel; auto is what this machine does faster.",
+    )
+    forward: Literal["auto", "stock"] = Field(
+        default="auto",
+        description="`auto` reads texts by our pass without padding where the T5 is whole and nothing is inserted; `stock` never.",
+    )
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _no_flex(cls, value: Any) -> Any:
+        if value == "flex_attention":
+            raise ValueError(
+                "flex_attention reads beyond T5's position bias at more than one text a pass and is wrong; use auto, eager or sdpa"
+            )
+        return value
 
     @model_validator(mode="after")
     def _revision_needs_hub_id(self) -> Self:
@@ -89,7 +106,8 @@ class Stage(Section):
     pass_size: int | None = Field(
         default=None,
         ge=1,
-        description="Sequences (particles x texts) in one pass through the T5; null takes all. Changes memory and speed only.",
+        description="Sequences (particles x texts) in one pass through the T5; null takes some thousand tokens, or all where "
+        "the T5 lies in parts. Changes memory and speed only.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="A NaN or infinite loss or gradient ends the run; or the step is skipped, at most two in a row."
@@ -208,6 +226,10 @@ class Distribution(Section):
     mesh: Annotated[Annotated[Literal["auto"], Tag("word")] | Annotated[MeshShape, Tag("shape")], Discriminator(_mesh_form)] = (
         Field(default="auto", description="`auto`, or the ranks along `particle` and `data`.")
     )
+    exchange: Literal["all_gather", "coordinates"] = Field(
+        default="all_gather",
+        description="Each rank receives all particles, or a slice of the prompt positions of all; faster from some 64 particles.",
+    )
     shard: Literal["none", "deepspeed", "fsdp2"] = Field(
         default="none", description="Who partitions the frozen backbone over all ranks."
     )
@@ -253,11 +275,18 @@ class Tracking(Section):
     uri: str | None = Field(default=None, description="MLflow store; null is sqlite in `<output>/mlflow.db`.")
     experiment: str | None = Field(default=None, min_length=1, max_length=128, description="MLflow experiment; null is `name`.")
     allow_insecure: bool = Field(default=False, description="Accept plain http to a host other than this one.")
+    register_as: str | None = Field(
+        default=None,
+        pattern=NAME,
+        description="Alias under which finished prompts become versions of the registered models `<experiment>-<task>`.",
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
         if not self.mlflow:
-            refuse(without_effect(self, "with mlflow false", "uri", "experiment", "allow_insecure"))
+            refuse(without_effect(self, "with mlflow false", "uri", "experiment", "allow_insecure", "register_as"))
+        if self.register_as is not None and re.fullmatch(r"latest|v\d+|.*\..*", self.register_as):
+            refuse([f"register_as: is no alias that MLflow takes (got {self.register_as!r}); use e.g. champion"])
         problem = None if self.uri is None else problem_with_uri(self.uri, self.allow_insecure)
         refuse([] if problem is None else [f"uri: {problem}"])
         return self
@@ -288,6 +317,11 @@ class Config(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="One run a seed."
     )
+
+    def deals_cells(self, stage: Stage) -> bool:
+        """Return whether ranks may share the particles of a text: not those with own texts, nor where passes are made together."""
+        alone = self.distribution.shard == "none" and not self.distribution.exact
+        return alone and isinstance(stage, SourceStage) and stage.shared_texts
 
     @property
     def directory(self) -> Path:

@@ -100,7 +100,7 @@ def test_a_target_step_with_too_few_texts_is_refused_before_the_source_stage(wor
     config = configured(world, tmp_path, {}, target={"batch_size": 3})
     assert ranks.launch(lambda: run_all(config), 4) == [2] * 4
     reason = read_json(config.directory / "status.json")["reason"]
-    assert reason.startswith("target.batch_size is 3: a step has 3 text(s) for 4 ranks of the data axis; raise it")
+    assert reason.startswith("target.batch_size is 3: a step has 3 sequence(s) for 4 ranks of the data axis; raise it")
     assert not (config.directory / "source").exists()
 
 

@@ -7,85 +7,22 @@ import ipaddress
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny_run
 import tiny_sweep
+from fault_figures import measured
 from safetensors.torch import load_file
+from sweep_process import alive, assert_nothing_left, lines, points_of, processes_of, start, wait_for
 
 from bpt_dist import config as configuration
 from bpt_dist.files import read_json
-from bpt_dist.journal import read_records
-from bpt_dist.lock import holder_of
-from bpt_dist.tracking import connect, metric_key
+from bpt_dist.tracking import connect
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
-MARK = "BPT_TEST_SWEEP"
-ORPHAN_SECONDS = 15
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a sweep in `folder`: what all its processes inherit tells them from those of others."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
-
-
-def start(file: Path, *words: str) -> subprocess.Popen[str]:
-    """Start a sweep in its own session, as a terminal would."""
-    command = [sys.executable, str(ROOT / "launcher" / "sweep.py"), "--config", str(file), *words]
-    own = environment(file.parent)
-    return subprocess.Popen(
-        command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def wait_for(found: Callable[[], object], seconds: float = 240) -> object:
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return value
-
-
-def lines(run: Path) -> list[dict]:
-    return read_records(run / "metrics.jsonl")[0]
-
-
-def alive(runs: list[Path], driver: int) -> tuple[int, Path] | None:
-    """Return process and folder of a trial of this driver that has trained some steps and is not at its end."""
-    for run in runs:
-        holder = holder_of(run) if run.is_dir() else None
-        if holder is not None and 3 <= len(lines(run)) < STEPS:
-            with contextlib.suppress(psutil.Error):
-                if driver in (parent.pid for parent in psutil.Process(holder.pid).parents()):
-                    return holder.pid, run
-    return None
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes of Ray and of ours that work for the sweep in `folder`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder):
-                found.append(process)
-    return found
-
-
-def assert_nothing_left(folder: Path) -> None:
-    """Assert that no process of the sweep is alive 15 s after its end, and no folder of Ray is left."""
-    deadline = time.monotonic() + ORPHAN_SECONDS
-    while (left := processes_of(folder)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert left == []
-    assert not list(folder.glob("runs/*/ray*"))
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +32,21 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     target = {"target": {"steps": STEPS, "eval_every": 2, "checkpoint_every": 4}, "tracking": {"mlflow": True}}
     file = tiny_sweep.write(folder, tiny_sweep.plain(folder, run=target))
     runs = [folder / "runs" / "tiny" / f"trial-{number:03d}-s{seed}" for number in (0, 1) for seed in (0, 1)]
-    first = start(file)
-    wait_for(lambda: alive(runs, first.pid) or first.poll() is not None)
-    exposed = [one.laddr for process in processes_of(folder) for one in listening(process) if not is_loopback(one.laddr.ip)]
-    assert exposed == []
-    first.kill()
-    first.communicate()
-    second = start(file, "--resume")
-    pid, killed = wait_for(lambda: alive(runs, second.pid) or second.poll() is not None)  # type: ignore[misc]
-    os.kill(pid, signal.SIGKILL)
-    text, _ = second.communicate(timeout=500)
-    assert second.returncode == 0, text
-    assert f"{killed.name} (" in text
-    assert "starts again after failure 1" in text
+    with measured("F12", "driver, then a trial's process killed (adapt sweep, 4 trials)") as figures:
+        first = start(file)
+        wait_for(lambda: alive(runs, first.pid, STEPS) or first.poll() is not None)
+        exposed = [one.laddr for process in processes_of(folder) for one in listening(process) if not is_loopback(one.laddr.ip)]
+        assert exposed == []
+        first.kill()
+        first.communicate()
+        second = start(file, "--resume")
+        pid, killed = wait_for(lambda: alive(runs, second.pid, STEPS) or second.poll() is not None)  # type: ignore[misc]
+        os.kill(pid, signal.SIGKILL)
+        text, _ = second.communicate(timeout=500)
+        assert second.returncode == 0, text
+        assert f"{killed.name} (" in text
+        assert "starts again after failure 1" in text
+        figures["worst_orphan_seconds"] = assert_nothing_left(folder)
     (folder / "log.txt").write_text(text)
     yield folder
     assert_nothing_left(folder)
@@ -153,12 +92,8 @@ def test_mlflow_holds_the_points_of_the_journal_and_the_sweep(disturbed: Path) -
     assert len(runs) == len(folders) == 4
     for folder in folders:
         run = runs[read_json(folder / "run.json")["id"]]
-        expected: dict[str, list] = {}
-        for record in lines(folder):
-            for name, value in record["metrics"].items():
-                expected.setdefault(metric_key(record["stage"], name), []).append((record["step"], value))
         history = {name: [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
-        assert {name: sorted(points) for name, points in history.items()} == expected
+        assert {name: sorted(points) for name, points in history.items()} == points_of(folder)
         assert run.info.status == "FINISHED"
         assert run.data.tags["bpt.sweep"] == "tiny"
         assert run.info.run_name.startswith("sigma_relative=")

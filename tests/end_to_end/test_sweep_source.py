@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import tiny_sweep
 from safetensors.torch import load_file
-from test_sweep import ROOT, assert_nothing_left, environment
+from sweep_process import ROOT, assert_nothing_left, environment
 
 from bpt_dist.files import read_json
 

@@ -18,7 +18,7 @@ from server import ForkServer
 from trials import Job, Trials
 
 from bpt_dist.journal import read_records
-from bpt_dist.tracking import connect, metric_key, sync
+from bpt_dist.tracking import LOGS, connect, metric_key, sync
 
 STEPS = 60
 
@@ -101,18 +101,20 @@ def timed(job: Job) -> tuple[float, float]:
 
 
 def assert_history_is_the_truth(directory: Path, uri: str) -> int:
-    """Every record of metrics.jsonl is one point of MLflow, and nothing else is."""
+    """Every record of metrics.jsonl and system.jsonl is one point of MLflow, and nothing else is."""
     state = json.loads((directory / "tracking.json").read_text())
     client = connect(uri)
     truth: dict[str, list[tuple[int, float]]] = {}
-    for record in read_records(directory / "metrics.jsonl")[0]:
+    for record in [record for name in LOGS for record in read_records(directory / name)[0]]:
         for name, value in record["metrics"].items():
             if isinstance(value, int | float):
                 truth.setdefault(metric_key(record["stage"], name), []).append((record["step"], float(value)))
     for key, points in truth.items():
         found = [(point.step, point.value) for point in client.get_metric_history(state["run_id"], key)]
         assert found == points, key
-    assert client.get_run(state["run_id"]).info.status == "FINISHED"
+    run = client.get_run(state["run_id"])
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) == set(truth)
     return sum(map(len, truth.values()))
 
 

@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rendezvous",
         "hosts",
         "mesh",
+        "passes",
+        "exchange",
         "peers",
         "exhaustion",
         "run",
@@ -33,19 +35,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mirror",
         "progress",
     ),
-    ("data", "insertion", "backbone", "mini", "prompts", "prompt_files", "posterior"),
+    ("data", "insertion", "allocator", "forward", "packed", "backbone", "mini", "prompts", "prompt_files", "posterior"),
     ("methods",),
     ("evaluate", "export", "model_card", "engine", "results", "report", "published", "figures", "plan", "gaussian_product"),
     ("work", "gradients", "stage", "session", "opening"),
-    ("train",),
+    ("train", "bench"),
     ("cli", "table", "sweep", "launcher"),
 )
 ONE_PLACE = {
     "deepspeed": {"engine", "cli_check"},
     "mlflow": {"tracking"},
     "ray": {"sweep"},
-    "peft": {"export"},
-    "transformers": {"backbone", "mini"},
+    "peft": {"export", "bench"},
+    "transformers": {"backbone", "mini", "bench"},
     "datasets": {"data"},
 }
 PURE = {"svgd", "objective"}

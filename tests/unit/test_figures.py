@@ -19,7 +19,8 @@ from matplotlib.text import Text
 
 from bpt_dist import figures
 from bpt_dist.gaussian_product import run
-from bpt_dist.svgd import diagnostics, initial_particles, stein_direction
+from bpt_dist.svgd import initial_particles, stein_direction
+from bpt_dist.svgd_diagnostics import diagnostics
 
 TASKS = ("mnli", "qnli", "qqp", "sst2", "squad", "record")
 

@@ -177,10 +177,10 @@ def test_planned_collectives_are_the_ones_a_step_makes(world, tmp_path):
     gathered: list[int] = []
 
     class Recording(Mesh):
-        def gather_particles(self, local):
+        def start_gather_particles(self, local):
             whole = torch.cat([local, local + 1])
             gathered.append(whole.nbytes)
-            return whole
+            return lambda: whole
 
     grid = PlannedWorld(0, 2).mesh(4)
     mesh = Recording(grid.world, grid.particle, grid.data)
@@ -268,7 +268,7 @@ def test_a_t5_trained_in_parts_takes_a_part_of_each_state(world, tmp_path):
 
 def test_what_cannot_be_arranged_is_refused_with_what_can(world, tmp_path):
     config = settings_of(world, tmp_path, {"name": "bpt"})
-    with pytest.raises(ConfigError, match=r"target\.batch_size: .* 3 text\(s\) for 4 ranks .* at most 3 processes"):
+    with pytest.raises(ConfigError, match=r"target\.batch_size: .* 3 sequence\(s\) for 4 ranks .* at most 3 processes"):
         estimate(config, 4)
     explicit = settings_of(world, tmp_path, {"name": "bpt"}, distribution={"mesh": {"particle": 2, "data": 1}})
     with pytest.raises(ConfigError, match=r"possible \(particle x data\): 1 x 3"):

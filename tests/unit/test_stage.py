@@ -44,13 +44,17 @@ def test_the_data_axis_reads_every_text_of_a_step_once(
     num_ranks: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path)) as stage:
-        whole, seen = stage.batches.at(2), {}
+        whole: Any = stage.batches.at(2)
+        seen: dict[tuple[str, float], list[int]] = {}
         for rank in range(num_ranks):
             stage.mesh = replace(Mesh(), data=Axis(rank, num_ranks))
-            ((particles, share, _),) = stage.work(2)
-            assert particles == slice(0, stage.method.num_particles)
-            seen |= {row: float(weight) for row, weight in zip(share.row_ids, share.weight, strict=True)}
-    assert seen == {row: float(weight) for row, weight in zip(whole.row_ids, whole.weight, strict=True)}
+            for particles, share, _ in stage.work(2):
+                for row, weight in zip(share.row_ids, share.weight, strict=True):
+                    of_row = seen.setdefault((row, float(weight)), [])
+                    of_row += range(particles.start, particles.stop)
+    expected = {(row, float(weight)) for row, weight in zip(whole.row_ids, whole.weight, strict=True)}
+    assert set(seen) == expected
+    assert all(sorted(particles) == [0, 1] for particles in seen.values())
 
 
 def test_particles_with_their_own_texts_read_those_of_their_place_among_all(
@@ -71,7 +75,7 @@ def test_more_ranks_than_texts_are_refused(world: Path, tmp_path: Path, monkeypa
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path)) as stage:
         # Two source tasks of two texts each.
         with pytest.raises(
-            ConfigError, match=r"source\.batch_size is 2: a step has 4 text\(s\) for 5 ranks of the data axis; raise it"
+            ConfigError, match=r"source\.batch_size is 2: a step has 4 sequence\(s\) for 5 ranks of the data axis; raise it"
         ):
             replace_mesh(stage, Mesh(data=Axis(0, 5)))
         replace_mesh(stage, Mesh(data=Axis(0, 4)))
@@ -116,8 +120,13 @@ def test_passes_are_small_enough_equally_many_on_all_ranks_and_leave_the_same_gr
             stage.mesh = replace(Mesh(), data=Axis(rank, num_ranks))
             units = list(stage.work(0))
             assert all((unit.particles.stop - unit.particles.start) * len(unit.batch) <= pass_size for unit in units)
-            passes.append([(unit.particles, len(unit.batch) > 0) for unit in units])
-    assert all(each == passes[0] for each in passes)
+            passes.append(len(units))
+            stage.method.backbone.synced = True
+            passes.append(len(list(stage.work(0))))
+            stage.method.backbone.synced = False
+    # Where the T5 lies in parts, ranks make passes together.
+    assert len(set(passes[1::2])) == 1
+    assert all(alone <= together for alone, together in zip(passes[::2], passes[1::2], strict=True)), passes
 
 
 def test_the_best_validation_is_kept_and_a_tie_keeps_the_earlier() -> None:

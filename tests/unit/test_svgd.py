@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpt_dist import svgd
-from bpt_dist.svgd import diagnostics, initial_particles, stein_direction, stein_rows
+from bpt_dist.svgd import Rule, combine, initial_particles, squared_distances, stein_direction, stein_rows, weigh
+from bpt_dist.svgd_diagnostics import Totals, diagnostics, diagnostics_of, totals
 
 KERNELS, SCOPES, FORMS = ("rbf", "imq"), ("prompt", "token"), ("svgd", "repulsive_ensemble")
 
@@ -228,7 +230,7 @@ def test_rows_do_not_depend_on_the_split_over_ranks(length, width, kernel, scope
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("num_particles", [24, 45])
+@pytest.mark.parametrize("num_particles", [24, 45, 96])
 @pytest.mark.parametrize(("length", "width"), [(5, 7), (10, 768)])
 def test_rows_of_many_particles_do_not_depend_on_the_split_either(length, width, num_particles, scope):
     x, s = cloud(num_particles, length, width, dtype=torch.float32)
@@ -251,6 +253,52 @@ def test_rows_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("chunk", "shortest"), [(1 << 17, 512), (64, 7), (1 << 30, 512)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("num_particles", [6, 20, 70])  # in order, by tiles, by several tiles of distances
+def test_pieces_of_any_size_make_up_the_dense_formula(num_particles, scope, form, chunk, shortest, monkeypatch):
+    monkeypatch.setattr(svgd, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(svgd, "SHORTEST_CHUNK", shortest)
+    x, s = cloud(num_particles, 5, 12)
+    blocks, scores = (t.flatten(1)[None] if scope == "prompt" else t.transpose(0, 1) for t in (x, s))
+    squared = torch.cdist(blocks, blocks, compute_mode="donot_use_mm_for_euclid_dist").square()
+    width = torch.stack([torch.as_tensor(numpy.median(d2[tuple(torch.triu_indices(*d2.shape, 1))])) for d2 in squared])
+    width = width[:, None, None] / math.log(num_particles + 1)
+    weights = torch.exp(-squared / width)
+    push = torch.einsum("sij,sije->sie", 2 / width * weights, blocks[:, :, None] - blocks[:, None])
+    of_form = {"svgd": (weights @ scores + push) / num_particles, "repulsive_ensemble": scores + push / weights.sum(-1, True)}
+    expected = of_form[form].transpose(0, 1).reshape(x.shape)
+    torch.testing.assert_close(stein_direction(x, s, scope=scope, form=form).phi, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("num_particles", [1, 5, 40])
+def test_slices_of_the_positions_make_up_the_whole(num_particles, kernel, scope, form):
+    x, s = cloud(num_particles, 7, 24, dtype=torch.float32)
+    rule, bounds = Rule(kernel, scope, "median", form), (0, 3, 5, 7)
+    parts = [(x[:, a:b].contiguous(), s[:, a:b].contiguous()) for a, b in itertools.pairwise(bounds)]
+    squared = [squared_distances(part, scope) for part, _ in parts]
+    squared = [sum(squared)] * 3 if scope == "prompt" else squared
+    of_slice = [combine(*part, weigh(d2, rule), rule) for part, d2 in zip(parts, squared, strict=True)]
+    whole = stein_direction(x, s, **rule._asdict())
+    phi = torch.cat([direction.phi for direction in of_slice], dim=1)
+    assert (phi - whole.phi).norm() <= 4e-7 * whole.phi.norm()
+    shares = [totals(direction, part, 7) for direction, (part, _) in zip(of_slice, parts, strict=True)]
+    added = Totals(*(sum(share) for share in zip(*shares, strict=True)))
+    assert diagnostics_of(added, 7 * 24) == pytest.approx(diagnostics(whole, x), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_particles", [5, 40])
+def test_phi_alone_has_the_bits_of_its_two_terms(num_particles, form):
+    x, s = cloud(num_particles, 10, 768, dtype=torch.float32)
+    for rows in (slice(None), slice(2, 4)):
+        assert torch.equal(stein_rows(x, s, rows, form=form), stein_direction(x, s, form=form, rows=rows).phi)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -369,4 +417,4 @@ def test_initial_particles_surround_the_prompt_at_the_asked_spread():
 
 
 def test_the_limits_named_in_the_module_are_the_ones_tested_here():
-    assert (svgd.PAIRWISE_LIMIT, svgd.TILE_ROWS) == (16, 16)
+    assert (svgd.PAIRWISE_LIMIT, svgd.TILE_ROWS, svgd.GRAM_ROWS) == (16, 32, 64)

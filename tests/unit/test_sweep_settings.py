@@ -106,6 +106,7 @@ BAD = {
     "random without one": ({"search": "random"}, "num_settings: is missing, search random needs it"),
     "no posterior": ({"run": {"source": {"posterior": None, "steps": 3, "lr": 0.3}}}, "posterior: is missing, an adapt sweep"),
     "no validation": ({"scheduler": "asha", "run": {"target": {"eval_every": None}}}, "eval_every: is missing, asha compares"),
+    "registered": ({"run": {"tracking": {"mlflow": True, "register_as": "mine"}}}, "register_as: is for single runs"),
     "workers": ({"workers": 2}, "workers: has no effect in an adapt sweep"),
     "too many": ({"space": {"method.sigma_relative": {"uniform": [0.1, 1], "points": 501}}}, "makes 1002 trials; at most 1000"),
 }
@@ -130,8 +131,16 @@ def test_words_reach_the_sweep_and_its_run(folder: Path) -> None:
     assert (sweep.settings.concurrency, sweep.settings.seeds) == (1, (3,))
     (first, *_) = sweep.trials(sweep.known_settings() or [])
     assert (first.config.target.steps, first.config.method.rank) == (7, 2)
-    with pytest.raises(ConfigError, match=r"rnk: unknown key; did you mean"):
-        load(written(folder), ["rnk=2"])
+    for words, text in {
+        ("rnk=2",): "command line: rnk: unknown key; did you mean rank?",
+        ("concurency=2",): "command line: concurency: unknown key; did you mean concurrency?",
+        ("concurrency=0",): "command line: concurrency: should be greater than or equal to 1",
+        ("target.steps=-3",): "command line: run.target.steps: should be greater than or equal to 0",
+        ("seeds",): "command line: 'seeds' is not key=value",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load(written(folder), words)
+        assert text in str(caught.value), caught.value
 
 
 def test_what_makes_a_sweep_another_one(folder: Path) -> None:

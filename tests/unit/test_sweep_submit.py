@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,37 @@ def test_the_job_finds_its_files_from_another_folder() -> None:
 def test_nobody_answers(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"no Ray answers at http://127\.0\.0\.1:9"):
         run_command(CONFIG, [], resume=False, submit="http://127.0.0.1:9", follow=False)
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Answers, but not as a Ray does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path.endswith("version") and "odd" in type(self).__name__ else 404)
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["missing", "odd"])
+def test_somebody_else_answers(name: str) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), type(name, (Stranger,), {})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(StorageError, match=f"no Ray answers at {address} .*is the cluster up"):
+            run_command(CONFIG, [], resume=False, submit=address, follow=False)
+        server.shutdown()
+
+
+def test_a_ray_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(tiny_sweep.write(tmp_path, tiny_sweep.plain(tmp_path))).settings
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "nothing-9271.invalid:9"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS: no Ray can be joined at {address} .*start it, or unset RAY_ADDRESS"):  # noqa: SIM117
+            with sweep_cluster.cluster(settings, tmp_path):
+                pass
 
 
 def test_a_config_outside_the_checkout_does_not_travel(tmp_path: Path) -> None:

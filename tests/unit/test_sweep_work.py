@@ -11,13 +11,15 @@ import tiny_sweep
 from safetensors.torch import load_file
 
 from bpt_dist.config import Config
-from bpt_dist.errors import ConfigError
+from bpt_dist.errors import ConfigError, DataError
 from bpt_dist.files import read_json, write_json_atomic
 from bpt_dist.journal import read_records
 from bpt_dist.sweep_checks import check_inputs
-from bpt_dist.sweep_record import Record, standing
+from bpt_dist.sweep_record import Record, Standing, standing
+from bpt_dist.sweep_report import how_ended
 from bpt_dist.sweep_search import Suggested
 from bpt_dist.sweep_settings import Sweep, load
+from bpt_dist.sweep_watch import _last_reason
 from bpt_dist.sweep_work import PRUNED, STOP, News, Work, read_history
 
 
@@ -109,7 +111,10 @@ def test_a_trial_that_diverges_is_not_tried_again(folder: Path) -> None:
 
 
 def test_an_existing_sweep_is_refused_or_resumed(folder: Path) -> None:
+    refused = Record.open(sweep_of(folder, name="kept", seeds=[5]), resume=False)  # before its first trial: in nobody's way
     record = Record.open(sweep_of(folder, name="kept"), resume=False)
+    assert record.id != refused.id
+    record.trials[0].config.directory.mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds this sweep, 0 of 4 trials have ended; --resume goes on"):
         Record.open(sweep_of(folder, name="kept"), resume=False)
     other = {"method.sigma_relative": [0.1, 3.0], "method.lr_full": [0.1]}
@@ -128,10 +133,42 @@ def test_a_posterior_that_is_not_there_or_of_another_t5_is_refused(folder: Path,
     missing = only(folder, "missing", run={"source": {"posterior": str(folder / "runs" / "nothing")}})
     with pytest.raises(ConfigError, match=r"no posterior\.safetensors"):
         check_inputs([missing])
+    longer = only(folder, "longer", run={"method": {"length": 4}})
+    with pytest.raises(ConfigError, match=r"method.length: is 4, the prompts of source.posterior have 3 positions"):
+        check_inputs([longer])
+    worded = only(folder, "worded", run={"data": {"protocol": "attempt"}})
+    with pytest.raises(ConfigError, match=r"data.protocol: is attempt, the source.posterior was learnt from texts of fixed"):
+        check_inputs([worded])
     tiny_run.tiny_t5.make(tmp_path / "t5", seed=1)
     other = only(folder, "other", run={"backbone": {"path": str(tmp_path / "t5")}})
     with pytest.raises(ConfigError, match="was made with another backbone"):
         check_inputs([other])
+
+
+def test_what_trials_of_several_processes_need_is_said_before_the_first(folder: Path) -> None:
+    source = {"steps": 4, "batch_size": 2, "lr": 0.3, "posterior": None}
+    keys = {"stage": "source", "space": {"method.kernel": ["imq"]}, "seeds": [0]}
+    config = only(folder, "rows", run={"source": source, "method": {"sigma_relative": 1.0}, "target": {"batch_size": 1}}, **keys)
+    check_inputs([config], workers=2)
+    with pytest.raises(ConfigError, match=r"target.batch_size is 1: a step has 2 text\(s\) for 3 ranks"):
+        check_inputs([config], workers=3)
+    file = folder / "tasks" / "colour" / "train.jsonl"
+    before = file.read_text()
+    try:
+        file.write_text(before + '{"text": "the cat", "label": 7}\n')
+        with pytest.raises(DataError, match=r"colour/train\.jsonl:33: .*label"):
+            check_inputs([config], workers=2)
+    finally:
+        file.write_text(before)
+
+
+def test_the_reason_of_a_trial_that_could_not_write_it_down_is_shown(folder: Path) -> None:
+    errors = "Failure # 1 (occurred at x)\nRuntimeError: first\nFailure # 2 (occurred at x)\n  File ...\nRuntimeError: no space\n"
+    assert _last_reason(errors) == "no space"
+    assert _last_reason(errors + "Failure # 3 (occurred at x)\nThe actor died unexpectedly\n") is None
+    failed = Standing(0, "trial-000-s0", 0, {}, "failed", "no space " * 30, 3, None, None)
+    assert how_ended([failed, replace(failed, state="finished")]).startswith("1 failed (no space no space")
+    assert len(how_ended([failed])) < 150
 
 
 def test_optuna_scores_a_setting_by_the_mean_of_its_seeds(folder: Path) -> None:

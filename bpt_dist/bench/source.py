@@ -1,0 +1,133 @@
+"""The variants of the source step, in one process on the same work: PEFT in a loop, the stock T5, ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bpt_dist.backbone import Backbone
+from bpt_dist.backbone_shapes import T5Shape
+from bpt_dist.bench import gradients
+from bpt_dist.bench.gradients import Gradients
+from bpt_dist.bench.paired import Clock
+from bpt_dist.bench.peft_loop import PeftLoop
+from bpt_dist.bench.weights import in_dtype, our_pass, random_backbone, use_attention
+from bpt_dist.bench.work import Work
+from bpt_dist.packed import PackedT5
+from bpt_dist.svgd import stein_rows
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the step. `num_tokens` counts the encoder tokens it computes, padding included; `stock` names the variant
+    whose distance from float64 says how far this one may be (none: dropout makes its numbers random)."""
+
+    name: str
+    title: str
+    dtype: str
+    run: Callable[[], Gradients]
+    num_tokens: int
+    stock: str | None
+
+
+class Models:
+    """The T5s of a run, made when they are first asked for; PEFT, the stock variants and ours share the weights of a dtype."""
+
+    def __init__(self, shape: T5Shape, device: torch.device, num_prompt: int, seed: int = 0) -> None:
+        self.shape, self.device, self.num_prompt, self.seed = shape, device, num_prompt, seed
+        self._backbones: dict[str, Backbone] = {}
+        self._peft: dict[str, PeftLoop] = {}
+        self._packed: dict[str, PackedT5] = {}
+
+    def backbone(self, dtype: str) -> Backbone:
+        """Return the T5 in a dtype."""
+        if dtype not in self._backbones:
+            first = self._backbones.get("fp32") or random_backbone(self.shape, self.device, self.seed)
+            self._backbones["fp32"] = first
+            self._backbones.setdefault(dtype, first if dtype == "fp32" else in_dtype(first, dtype))
+        return self._backbones[dtype]
+
+    def forget(self, dtype: str) -> None:
+        """Free the T5 of a dtype."""
+        self._backbones.pop(dtype, None)
+        self._peft.pop(dtype, None)
+        self._packed.pop(dtype, None)
+
+    def peft(self, dtype: str) -> PeftLoop:
+        """Return PEFT around the T5 of a dtype."""
+        if dtype not in self._peft:
+            self._peft[dtype] = PeftLoop(self.backbone(dtype), self.num_prompt)
+        return self._peft[dtype]
+
+    def packed(self, dtype: str) -> PackedT5:
+        """Return our pass over the T5 of a dtype."""
+        if dtype not in self._packed:
+            self._packed[dtype] = our_pass(self.backbone(dtype))
+        return self._packed[dtype]
+
+    def stock(self, dtype: str, attention: str) -> Backbone:
+        """Return the T5 of a dtype with its own modules set to a kind of attention."""
+        found = self.backbone(dtype)
+        use_attention(found, attention)
+        return found
+
+
+def best_attention(models: Models, work: Work, dtype: str, clock: Clock) -> str:
+    """Return the attention with which PEFT is fastest in this dtype, by one particle, the better of two times each."""
+    first = Work(work.prompts[:1], work.texts)
+    seconds = {}
+    for attention in ATTENTIONS:
+        models.stock(dtype, attention)
+        models.peft(dtype).gradients(first)
+        seconds[attention] = min(clock.time(lambda: models.peft(dtype).gradients(first)).seconds for _ in range(2))
+    return min(seconds, key=lambda attention: seconds[attention])
+
+
+def variants(models: Models, work: Work, attention: dict[str, str], pass_size: int | None) -> Iterator[Variant]:
+    """Yield the variants of the source step for the dtypes in `attention`, which says how the stock modules attend."""
+    padded_tokens, tokens = work.num_padded_tokens, work.num_tokens
+    for dtype, kind in attention.items():
+        loop = f"peft_{dtype}"
+        yield Variant(loop, f"PEFT loop, {kind}", dtype, partial(_peft, models, work, dtype, kind, False), padded_tokens, loop)
+        if dtype == "fp32":
+            dropout = partial(_peft, models, work, dtype, kind, True)
+            yield Variant("peft_train_fp32", f"PEFT loop, {kind}, dropout", dtype, dropout, padded_tokens, None)
+            batch = partial(_stock, gradients.padded, models, work, dtype, kind)
+            yield Variant("padded_fp32", f"one padded batch, stock T5, {kind}", dtype, batch, padded_tokens, loop)
+        groups = partial(_stock, gradients.grouped, models, work, dtype, kind)
+        yield Variant(f"grouped_{dtype}", f"grouped by text, stock T5, {kind}", dtype, groups, tokens, loop)
+        yield Variant(f"ours_{dtype}", "ours, packed", dtype, partial(_ours, models, work, dtype, pass_size), tokens, loop)
+
+
+def _peft(models: Models, work: Work, dtype: str, attention: str, dropout: bool) -> Gradients:
+    models.stock(dtype, attention)
+    return models.peft(dtype).gradients(work, dropout=dropout)
+
+
+def _stock(way: Callable[[Backbone, Work], Gradients], models: Models, work: Work, dtype: str, attention: str) -> Gradients:
+    return way(models.stock(dtype, attention), work)
+
+
+def _ours(models: Models, work: Work, dtype: str, pass_size: int | None) -> Gradients:
+    found = gradients.packed(models.backbone(dtype), models.packed(dtype), work, pass_size)
+    stein_rows(work.prompts, found[1], slice(None))  # the opponents are spared this part of the step
+    return found
+
+
+def exact(models: Models, work: Work, num_particles: int = 1) -> Gradients:
+    """Return the first particles' log-likelihoods and gradients in float64, through the stock T5 without padding."""
+    first = Work(work.prompts[:num_particles].double(), work.texts)
+    found = gradients.grouped(models.stock("fp64", "eager"), first)
+    models.forget("fp64")
+    return found
+
+
+def bytes_needed(shape: T5Shape, work: Work) -> int:
+    """Return what one padded batch of all rows keeps for its backward pass through the stock T5."""
+    source, target = work.texts.source_ids.shape[1], work.texts.target_ids.shape[1]
+    return work.num_rows * shape.row_cost(work.prompts.shape[1], source, target).activation_bytes

@@ -1,0 +1,153 @@
+"""Our own pass through a whole frozen T5: no padding, no masks, no keys and values over encoder tokens; exact.
+
+It stands in for transformers' modules where the T5 lies whole on a rank, is not trained and nothing is inserted into it
+(`Backbone.packs`). Weights stay those of the stock model, of which it holds no second copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from bpt_dist.forward import EncoderInputs, Forward
+from bpt_dist.objective import IGNORED, Reduction
+from bpt_dist.packed_attention import Attention, plain_attention
+from bpt_dist.packed_blocks import Decoder, Encoder
+from bpt_dist.packed_generate import greedy
+from bpt_dist.packed_layout import Layout
+
+
+class PackedT5:
+    """Log-likelihood, ranking and generation as `PromptedT5` does them; results are the stock pass's to rounding."""
+
+    def __init__(self, model: Any, attention: Attention) -> None:
+        self.model = model
+        self.encoder, self.decoder = Encoder(model.encoder, attention), Decoder(model.decoder, plain_attention)
+
+    def log_likelihood(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        target_ids: Int[Tensor, "N U"],
+        encoder_inputs: EncoderInputs,
+        reduction: Reduction,
+        states: bool,
+    ) -> Forward:
+        """Return the log-likelihood of each target; logits are made for positions that have a target only."""
+        num_targets = (target_ids != IGNORED).sum(1)
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, num_targets.tolist())
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        start = layout.decoder_tokens(self.model._shift_right(target_ids))
+        decoded = self.decoder(self._embed(start), _memory(encoded, layout), layout.decoder_rows)
+        logits = self._logits(decoded)
+        losses = functional.cross_entropy(logits, layout.decoder_tokens(target_ids), reduction="none")
+        total = -layout.sums(losses)
+        if reduction == "token_mean":
+            total = total / num_targets.clamp_min(1)
+        length = target_ids.shape[1]
+        last = None
+        if states:
+            last = (layout.unpacked_encoder(encoded, inputs.shape[2]), layout.unpacked_decoder(decoded, length))
+        return Forward(total, lambda: layout.unpacked_decoder(logits, length), last)
+
+    def rank(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+    ) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood (summed over tokens) of every candidate, read by one pass of the decoder.
+
+        Candidates that begin alike share the positions of their common beginning: the decoder reads a tree.
+        """
+        tree = Tree.of(candidates.tolist(), self.model.config.decoder_start_token_id)
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [len(tree.tokens)] * len(ids))
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        bias = self._bias_of(tree)
+        nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
+        decoded = self.decoder(self._embed(nodes), _memory(encoded, layout), layout.decoder_rows, bias)
+        of_nodes = self._logits(decoded).log_softmax(-1).view(sum(layout.num_rows), len(tree.tokens), -1)
+        found = []
+        for path in tree.paths:
+            places = torch.tensor(path, device=ids.device)
+            found.append(of_nodes[:, places[:, 0], places[:, 1]].sum(1))
+        return layout.in_order(torch.stack(found, dim=-1))
+
+    def generate(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs, max_new_tokens: int
+    ) -> Int[Tensor, "m N U"]:
+        """Return greedily decoded ids; a sequence that has ended costs nothing more."""
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [1] * len(ids))
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        found = greedy(self.decoder, self._embed, self._logits, _memory(encoded, layout), self.model.config, max_new_tokens)
+        return layout.in_order(found)
+
+    def _lay_out(
+        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, decoder_lengths: list[int]
+    ) -> tuple[Float[Tensor, "m N L D"], Layout]:
+        inputs = encoder_inputs(self._embed(ids))
+        num_added = inputs.shape[2] - ids.shape[1]
+        return inputs, Layout(len(inputs), (mask.sum(1) + num_added).tolist(), decoder_lengths)
+
+    def _embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """Return the word embeddings in float32, the type of hidden states, so that prompts before them are not rounded."""
+        found: Tensor = self.model.shared(ids)
+        return found.float()
+
+    def _logits(self, decoded: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """Return the logits in float32."""
+        if self.model.config.scale_decoder_outputs:
+            decoded = decoded * self.model.config.d_model**-0.5
+        found: Tensor = self.model.lm_head(decoded)
+        return found.float()
+
+    def _bias_of(self, tree: Tree) -> Float[Tensor, "1 H n n"]:
+        """Return the position bias between nodes: by their depths, -inf unless one lies on the other's way to the root."""
+        depths = torch.tensor(tree.depths)
+        bias = self.decoder.bias(int(depths.max()) + 1)
+        between = bias[:, :, depths][..., depths]
+        return between.masked_fill(~tree.visible().to(between.device), -torch.inf)
+
+
+class Tree(NamedTuple):
+    """The beginnings of all candidates: what the decoder has read at a node is the way to it from the root, the start token.
+
+    `paths` holds for each candidate the (node, next token) pairs whose log-probabilities make up its own.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: list[list[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, candidates: list[list[int]], start: int) -> Tree:
+        """Return the tree of candidates, each padded by -100."""
+        tree = cls([start], [0], [0], [])
+        nodes: dict[tuple[int, ...], int] = {(): 0}
+        for candidate in candidates:
+            ids = [token for token in candidate if token != IGNORED]
+            path = []
+            for place, token in enumerate(ids):
+                before = tuple(ids[:place])
+                if before not in nodes:
+                    nodes[before] = len(tree.tokens)
+                    tree.tokens.append(before[-1])
+                    tree.parents.append(nodes[before[:-1]])
+                    tree.depths.append(place)
+                path.append((nodes[before], token))
+            tree.paths.append(path)
+        return tree
+
+    def visible(self) -> Bool[Tensor, "n n"]:
+        """Return which nodes [query, key] lie on the way from the root to each node."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node in range(1, len(self.tokens)):
+            seen[node] |= seen[self.parents[node]]
+        return seen
+
+
+def _memory(encoded: Float[Tensor, "tokens D"], layout: Layout) -> list[Float[Tensor, "r S D"]]:
+    parts = encoded.split([rows * length for rows, length in layout.encoder_rows])
+    return [part.view(*shape, -1) for part, shape in zip(parts, layout.encoder_rows, strict=True)]

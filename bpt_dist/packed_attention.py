@@ -1,0 +1,100 @@
+"""How attention is computed in the packed pass: two ways with the same result, and which is faster on this machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from bpt_dist.files import write_atomic
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# Sequences, heads, positions and head width of the probe: a text of middling length with its prompt.
+PROBED = (4, 8, 256, 64)
+REPETITIONS = 5
+# The expected way is left only for a clear gain: a choice by noise would change the last bits of a run from start to start.
+CLEARLY = 1.25
+
+
+def plain_attention(
+    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H S d"], v: Float[Tensor, "r H S d"], bias: Float[Tensor, "1 H S S"]
+) -> Float[Tensor, "r H S d"]:
+    """Return softmax(q k^T + bias) v by matrix products; T5 does not divide by sqrt(d)."""
+    scores = q @ k.mT
+    scores += bias
+    return scores.softmax(-1) @ v
+
+
+def sdpa_attention(
+    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H S d"], v: Float[Tensor, "r H S d"], bias: Float[Tensor, "1 H S S"]
+) -> Float[Tensor, "r H S d"]:
+    """Return the same by torch's fused kernel."""
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+
+
+ATTENTIONS: dict[str, Attention] = {"sdpa": sdpa_attention, "eager": plain_attention}
+
+
+def expected(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what is usually faster: torch's kernel, but for bf16 on a CPU, where its products are plain loops."""
+    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+def probed(device: torch.device, dtype: torch.dtype, cache: Path) -> str:
+    """Return which way this machine computes faster, from `cache` where it was measured before (about 0.3 s otherwise)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    key = f"{name} | {str(dtype).removeprefix('torch.')} | {torch.get_num_threads()} thread(s) | torch {torch.__version__}"
+    file = cache / "attention.json"
+    known = _read(file)
+    if known.get(key) in ATTENTIONS:
+        return known[key]
+    usual = expected(device, dtype)
+    other = next(kind for kind in ATTENTIONS if kind != usual)
+    seconds = _seconds(device, dtype)
+    known[key] = other if seconds[usual] > CLEARLY * seconds[other] else usual
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(known, indent=2, sort_keys=True).encode())
+    except OSError:
+        pass  # measured again at the next start
+    return known[key]
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return the best time of each way, forward and backward, taken in turns."""
+    num_rows, num_heads, length, width = PROBED
+    q, k, v = (torch.ones(num_rows, num_heads, length, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, num_heads, length, length, device=device, dtype=dtype)
+    best = dict.fromkeys(ATTENTIONS, float("inf"))
+    for _ in range(REPETITIONS):
+        for kind, attention in ATTENTIONS.items():
+            began = time.perf_counter()
+            attention(q, k, v, bias).sum().backward()
+            if q.grad is not None:
+                float(q.grad.flatten()[0])  # waits for a GPU
+            best[kind] = min(best[kind], time.perf_counter() - began)
+    return best

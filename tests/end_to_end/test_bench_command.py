@@ -1,0 +1,177 @@
+"""`bpt-dist bench` as a user calls it, on a T5 so small that every comparison takes a moment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from bpt_dist.bench import gradients, source_run, target
+from bpt_dist.cli import main
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shape")
+    config = transformers.T5Config(
+        vocab_size=128, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0, model_type="t5"
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    """What a probe measures is kept in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def bench(capsys, tmp_path, *words) -> tuple[int, str, str, dict]:
+    file = tmp_path / "bench.json"
+    code = main(["bench", *map(str, words), "--json", str(file)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err, json.loads(file.read_text()) if file.exists() else {}
+
+
+def test_the_source_step_is_compared_with_peft(shape, capsys, tmp_path) -> None:
+    code, out, err, report = bench(capsys, tmp_path, "--shape", shape, "--particles", 2, "--repeats", 2)
+    assert code == 0, err
+    assert set(report["ratio_to_peft_loop"]) == {"fp32", "bf16"}
+    assert report["ratio_to_peft_loop"]["fp32"] > 0
+    ours, peft = report["variants"]["ours_fp32"], report["variants"]["peft_fp32"]
+    assert report["ratio_to_peft_loop"]["fp32"] == pytest.approx(peft["seconds"] / ours["seconds"], rel=0.5)
+    assert ours["padding"] == 0
+    assert peft["padding"] == pytest.approx(1 - 2448 / 4272)
+    assert ours["tokens_per_second"] == pytest.approx(2448 / ours["seconds"])
+    assert ours["particle_steps_per_second"] == pytest.approx(2 / ours["seconds"])
+    assert 0 < ours["matmul_share"]["median"] < 1
+    assert 0 < ours["kernel_share"] < 1
+    assert ours["memory_bytes"] > 1e8
+    assert report["rounds"] == 2
+    assert all(each["right"] for each in report["correct"].values())
+    assert set(report["correct"]) >= {"peft_fp32", "padded_fp32", "grouped_fp32", "ours_fp32"}
+    # Correctness stands before the first time, and progress does not stand in the result.
+    assert out.index("relative difference") < out.index("matrix products in this run") < out.index("s/step")
+    assert "round 1 of 2: peft_fp32" in err
+    assert "round 1 of 2" not in out
+
+
+def test_a_variant_that_is_wrong_has_no_time_and_fails_the_command(shape, capsys, tmp_path, monkeypatch) -> None:
+    right = gradients.packed
+
+    def bent(*arguments):
+        losses, gradient = right(*arguments)
+        return losses, gradient * 1.01
+
+    monkeypatch.setattr(gradients, "packed", bent)
+    code, out, _, report = bench(capsys, tmp_path, "--shape", shape, "--particles", 1, "--repeats", 1)
+    assert code == 1
+    assert "seconds" not in report["variants"]["ours_fp32"]
+    assert "seconds" in report["variants"]["peft_fp32"]
+    assert report["ratio_to_peft_loop"]["fp32"] is None
+    line = next(line for line in out.splitlines() if line.startswith("ours, packed"))
+    assert "wrong" in line
+    assert "WRONG" in out
+
+
+def test_without_bf16_instructions_those_rows_are_left_out(shape, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(source_run, "has_bf16", lambda _device: False)
+    monkeypatch.setattr(target, "has_bf16", lambda _device: False)
+    code, out, _, report = bench(capsys, tmp_path, "--shape", shape, "--particles", 1, "--repeats", 1)
+    assert code == 0
+    assert report["ratio_to_peft_loop"]["bf16"] is None
+    assert not any(name.endswith("bf16") for name in report["variants"])
+    assert "no bf16: this device has no instructions for it" in out
+    code, out, _, report = bench(capsys, tmp_path, "target", "--shape", shape, "--repeats", 1)
+    assert code == 0
+    assert "no bf16" in out
+
+
+def test_the_adaptation_step_is_compared_at_two_paddings(shape, capsys, tmp_path) -> None:
+    code, _, err, report = bench(capsys, tmp_path, "target", "--shape", shape, "--repeats", 2)
+    assert code == 0, err
+    assert set(report["profiles"]) == {"mrpc", "boolq"}
+    for profile in report["profiles"].values():
+        ours = profile["variants"]["ours_fp32"]
+        assert ours["speedup_over_256"]["median"] > 0
+        assert ours["speedup_over_longest"]["median"] > 0
+        assert all(each["right"] for each in profile["correct"].values())
+
+
+def test_evaluation_predicts_what_the_stock_t5_predicts(shape, capsys, tmp_path) -> None:
+    code, _, err, report = bench(capsys, tmp_path, "evaluation", "--shape", shape, "--repeats", 2)
+    assert code == 0, err
+    for profile in report["profiles"].values():
+        assert all(profile["same_predictions"].values())
+        assert profile["variants"]["ours_fp32"]["speedup_over_generate"]["median"] > 0
+
+
+def test_the_svgd_step_alone(capsys, tmp_path) -> None:
+    words = ("svgd", "--particles", "2,20", "--coordinates", 1000, "--repeats", 2)
+    code, _, err, report = bench(capsys, tmp_path, *words)
+    assert code == 0, err
+    assert report["sizes"]["20"]["ours"]["error"] < 1e-5
+    assert report["sizes"]["20"]["pyro"]["ours_is_faster_by"]["median"] > 0
+
+
+def test_scaling_over_processes(shape, capsys, tmp_path) -> None:
+    code, _, err, report = bench(capsys, tmp_path, "scaling", "--shape", shape, "--ranks", "1,2", "--repeats", 2)
+    assert code == 0, err
+    weak, sliced, strong = (report["scaling"][kind]["2"] for kind in ("weak", "weak, coordinates", "strong"))
+    assert (weak["mesh"], weak["particles"]) == ([2, 1], 2)
+    assert (strong["mesh"], strong["particles"]) == ([1, 2], 5)
+    for row in (weak, sliced, strong):
+        assert 0 < row["efficiency"]["median"] < 1.5
+        assert 0 <= row["exchange_and_kernel_share"] < 1
+    assert report["scaling"]["weak"]["1"]["efficiency"]["median"] == 1
+
+
+def test_more_processes_than_cores_are_noted(shape, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    code, out, _, _ = bench(capsys, tmp_path, "scaling", "--shape", shape, "--ranks", "1,2", "--repeats", 1)
+    assert code == 0
+    assert "2 processes on 1 cores: they share cores" in out
+
+
+def test_passes_writes_the_table_of_the_documentation(shape, capsys, tmp_path) -> None:
+    table = tmp_path / "passes.md"
+    code, out, err, report = bench(
+        capsys, tmp_path, "passes", "--shape", shape, "--particles", 1, "--repeats", 1, "--markdown", table
+    )
+    assert code == 0, err
+    changes = {row["change"]: row for row in report["rows"]}
+    assert changes["weights frozen"]["measured"]["median"] > 1
+    assert changes["allocator keeps its pages (own pass, fp32)"]["measured"] is not None
+    assert {row["change"] for row in report["rows"] if not row["pays"]} >= {"activation checkpointing"}
+    assert table.read_text() in out
+    assert all(f"| {change} |" in table.read_text() for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shape", "t5-hug"], "--shape t5-hug: is not known; choose t5-small, t5-base, t5-large"),
+        (["--device", "tpu"], "--device tpu: is not known; choose auto, cpu or cuda"),
+        (["--threads", "9999"], "--threads 9999: this machine has"),
+        (["svgd", "--particles", "1,5"], "--particles 1,5: is no list of numbers from 2 on"),
+        (["scaling", "--ranks", "1,x"], "--ranks 1,x: is no list of numbers from 1 on"),
+        (["scaling", "--dtype", "fp8"], "--dtype fp8: is not known; choose fp32 or bf16"),
+        (["exchange", "--ranks", "2", "--particles", "5"], "--particles 5: 2 processes cannot share them"),
+    ],
+)
+def test_errors_name_the_option_and_the_remedy(words, message, capsys, tmp_path) -> None:
+    code, _, err, report = bench(capsys, tmp_path, *words)
+    assert code == 2
+    assert message in err
+    assert not report
+
+
+def test_without_peft_the_command_says_what_to_install(shape, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, err, _ = bench(capsys, tmp_path, "--shape", shape, "--particles", 1, "--repeats", 1)
+    assert code == 2
+    assert "pip install peft" in err
+    assert "Traceback" not in err
