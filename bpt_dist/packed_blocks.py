@@ -29,7 +29,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(epsilon))
+        # One pass over x and no temporary, unlike the mean of squares.
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         normed = x * scale
         kept = normed.to(dtype)
         ctx.save_for_backward(kept, scale, gain)

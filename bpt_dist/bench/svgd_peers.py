@@ -104,7 +104,7 @@ def peers() -> list[Peer]:
     """Return the opponents, and say of each whether it is the package itself or its operations repeated."""
     found = [Peer("naive", "all differences at once (M x M x PD)", naive, 2.5)]
     kind = "Pyro" if _pyro_kernel() else "Pyro's operations repeated (not installed)"
-    found.append(Peer("pyro", kind, pyro_style, 4.5))
+    found.append(Peer("pyro", kind, pyro_style, 7))
     if find_spec("blackjax") is not None:
-        found.append(Peer("blackjax", "BlackJAX", BlackJax(), 2.5))
+        found.append(Peer("blackjax", "BlackJAX", BlackJax(), 4))
     return found

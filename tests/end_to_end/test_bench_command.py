@@ -159,6 +159,7 @@ def test_passes_writes_the_table_of_the_documentation(shape, capsys, tmp_path) -
         (["svgd", "--particles", "1,5"], "--particles 1,5: is no list of numbers from 2 on"),
         (["scaling", "--ranks", "1,x"], "--ranks 1,x: is no list of numbers from 1 on"),
         (["scaling", "--dtype", "fp8"], "--dtype fp8: is not known; choose fp32 or bf16"),
+        (["--repeats", "2", "svgd"], "bpt-dist bench svgd: an option stands before the sub-command"),
         (["exchange", "--ranks", "2", "--particles", "5"], "--particles 5: 2 processes cannot share them"),
     ],
 )
