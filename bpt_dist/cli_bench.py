@@ -294,7 +294,7 @@ def prepare(device: str, threads: int, *, allocator: bool = True) -> tuple[Clock
 
     if threads > (os.cpu_count() or threads):
         raise ConfigError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most so many")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # until `Clock.use_threads`: a process that has computed with several cannot be forked
     kept = machine.keep_pages() if allocator else "off, then on"
     clock = Clock(machine.choose_device(device), threads)
     return clock, lambda: machine.facts(clock, kept)

@@ -59,6 +59,8 @@ def run_sweep(sweep: Sweep, *, resume: bool = False) -> int:
         if any((trial.config.tracking.mlflow) for trial in record.trials):
             complete_tracking(record)
         return _ending(record, finish_report(record))
+    except OSError as error:
+        raise _cause(error, folder) from error
     finally:
         lock.release()
 

@@ -8,12 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_t5
 import torch
 import yaml
+from torch import Tensor
 
+from bpt_dist import checkpoint, train
 from bpt_dist import config as configuration
-from bpt_dist import train
 from bpt_dist.config import Config
 from bpt_dist.mesh import World
 from bpt_dist.opening import opened
@@ -141,3 +143,15 @@ def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def newest_states(config: Config) -> dict[str, dict[str, Tensor]]:
+    """Return particles, optimizer state and best tensors in the newest checkpoint of each stage of a BPT run on `mood`."""
+    found = {}
+    for stage in ("source", "target/mood"):
+        newest = checkpoint.newest(
+            config.directory / stage / "checkpoints", fingerprint=configuration.fingerprint(config), warn=pytest.fail
+        )
+        assert newest is not None
+        found[stage] = checkpoint.load(newest)[0]
+    return found

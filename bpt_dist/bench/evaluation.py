@@ -40,6 +40,7 @@ def label_words(vocabulary: int, seed: int) -> Int[Tensor, "C U"]:
 
 def run_evaluation(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
     """Return times, ratios and whether ranking by our pass predicts what ranking by the stock T5 predicts."""
+    clock.use_threads()
     models = Models(shape, clock.device, num_prompt, options.seed)
     dtypes = ["fp32", "bf16"] if has_bf16(clock.device) else ["fp32"]
     words = label_words(shape.config.vocab_size, options.seed).to(clock.device)

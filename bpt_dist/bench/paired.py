@@ -54,6 +54,10 @@ class Clock:
             return "time between CUDA events"
         return "CPU time of the process" if self.num_threads == 1 else f"wall time of {self.num_threads} threads"
 
+    def use_threads(self) -> None:
+        """Let torch compute with all threads from now on; what has to be forked comes before."""
+        torch.set_num_threads(self.num_threads)
+
     def time(self, run: Callable[[], Any]) -> Timing:
         """Run once and return how long it took."""
         if self.device.type == "cuda":

@@ -94,6 +94,7 @@ def run_passes(shape: T5Shape, work: Work, clock: Clock, repeats: int, tell: Tel
         found = allocator_gain(shape, work, clock, repeats)
         rows.append(_row("allocator keeps its pages (own pass, fp32)", "1.09-1.34", found, True))
     machine.keep_pages()
+    clock.use_threads()
     models = Models(shape, clock.device, work.prompts.shape[1])
     for pair in pairs(models, work, kinds):
         tell(pair.change)

@@ -58,6 +58,7 @@ def run_source(shape: T5Shape, work: Work, clock: Clock, options: Options, tell:
         dtypes, notes = ["fp32"], ["no bf16: this device has no instructions for it, so those rows are left out"]
     leave_out = _too_large(shape, work, clock.device, notes)
     memory = {} if clock.device.type == "cuda" else _memory(shape, work, clock, options, dtypes, leave_out, notes, tell)
+    clock.use_threads()
     models = Models(shape, clock.device, work.prompts.shape[1], options.seed)
     attention = {"fp32": "sdpa"}
     if "bf16" in dtypes:

@@ -66,6 +66,7 @@ def run_svgd(
     notes: list[str] = []
     report: dict[str, Any] = {"coordinates": num_coordinates, "sizes": {}, "notes": notes}
     memory = {size: _memory(everybody, size, num_coordinates, clock, notes, tell, seed) for size in sizes}
+    clock.use_threads()
     for size in sizes:
         particles, score = cloud(size, num_coordinates, seed, clock.device)
         runs = {peer.name: partial(peer.run, particles, score) for peer in everybody if peer.name in memory[size]}

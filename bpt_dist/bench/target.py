@@ -27,6 +27,7 @@ CAPPED, LONGEST = "peft_to_256", "peft_to_longest"
 
 def run_target(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
     """Return times and ratios for each length profile; a variant that computed something else has no time."""
+    clock.use_threads()
     models = Models(shape, clock.device, num_prompt, options.seed)
     dtypes = ["fp32", "bf16"] if has_bf16(clock.device) else ["fp32"]
     attention = {"fp32": "sdpa"}

@@ -80,6 +80,14 @@ def bottleneck(
     return hidden @ up + up_bias.unsqueeze(-2)
 
 
+def as_bottleneck(written: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Return what a network has written for `bottleneck`, its flat `down` [..., D d] and `up` [..., d D] as matrices."""
+    return written | {
+        "down": written["down"].unflatten(-1, (width, -1)),
+        "up": written["up"].unflatten(-1, (-1, width)),
+    }
+
+
 def linear(num_inputs: int, num_outputs: int, fill: Callable[[Tensor], object], device: torch.device) -> nn.Linear:
     """Return a linear layer with zero bias whose weight `fill` starts; nothing is drawn from the global generator."""
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)

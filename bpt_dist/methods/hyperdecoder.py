@@ -20,7 +20,7 @@ from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.forward import Forward
 from bpt_dist.insertion import Change, Place
-from bpt_dist.methods._inserted import InsertedMethod, bottleneck, linear, uniform
+from bpt_dist.methods._inserted import InsertedMethod, as_bottleneck, bottleneck, linear, uniform
 
 BLOCK_EMBEDDING = 10
 LEARNED_GAIN = 1e-4  # of Xavier's uniform start of the encoder's adapters
@@ -73,11 +73,7 @@ class Generator(nn.Module):
         num_rows, num_blocks = len(pooled), len(self.blocks)
         texts = self.mlp(pooled)[:, None].expand(-1, num_blocks, -1)
         hidden = functional.relu(self.hidden(torch.cat([texts, self.blocks.expand(num_rows, -1, -1)], dim=-1)))
-        found = {name: layer(hidden) for name, layer in self.writers.items()}
-        return found | {
-            "down": found["down"].unflatten(-1, (self.width, -1)),
-            "up": found["up"].unflatten(-1, (-1, self.width)),
-        }
+        return as_bottleneck({name: layer(hidden) for name, layer in self.writers.items()}, self.width)
 
 
 class HyperDecoder(InsertedMethod):

@@ -23,7 +23,7 @@ from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.forward import Forward
 from bpt_dist.insertion import Change, Place, of_rows
-from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, bottleneck, linear, normal
+from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, as_bottleneck, bottleneck, linear, normal
 
 POSITIONS = {"DenseReluDense": 0, "SelfAttention": 1}
 EPSILON = 1e-6  # of the layer norm of I
@@ -78,11 +78,7 @@ class HyperNetwork(nn.Module):
         return found
 
     def _write(self, writer: nn.Module, joint: Float[Tensor, "K L I"]) -> Weights:
-        found = {name: layer(joint) for name, layer in writer.named_children()}
-        return found | {
-            "down": found["down"].unflatten(-1, (self.width, -1)),
-            "up": found["up"].unflatten(-1, (-1, self.width)),
-        }
+        return as_bottleneck({name: layer(joint) for name, layer in writer.named_children()}, self.width)
 
 
 class HyperFormer(InsertedMethod):

@@ -12,9 +12,8 @@ import pytest
 import ranks
 import tiny_run
 
-from bpt_dist import checkpoint
 from bpt_dist.checkpoint import read_tensors
-from bpt_dist.config import Config, fingerprint
+from bpt_dist.config import Config
 from bpt_dist.mesh import World
 from bpt_dist.train import run_all
 
@@ -48,11 +47,7 @@ def trained(world: World, configs: list[Config]) -> None:
 
 def digest(config: Config) -> dict[str, str]:
     """SHA-256 of the newest checkpoint of every stage (particles, optimizer state) and of the posterior; metrics and results."""
-    found = {}
-    for stage in ("source", "target/mood"):
-        newest = checkpoint.newest(config.directory / stage / "checkpoints", fingerprint=fingerprint(config), warn=pytest.fail)
-        assert newest is not None
-        found[stage] = sha256(checkpoint.load(newest)[0])
+    found = {stage: sha256(state) for stage, state in tiny_run.newest_states(config).items()}
     found["posterior"] = sha256(read_tensors(config.directory / "source" / "posterior" / "posterior.safetensors")[0])
     records = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = json.dumps([(record["stage"], record["step"], record["metrics"]) for record in records])

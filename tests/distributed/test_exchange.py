@@ -308,7 +308,7 @@ def test_more_ranks_than_positions_are_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("method", "distribution", "words"),
     [
-        ({}, {"exact": True}, "distribution.exchange: coordinates adds up as many slices as ranks, .*use all_gather"),
+        ({}, {"exact": True}, "distribution.exchange: coordinates adds up as many slices as there are ranks, .*use all_gather"),
         ({"length": 3}, {"mesh": {"particle": 4, "data": 1}}, r"each of 4 ranks a slice of 3 prompt position\(s\); use all_gather"),
         (
             {"name": "vanilla_transfer"},

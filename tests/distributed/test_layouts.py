@@ -13,8 +13,7 @@ import ranks
 import tiny_run
 from torch import Tensor
 
-from bpt_dist import checkpoint
-from bpt_dist.config import Config, fingerprint
+from bpt_dist.config import Config
 from bpt_dist.mesh import World
 
 SIZES = (1, 2, 3, 4)
@@ -55,12 +54,8 @@ def trained(world: World, configs: list[Config]) -> None:
 
 def tensors(config: Config) -> dict[str, Tensor]:
     """Particles and optimizer state at the end of both stages."""
-    found = {}
-    for stage in ("source", "target/mood"):
-        newest = checkpoint.newest(config.directory / stage / "checkpoints", fingerprint=fingerprint(config), warn=pytest.fail)
-        assert newest is not None
-        found |= {f"{stage}/{name}": tensor for name, tensor in checkpoint.load(newest)[0].items()}
-    return found
+    states = tiny_run.newest_states(config)
+    return {f"{stage}/{name}": tensor for stage, state in states.items() for name, tensor in state.items()}
 
 
 def results(config: Config) -> list[tuple[str, float]]:

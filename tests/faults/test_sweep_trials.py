@@ -6,6 +6,7 @@ The driver and a trial's process of an `adapt` sweep are killed in tests/end_to_
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_a_full_disk_of_one_trial_is_its_own(tmp_path: Path) -> None:
         assert again.returncode == 0, text
         assert "1 of 3 trials to run" in text
         assert_as_alone(folder, "trial-001-s0")
+        assert_nothing_left(folder)
+
+
+@needs_mounts
+def test_a_full_disk_of_the_whole_sweep_is_said_in_one_line(tmp_path: Path) -> None:
+    folder = tiny_sweep.world(tmp_path)
+    small = folder / "small"
+    small.mkdir()
+    file = tiny_sweep.write(folder, tiny_sweep.plain(folder, seeds=[0], max_failures=0, output=str(small)))
+    mount = f'mount -t tmpfs -o size=180k,mode=700 tmpfs "{small}" && exec "$@"'
+    with measured("F12", "disk of the whole sweep full"):
+        driver = start(file, prefix=["unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh"])
+        text, _ = driver.communicate(timeout=300)
+        # The sweep itself or, where its own files still found room, each of its trials.
+        place = {74: small, 70: "trial-00[01]-s0 failed: "}[driver.returncode]
+        assert re.search(f"^{place}.*[Nn]o space left on", text.splitlines()[-1]), text
+        assert "Traceback" not in text
         assert_nothing_left(folder)
 
 

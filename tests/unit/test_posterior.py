@@ -83,9 +83,8 @@ BPT, SPOT = {"particles": "M P D", "mean": "P D"}, {"prompts": "K P D", "keys": 
 
 def test_a_method_starts_from_any_posterior_that_has_what_it_needs(stored: Posterior) -> None:
     """BPT's mean is a prompt like any other: vanilla transfer may go on from it."""
-    stored.require("bpt", BPT, 32)
-    stored.require("vanilla_transfer", {"mean": "P D"}, 32)
-    stored.require("bpt", {}, 32)
+    for method, needed in (("bpt", BPT), ("vanilla_transfer", {"mean": "P D"}), ("bpt", {})):
+        assert stored.require(method, needed, 32) is None  # what is missing raises, as the next test shows
 
 
 @pytest.mark.parametrize(("method", "needed", "width", "wanted"), [
