@@ -64,17 +64,15 @@ class Session:
             self._data["source"] = self._prepare(options.source_tasks, few_shot_off, ("train",))
         wanted = ("train", *dict.fromkeys(("validation", *config.evaluation.splits)))
         self._data["target"] = self._prepare(options.target_tasks, options, wanted)
-        self.world.barrier()
 
     def _prepare(self, names: Sequence[str], options: Data, splits: Sequence[str]) -> list[TaskData]:
-        """Prepare on rank 0 first: it fills the cache the others read, and what it refuses, every rank refuses."""
+        """Prepare on rank 0 first, then on one rank of every other host: they fill the cache that all the others read.
+
+        What rank 0 refuses, every rank refuses.
+        """
 
         def prepared() -> list[TaskData]:
-            found = []
-            for name in names:
-                self.beat(f"preparing {name}")
-                found += prepare([name], options, self.backbone.tokenizer, splits=splits, seed=self.config.seed)
-            return found
+            return prepare(names, options, self.backbone.tokenizer, splits=splits, seed=self.config.seed, beat=self.beat)
 
         found, problem = None, None
         if self.world.rank == 0:
@@ -85,7 +83,12 @@ class Session:
         problem = self.world.broadcast(problem)
         if problem is not None:
             raise problem
-        return found or prepared()
+        hosts = self.world.hosts
+        if len(set(hosts)) > 1:
+            if found is None and hosts.index(hosts[self.world.rank]) == self.world.rank:
+                found = prepared()
+            self.world.barrier()
+        return prepared() if found is None else found
 
     @property
     def evaluation(self) -> Evaluation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from bpt_dist.errors import DataError
 MAX_LINE_BYTES = 1_000_000
 SHOWN = 10
 SHOWN_CHARACTERS = 60
+HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -191,7 +193,7 @@ def _text_problems(name: str, value: object) -> list[str]:
         return [_wrong(name, value, "a text")]
     if not value.strip():
         return [f"field {name!r} is empty"]
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not value.isascii() and HALF_SURROGATE.search(value):
         return [f"field {name!r} has half a surrogate pair, which no UTF-8 text can hold"]
     return []
 

@@ -7,14 +7,16 @@ names, the rule becomes `carve` with the local validation file as the test, and 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +28,7 @@ from bpt_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
+_Parts = list[tuple[str, Any]]  # data sets that stand one after the other, each with the name its row ids begin with
 CARVED_ROWS = 1000
 
 
@@ -48,6 +51,15 @@ class Splits(dict[str, list[Row]]):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the rows of a task come from, before any is read; other rows have another `fingerprint` ("" where it is unknown)."""
+
+    fingerprint: str
+    num_bytes: int
+    hub: Mapping[str, _Parts] | None = None  # opened data sets of the hub, by their role in the split rule
+
+
+@dataclass(frozen=True)
 class _Published:
     """The rows of one published split: how many there are, and a way to take some of them."""
 
@@ -55,11 +67,38 @@ class _Published:
     take: Callable[[Sequence[int]], list[Row]]
 
 
-def load(spec: TaskSpec, data: DataOptions, *, seed: int = 0) -> Splits:
+def origin_of(spec: TaskSpec, data: DataOptions) -> Origin:
+    """Return where the rows of a task come from; opens data sets of the hub. Raises DataError when the hub has none."""
+    if spec.folder is None and data.root is None:
+        parts = _open_hub(spec, data.cache)
+        facts = [f"{role} {name} {part._fingerprint} {len(part)}" for role, each in parts.items() for name, part in each]
+        num_bytes = sum(part.data.nbytes for each in parts.values() for _, part in each)
+        return Origin(_sha256("\n".join([f"datasets {version('datasets')}", *facts])), num_bytes, parts)
+    # All files a split rule may look at: which of them are there decides how splits are made.
+    names = dict.fromkeys(("train", "validation", *spec.splits.train, *spec.splits.validation, *spec.splits.test))
+    facts, num_bytes = [], 0
+    for prefix, folder in local_folders(spec, data.root).items():
+        for path in (folder / f"{name}.jsonl" for name in names):
+            try:
+                with path.open("rb") as file:
+                    facts.append(f"{prefix}{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+                    num_bytes += file.tell()
+            except FileNotFoundError:
+                continue
+            except OSError:  # `load` says what is wrong
+                return Origin("", 0)
+    return Origin(_sha256("\n".join(facts)) if facts else "", num_bytes)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(spec: TaskSpec, data: DataOptions, *, seed: int = 0, origin: Origin | None = None) -> Splits:
     """Return the checked rows of train, validation and test, each with a stable id in `_row_id`.
 
-    `seed` draws the `shots` training rows. Raises DataError naming the first ten bad rows as file:line: field, or
-    what to download and where to put it.
+    `seed` draws the `shots` training rows; an `origin` that is open already is not opened again. Raises DataError naming the
+    first ten bad rows as file:line: field, or what to download and where to put it.
     """
     local = spec.folder is not None or data.root is not None
     problems = checks.Problems()
@@ -67,7 +106,8 @@ def load(spec: TaskSpec, data: DataOptions, *, seed: int = 0) -> Splits:
         published, rule, notes = _open_local(spec, data.root, problems)
         problems.raise_any(spec.name)
     else:
-        published, rule, notes = _open_hub(spec, data.cache), spec.splits, []
+        parts = _open_hub(spec, data.cache) if origin is None or origin.hub is None else origin.hub
+        published, rule, notes = {role: _published(each) for role, each in parts.items()}, spec.splits, []
     splits = Splits()
     sizes = {name: published[name].num_rows for name in published}
     for split, (source, indices) in split_indices(rule.kind, sizes, data.split_seed, spec.name).items():
@@ -75,7 +115,6 @@ def load(spec: TaskSpec, data: DataOptions, *, seed: int = 0) -> Splits:
         splits[split] = published[source].take(_capped(indices, cap, data.split_seed))
     if data.shots is not None:
         splits["train"] = _few(spec, splits["train"], data.shots, seed)
-        notes.append(f"few-shot: {len(splits['train'])} training rows, drawn with seed {seed}")
     if not local:
         _check_hub(spec, splits, problems, notes)
     splits.notes = tuple(f"task {spec.name!r}: {note}" for note in notes)
@@ -203,31 +242,34 @@ def _needed(rule: SplitRule) -> dict[str, tuple[str, ...]]:
     return {"train": rule.train, "validation": rule.validation, "test": rule.test}
 
 
-def _open_hub(spec: TaskSpec, cache: Path | None) -> dict[str, _Published]:
+def _published(parts: _Parts) -> _Published:
+    return _Published(sum(len(part) for _, part in parts), partial(_take, parts))
+
+
+def _open_hub(spec: TaskSpec, cache: Path | None) -> dict[str, _Parts]:
     import datasets  # one second of import that local folders do not need
 
     assert spec.hub_name is not None
-    published = {}
+    opened: dict[str, _Parts] = {}
     try:
         for role, names in _needed(spec.splits).items():
-            parts = [
+            opened[role] = [
                 (f"{config}/{name}" if len(spec.hub_configs) > 1 else name,
                  datasets.load_dataset(spec.hub_name, config, split=name, cache_dir=None if cache is None else str(cache)))
                 for config in spec.hub_configs for name in names
             ]  # fmt: skip
-            published[role] = _Published(sum(len(part) for _, part in parts), partial(_take, parts))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{_how_to_get(spec, None)} (the hub said: {reason})") from error
-    return published
+    return opened
 
 
-def _take(parts: list[tuple[str, object]], indices: Sequence[int]) -> list[Row]:
+def _take(parts: _Parts, indices: Sequence[int]) -> list[Row]:
     """Return rows of the concatenated parts without turning the others into Python objects."""
     import datasets
 
-    ids = [f"{name}:{line + 1}" for name, part in parts for line in range(len(part))]  # type: ignore[arg-type]
-    rows = datasets.concatenate_datasets([part for _, part in parts]).select(indices).to_list()  # type: ignore[misc]
+    ids = [f"{name}:{line + 1}" for name, part in parts for line in range(len(part))]
+    rows = datasets.concatenate_datasets([part for _, part in parts]).select(indices).to_list()
     return [{**row, ROW_ID: ids[i]} for i, row in zip(indices, rows, strict=True)]
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -26,8 +27,7 @@ from safetensors import SafetensorError
 
 from bpt_dist.data.text_to_text import Example
 from bpt_dist.data.tokens import TokenisedTask
-from bpt_dist.errors import StorageError
-from bpt_dist.files import OS_FILES, read_bytes, temporary_name
+from bpt_dist.files import OS_FILES, temporary_name
 
 log = logging.getLogger(__name__)
 MAX_BYTES = 4 << 30  # some four times the thirteen tasks of GLUE and SuperGLUE with their sources
@@ -52,21 +52,16 @@ class Split:
 _held: WeakValueDictionary[Path, Split] = WeakValueDictionary()
 
 
-def code_facts() -> dict[str, str]:
-    """Return what turns the same rows into other tokens when it changes: the code of this package and the libraries it calls."""
-    return {
-        "code": _own_code(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("numpy", "tokenizers", "torch")},
-    }
-
-
-@lru_cache(maxsize=1)
-def _own_code() -> str:
+def _code() -> dict[str, str]:
     digest = hashlib.sha256()
     for name in MODULES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes() + b"\0")
-    return digest.hexdigest()
+    libraries = {package: version(package) for package in ("numpy", "tokenizers", "torch")}
+    return {"code": digest.hexdigest(), "python": platform.python_version(), **libraries}
+
+
+# What makes other tokens of the same rows when it changes. Read with the modules themselves, not when they are edited.
+CODE = _code()
 
 
 def key_of(facts: Mapping[str, object]) -> str:
@@ -84,17 +79,19 @@ def read(path: Path) -> Split | None:
     if (held := _held.get(path)) is not None:
         return held
     try:
-        if not path.is_file():
-            return None
-        split = _decoded(path.name, read_bytes(path))
-        os.utime(path)  # the least recently used go first
-    except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        if not isinstance(error, OSError):
-            log.warning("%s: is damaged (%s); it is made again", path, str(error).splitlines()[0] if str(error) else "no data")
-            return None
-        split = None
-    if split is not None:
-        _held[path] = split
+        data = path.read_bytes() if path.is_file() else None
+    except OSError:
+        data = None  # of somebody else, or just removed to make room
+    if data is None:
+        return None
+    try:
+        split = _decoded(path.name, data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: is damaged (%s); the data are prepared again", path, error)
+        return None
+    with suppress(OSError):
+        os.utime(path)  # those used longest ago go first
+    _held[path] = split
     return split
 
 

@@ -7,6 +7,7 @@ equals SentencePiece's own encoding of the same text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -63,14 +64,36 @@ def tokenise(
     end = int(tokenizer.eos_token_id)
     words = encode(encoder, spec.words(protocol), end)
     num_source = max_source_length or spec.max_source_length
-    num_target = max_target_length or max(map(len, words), default=spec.max_target_length)
+    num_target = max_target_length or _longest_target(spec, words)
     sources, cut_sources = _cut(encode(encoder, [example.source for example in examples], end), num_source)
     targets, cut_targets = _cut(encode(encoder, [example.target for example in examples], end), num_target)
-    for what, num_cut, limit in (("sources", cut_sources, num_source), ("targets", cut_targets, num_target)):
-        if num_cut:
-            log.warning("task %r: %d of %d %s were cut to %d tokens", spec.name, num_cut, len(examples), what, limit)
     row_ids = tuple(example.row_id for example in examples)
-    return TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
+    found = TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
+    _report_cuts(found, num_source, num_target)
+    return found
+
+
+def report_cuts(spec: TaskSpec, tokens: TokenisedTask, max_source_length: int | None = None) -> None:
+    """Warn of what was cut when `tokens` were made, as `tokenise` does."""
+    _report_cuts(tokens, max_source_length or spec.max_source_length, _longest_target(spec, tokens.label_ids))
+
+
+def _longest_target(spec: TaskSpec, words: Sequence[np.ndarray]) -> int:
+    return max(map(len, words), default=spec.max_target_length)
+
+
+def _report_cuts(tokens: TokenisedTask, num_source: int, num_target: int) -> None:
+    cuts = (("sources", tokens.num_truncated_sources, num_source), ("targets", tokens.num_truncated_targets, num_target))
+    for what, num_cut, limit in cuts:
+        if num_cut:
+            log.warning("task %r: %d of %d %s were cut to %d tokens", tokens.name, num_cut, len(tokens), what, limit)
+
+
+@lru_cache(maxsize=2)
+def encoder_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of all that decides which ids a text gets: pieces with their scores, normalisation, the end token."""
+    state = plain_encoder(tokenizer).to_str()
+    return hashlib.sha256(f"{int(tokenizer.eos_token_id)} {state}".encode()).hexdigest()
 
 
 @lru_cache(maxsize=2)
