@@ -13,7 +13,7 @@ from bpt_dist.backbone import Backbone
 from bpt_dist.config import Config, Data, Evaluation, Stage
 from bpt_dist.data import metrics
 from bpt_dist.data.batches import Batches
-from bpt_dist.data.prepared import TaskData, content_hash, prepare
+from bpt_dist.data.prepared import TaskData, prepare
 from bpt_dist.errors import UserError
 from bpt_dist.evaluate import Evaluated, evaluate
 from bpt_dist.export import export_low_rank, export_prompt
@@ -104,7 +104,7 @@ class Session:
     def data_hashes(self) -> dict[str, str]:
         """Return the content hash of every split of every task of this run."""
         found = ((part, task, split) for part, tasks in self._data.items() for task in tasks for split in task.splits)
-        return {f"{part}/{task.spec.name}/{split}": content_hash(task.splits[split]) for part, task, split in found}
+        return {f"{part}/{task.spec.name}/{split}": task.splits[split].content_hash for part, task, split in found}
 
     # --- what a stage starts from -------------------------------------------------------------------------------------
 

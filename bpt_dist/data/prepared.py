@@ -5,14 +5,11 @@ What was prepared once is read from `data.cache` the next time (`token_cache`), 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bpt_dist.config import Data
 from bpt_dist.data import rows, tasks, token_cache
@@ -40,18 +37,6 @@ class TaskData:
     def train(self) -> Split:
         """Return the training split."""
         return self.splits["train"]
-
-
-def content_hash(split: Split) -> str:
-    """Return the SHA-256 of what is trained or evaluated on: row ids, source, target and label tokens, in order."""
-    digest = hashlib.sha256()
-    tokens = split.tokens
-    for row_id, source, target in zip(tokens.row_ids, tokens.source_ids, tokens.target_ids, strict=True):
-        for part in (row_id.encode(), source.astype(np.int64).tobytes(), target.astype(np.int64).tobytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    for label in tokens.label_ids:
-        digest.update(label.astype(np.int64).tobytes() + b";")
-    return digest.hexdigest()
 
 
 def prepare(

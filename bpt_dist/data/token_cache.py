@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -46,6 +46,18 @@ class Split:
     examples: tuple[Example, ...]
     tokens: TokenisedTask
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The SHA-256 of what is trained or evaluated on: row ids, source, target and label tokens, in order."""
+        digest = hashlib.sha256()
+        tokens = self.tokens
+        for row_id, source, target in zip(tokens.row_ids, tokens.source_ids, tokens.target_ids, strict=True):
+            for part in (row_id.encode(), source.astype(np.int64).tobytes(), target.astype(np.int64).tobytes()):
+                digest.update(len(part).to_bytes(8, "little") + part)
+        for label in tokens.label_ids:
+            digest.update(label.astype(np.int64).tobytes() + b";")
+        return digest.hexdigest()
 
 
 # Splits that somebody in this process still holds: source and target stage may read the same one, and so may the next run.
