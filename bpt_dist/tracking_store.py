@@ -31,7 +31,15 @@ def connect(uri: str) -> Any:
         os.environ.update(credentials())
     from mlflow import MlflowClient
 
+    store = sqlite_path(uri)
     with store_lock(uri):
+        if store is not None and not store.exists():
+            # Tables are made one by one: a process killed between two of them would leave a store that nobody can open again.
+            making = store.with_name(f"{store.name}.making")
+            for left in making.parent.glob(f"{making.name}*"):
+                left.unlink()
+            MlflowClient(tracking_uri=f"sqlite:///{making}")
+            making.replace(store)
         return MlflowClient(tracking_uri=uri)
 
 

@@ -72,7 +72,10 @@ class Data(Section):
     max_eval_rows: int | None = Field(default=None, ge=1, description="Rows kept of each evaluated split.")
     shots: int | None = Field(default=None, ge=1, description="Training rows a class (few-shot) of the target tasks.")
     split_seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of the split and of every row selection.")
-    cache: Folder | None = Field(default=None, description="Folder for prepared data; null uses the user's cache folder.")
+    cache: Folder | None = Field(
+        default=None,
+        description="Folder for tokens, 4 GiB at most, and downloaded data; null uses the user's cache folder. May be removed.",
+    )
 
     @field_validator("source_tasks", "target_tasks")
     @classmethod
