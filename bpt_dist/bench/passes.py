@@ -63,7 +63,7 @@ def pairs(models: Models, work: Work, kinds: Sequence[str]) -> Iterator[Pair]:
 def _rows_pairs(models: Models, work: Work) -> Iterator[Pair]:
     lengths = [*TARGET_TASKS["mrpc"], *TARGET_TASKS["mrpc"]]
     rows = make_work(models.shape, 1, lengths, work.prompts.shape[1]).to(models.device)
-    words = evaluation.label_words(models.shape.config.vocab_size, 0).to(models.device)
+    words = evaluation.label_words(evaluation.LABEL_TOKENS["mrpc"], models.shape.config.vocab_size, 0).to(models.device)
     generate = partial(evaluation.generate, models, rows, "fp32", evaluation.NUM_TOKENS)
     shared = partial(evaluation.rank, models, rows, words, "fp32", stock=True)
     full = partial(evaluation.rank_by_full_passes, models, rows, words, "fp32")
