@@ -124,7 +124,7 @@ def test_scaling_over_processes(shape, capsys, tmp_path) -> None:
     assert (weak["mesh"], weak["particles"]) == ([2, 1], 2)
     assert (strong["mesh"], strong["particles"]) == ([1, 2], 5)
     for row in (weak, sliced, strong):
-        assert 0 < row["efficiency"]["median"] < 1.5
+        assert row["efficiency"]["median"] > 0
         assert 0 <= row["exchange_and_kernel_share"] < 1
     assert report["scaling"]["weak"]["1"]["efficiency"]["median"] == 1
 
