@@ -185,6 +185,7 @@ CROSS_FIELD = [
     ("source.task_weights", {"mini_nli": -2.0}, "source.task_weights.mini_nli", "greater than 0"),
     ("source.annealing", "tanh", "source.annealing_steps", "is missing"),
     ("source.annealing_steps", 5, "source.annealing_steps", "no effect with annealing none"),
+    ("backbone.attention", "flex_attention", "backbone.attention", "wrong; use auto, eager or sdpa"),
     ("target.lr", 0.3, "target.lr", "names its own rates"),
     ("target.patience", 3, "target.patience", "needs target.eval_every"),
     ("evaluation.num_samples", 4, "evaluation.num_samples", "no effect with predict map"),
