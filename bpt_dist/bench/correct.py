@@ -54,12 +54,14 @@ def compare(found: Mapping[str, Gradients], exact: Gradients, stock: Mapping[str
     count = len(exact[0])
     differences = {name: relative((losses[:count], gradients[:count]), exact) for name, (losses, gradients) in found.items()}
     best = found[min(set(stock.values()), key=lambda name: differences[name][1])]
+    # The maximum of tensors keeps a NaN, that of Python's numbers may lose it.
+    worst = {
+        name: torch.tensor([differences[name], relative(own, best)], dtype=torch.float64).amax(dim=0).tolist()
+        for name, own in found.items()
+    }
+    floors = (LOSS_FLOOR, GRADIENT_FLOOR)
     result = {}
-    for name, own in found.items():
-        of_stock = differences[stock[name]]
-        floors = (LOSS_FLOOR, GRADIENT_FLOOR)
-        allowed = [min(ALLOWED_FACTOR * value + floor, CEILING) for value, floor in zip(of_stock, floors, strict=True)]
-        # The maximum of tensors keeps a NaN, that of Python's numbers may lose it.
-        worst = torch.tensor([differences[name], relative(own, best)], dtype=torch.float64).amax(dim=0)
-        result[name] = Difference(*worst.tolist(), *allowed)
+    for name, own in worst.items():
+        allowed = [min(ALLOWED_FACTOR * value + floor, CEILING) for value, floor in zip(worst[stock[name]], floors, strict=True)]
+        result[name] = Difference(*own, *allowed)
     return result
