@@ -156,10 +156,12 @@ class Backbone(InsertionPoints):
         """Read texts by our own pass wherever it applies; for a whole T5 only. `attention` is `sdpa` or `eager`."""
         self.packed = PackedT5(self.model, ATTENTIONS[attention])
 
-    @property
-    def padding_for(self) -> float:
-        """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not."""
-        if self.packs(0) is not None:
+    def padding_for(self, num_targets: int) -> float:
+        """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not.
+
+        `num_targets` is the length of the longest target.
+        """
+        if self.packs(num_targets) is not None:
             return 0.0
         return PASS_FLOPS[self.device.type] / self.width**2
 

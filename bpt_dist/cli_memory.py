@@ -140,7 +140,9 @@ def _measure(config: Config, answer: Connection) -> None:
     from bpt_dist.opening import load_backbone
 
     world = World.start(config.distribution.startup_timeout)
-    whole = load_backbone(config.model_copy(update={"distribution": type(config.distribution)()}), World())
+    # Whole first, as transformers loads it: our own pass would join weights that are about to be parted.
+    plain = {"distribution": type(config.distribution)(), "backbone": config.backbone.model_copy(update={"forward": "stock"})}
+    whole = load_backbone(config.model_copy(update=plain), World())
     shares = world.gather_objects(measure(whole, config.distribution, world))
     if world.rank == 0:
         answer.send(json.dumps(vars(max(shares, key=lambda share: (share.resident, share.gathered)))))

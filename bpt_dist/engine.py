@@ -51,6 +51,7 @@ def place(backbone: Backbone, distribution: Distribution, world: World, *, train
         raise ConfigError(
             f"distribution.shard: {distribution.shard} needs a process group; start with `deepspeed launcher/train.py` or torchrun"
         )
+    backbone.packed = None
     # Not moved to the device first: partitioning goes block by block, so that no GPU ever holds the whole T5.
     own, largest = None, world.size
     if distribution.scope == "node":

@@ -174,6 +174,8 @@ class _Loop:
                 # run.
                 log.info("%s: %s", folder, error)
                 self._report("waiting")
+                # If only this run cannot be sent, the others come first the next time.
+                self.requests[folder] = self.requests.pop(folder)
                 return False
         self._report("waiting")
         return True

@@ -24,7 +24,7 @@ from bpt_dist.lock import NAME as LOCK
 from bpt_dist.mesh import World, peer_lost
 from bpt_dist.methods.base import Method
 from bpt_dist.mirror import Mirror, shutdown
-from bpt_dist.packed_attention import probed
+from bpt_dist.packed_attention import expected, probed
 from bpt_dist.run import Run, exit_code, git_state, reason_of, versions
 from bpt_dist.session import Session
 from bpt_dist.tracking import Request, parameters
@@ -190,6 +190,8 @@ def _may_pack(config: Config, world: World) -> bool:
 def _faster_attention(backbone: Backbone, config: Config, world: World) -> str | None:
     if world.rank:
         return None
+    if config.distribution.exact:  # never a matter of measured times
+        return expected(world.device, backbone.model.dtype)
     return probed(world.device, backbone.model.dtype, config.data.cache or default_cache())
 
 

@@ -20,6 +20,8 @@ from bpt_dist.packed_blocks import Decoder, Encoder
 from bpt_dist.packed_generate import greedy
 from bpt_dist.packed_layout import Layout
 
+MOST_LOGITS = 1 << 26  # numbers, 256 MB: what ranking holds at once of an output as large as the vocabulary
+
 
 class PackedT5:
     """Log-likelihood, ranking and generation as `PromptedT5` does them; results are the stock pass's to rounding."""
@@ -67,12 +69,9 @@ class PackedT5:
         bias = self._bias_of(tree)
         nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
         decoded = self.decoder(self._embed(nodes), _memory(encoded, layout), layout.decoder_rows, bias)
-        of_nodes = self._logits(decoded).log_softmax(-1).view(sum(layout.num_rows), len(tree.tokens), -1)
-        found = []
-        for path in tree.paths:
-            places = torch.tensor(path, device=ids.device)
-            found.append(of_nodes[:, places[:, 0], places[:, 1]].sum(1))
-        return layout.in_order(torch.stack(found, dim=-1))
+        rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
+        found = [self._along(tree, some) for some in decoded.split(rows_at_once * len(tree.tokens))]
+        return layout.in_order(torch.cat(found))
 
     def generate(
         self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs, max_new_tokens: int
@@ -101,6 +100,12 @@ class PackedT5:
             decoded = decoded * self.model.config.d_model**-0.5
         found: Tensor = self.model.lm_head(decoded)
         return found.float()
+
+    def _along(self, tree: Tree, decoded: Float[Tensor, "nodes D"]) -> Float[Tensor, "rows C"]:
+        """Return the log-likelihood of each candidate from the states of all nodes of some sequences."""
+        of_nodes = self._logits(decoded).log_softmax(-1).unflatten(0, (-1, len(tree.tokens)))
+        paths = [torch.tensor(path, device=decoded.device) for path in tree.paths]
+        return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)
 
     def _bias_of(self, tree: Tree) -> Float[Tensor, "1 H n n"]:
         """Return the position bias between nodes: by their depths, -inf unless one lies on the other's way to the root."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from bpt_dist.files import write_atomic
-
+log = logging.getLogger(__name__)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Sequences, heads, positions and head width of the probe: a text of middling length with its prompt.
@@ -60,11 +61,7 @@ def probed(device: torch.device, dtype: torch.dtype, cache: Path) -> str:
     other = next(kind for kind in ATTENTIONS if kind != usual)
     seconds = _seconds(device, dtype)
     known[key] = other if seconds[usual] > CLEARLY * seconds[other] else usual
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(known, indent=2, sort_keys=True).encode())
-    except OSError:
-        pass  # measured again at the next start
+    _write(file, known)
     return known[key]
 
 
@@ -74,6 +71,17 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, known: dict[str, str]) -> None:
+    """Keep what was measured, if that is possible; several processes may do so at once, each by a file of its own."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.", delete=False) as own:
+            own.write(json.dumps(known, indent=2, sort_keys=True))
+        Path(own.name).replace(file)
+    except OSError as error:
+        log.info("%s: cannot be written (%s); attention is measured again at the next start", file, error)
 
 
 def _processor() -> str:

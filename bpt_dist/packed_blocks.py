@@ -74,17 +74,21 @@ class Stack:
         self.stack, self.attention = stack, attention
         self.num_heads, self.head_width, self.width = config.num_heads, config.d_kv, config.d_model
         self.dtype = stack.block[0].layer[0].SelfAttention.q.weight.dtype
-        self._biases: dict[int, Tensor] = {}
+        self._longest: Tensor | None = None  # position bias
         self.projections = [joined([attend.q, attend.k, attend.v]) for attend in (b.layer[0].SelfAttention for b in stack.block)]
         feeds = [block.layer[-1].DenseReluDense for block in stack.block]
         self.inner = [joined([feed.wi_0, feed.wi_1]) if hasattr(feed, "wi_0") else feed.wi.weight for feed in feeds]
 
     def bias(self, length: int) -> Float[Tensor, "1 H S S"]:
-        """Return the position bias of a length: it depends on frozen weights only, so it is made once."""
-        if length not in self._biases:
+        """Return the position bias of a length: a part of that of the longest text so far, as the weights are frozen."""
+        if self._longest is None or self._longest.shape[-1] < length:
             with torch.no_grad():
-                self._biases[length] = self.stack.block[0].layer[0].SelfAttention.compute_bias(length, length).contiguous()
-        return self._biases[length]
+                self._longest = self._make_bias(length)
+        return self._longest[:, :, :length, :length].contiguous()
+
+    def _make_bias(self, length: int) -> Float[Tensor, "1 H S S"]:
+        found: Tensor = self.stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
+        return found
 
     def project(self, number: int, hidden: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 3 H d"]:
         """Return queries, keys and values of every token for the self-attention of a block, by one product."""
@@ -134,13 +138,11 @@ class Encoder(Stack):
 class Decoder(Stack):
     """The decoder; `memory` are the encoder's states of each group of sequences."""
 
-    def bias(self, length: int) -> Float[Tensor, "1 H U U"]:
+    def _make_bias(self, length: int) -> Float[Tensor, "1 H U U"]:
         """Return the position bias, -inf on later positions."""
-        if length not in self._biases:
-            bias = super().bias(length)
-            later = torch.ones(length, length, dtype=torch.bool, device=bias.device).triu(1)
-            self._biases[length] = bias.masked_fill(later, -torch.inf)
-        return self._biases[length]
+        bias = super()._make_bias(length)
+        later = torch.ones(length, length, dtype=torch.bool, device=bias.device).triu(1)
+        return bias.masked_fill(later, -torch.inf)
 
     def __call__(
         self,

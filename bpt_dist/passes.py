@@ -32,9 +32,11 @@ class Passes(NamedTuple):
 
 def divide(tokens: Sequence[int], num_particles: int, num_ranks: int, passes: Passes) -> list[list[Cut]]:
     """Return the passes of each rank for `num_particles` that read texts of so many `tokens`; every rank computes the same."""
-    shares = deal(tokens, num_ranks)
+    # The number of passes must not depend on the tokens where ranks with other texts (of other particles) make them together.
+    shares = _deal_evenly(tokens, num_ranks) if passes.together and passes.size is not None else deal(tokens, num_ranks)
     loads = [sum(tokens[text] for text in share) for share in shares]
-    if passes.together or num_particles == 1 or max(loads) * num_ranks <= BALANCED * sum(loads):
+    balanced = all(shares) and max(loads) * num_ranks <= BALANCED * sum(loads)
+    if passes.together or num_particles == 1 or balanced:
         blocks = [[(slice(0, num_particles), share)] if share else [] for share in shares]
     else:
         blocks = _cells(tokens, num_particles, num_ranks)
@@ -48,6 +50,15 @@ def sequences_at_once(num_particles: int, num_texts: int, longest: int, passes: 
         limit = num_particles * num_texts if passes.together else max(1, TOKENS_A_PASS // longest)
     particles = min(num_particles, limit)
     return particles, min(num_texts, max(1, limit // particles))
+
+
+def _deal_evenly(tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal as many texts to each rank, up to one: forth and back over the ranks from the longest text down."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for place, text in enumerate(sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))):
+        turn, rank = divmod(place, num_ranks)
+        shares[rank if turn % 2 == 0 else num_ranks - 1 - rank].append(text)
+    return [sorted(share) for share in shares]
 
 
 def _cells(tokens: Sequence[int], num_particles: int, num_ranks: int) -> list[list[Cut]]:
@@ -89,8 +100,9 @@ def _cut(particles: slice, texts: Sequence[int], tokens: Sequence[int], passes: 
             in_pass = min(num_particles, passes.size)
             parts = [group[n : n + max(1, passes.size // in_pass)] for n in range(0, len(group), max(1, passes.size // in_pass))]
         else:
-            in_pass = min(num_particles, max(1, TOKENS_A_PASS // max(tokens[text] for text in group)))
-            parts = _within_budget(group, tokens, in_pass)
+            longest = max(tokens[text] for text in group)
+            in_pass = min(num_particles, max(1, TOKENS_A_PASS // longest))
+            parts = _within_budget(group, [longest] * len(tokens) if passes.padding_for else tokens, in_pass)
         for first in range(particles.start, particles.stop, in_pass):
             some = slice(first, min(first + in_pass, particles.stop))
             found += [(some, part) for part in parts]

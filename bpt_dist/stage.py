@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bpt_dist import checkpoint
 from bpt_dist.config import SourceStage, Stage
-from bpt_dist.data.batches import Batches
+from bpt_dist.data.batches import Batch, Batches
 from bpt_dist.engine import updater
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
 from bpt_dist.exhaustion import named
@@ -117,15 +117,14 @@ class StageRun:
             if self.exact:
                 yield from ordered_units(batch, here, self.mesh)
             else:
-                yield from shared_units(batch, here, self.mesh, self.passes)
+                yield from shared_units(batch, here, self.mesh, self.passes(batch))
         self.seconds = time.perf_counter() - began
 
-    @property
-    def passes(self) -> Passes:
-        """Return what limits the passes of this stage."""
+    def passes(self, batch: Batch) -> Passes:
+        """Return what limits the passes over the texts of a batch."""
         backbone = self.method.backbone
         num_added = getattr(self.method.config, "length", 0)
-        return Passes(self.settings.pass_size, num_added, backbone.padding_for, backbone.synced)
+        return Passes(self.settings.pass_size, num_added, backbone.padding_for(batch.target_ids.shape[1]), backbone.synced)
 
     def memory_for(self, unit: Unit) -> AbstractContextManager[None]:
         """Return what names this rank, step and batch when the pass of `unit` runs out of memory."""

@@ -38,7 +38,7 @@ def connect(uri: str) -> Any:
             making = store.with_name(f"{store.name}.making")
             for left in making.parent.glob(f"{making.name}*"):
                 left.unlink()
-            MlflowClient(tracking_uri=f"sqlite:///{making}")
+            MlflowClient(tracking_uri=f"sqlite:///{making}{''.join(uri.partition('?')[1:])}")
             making.replace(store)
         return MlflowClient(tracking_uri=uri)
 
@@ -66,7 +66,7 @@ def store_lock(uri: str) -> Iterator[None]:
 
 def sqlite_path(uri: str) -> Path | None:
     """Return the file of a sqlite store, None for a server."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(uri.partition("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def log_batch(

@@ -142,11 +142,12 @@ class MultitaskPromptTuning(SourcePrompts):
             return plain
         assert forward.states is not None
         assert self.taught.states is not None
-        device = forward.logits.device
+        logits = forward.logits
+        device = logits.device
         targets, weight = batch.target_ids.to(device), batch.weight.to(device)
         # A prompt's own positions are states too: the teacher's prompt is as long as the student's.
         encoder_mask = torch.cat([torch.ones(len(batch), len(self.full)), batch.source_mask], dim=1).to(device)
-        distance = sequence_divergence(self.taught.logits[0], forward.logits[0], targets, self.reduction)
+        distance = sequence_divergence(self.taught.logits[0], logits[0], targets, self.reduction)
         for taught, own, mask in zip(self.taught.states, forward.states, (encoder_mask, targets >= 0), strict=True):
             distance = distance + state_distance(taught[0], own[0], mask)
         return plain + self.config.distillation * (distance * weight).sum()

@@ -45,6 +45,29 @@ def test_cells_keep_many_ranks_equally_busy(num_ranks: int, efficiency: float) -
     assert num_ranks < 8 or max(loads(plan, ISSUE)) < 0.5 * max(loads(whole, ISSUE))
 
 
+@pytest.mark.parametrize(("num_texts", "num_ranks"), [(31, 32), (20, 21), (62, 64)])
+def test_no_rank_is_idle_where_cells_are_enough(num_texts: int, num_ranks: int) -> None:
+    plan = divide([356] * num_texts, 5, num_ranks, Passes())
+    assert all(plan)
+    assert len(cells(plan)) == 5 * num_texts
+
+
+def test_passes_made_together_are_as_many_whatever_the_lengths() -> None:
+    draw = np.random.default_rng(1)
+    for num_texts, num_ranks, size in itertools.product((4, 9, 16), (2, 3), (1, 2, 5)):
+        counts = set()
+        for _ in range(30):
+            plan = divide(draw.integers(1, 400, num_texts).tolist(), 2, num_ranks, Passes(size=size, together=True))
+            counts.add(max(map(len, plan)))
+        assert len(counts) == 1, (num_texts, num_ranks, size)
+
+
+def test_padding_counts_where_a_pass_pads() -> None:
+    (part,) = divide([10] * 40 + [1000], 1, 1, Passes(padding_for=1e9))  # no pass is worth it: all are padded to the longest
+    for _, texts in part:
+        assert len(texts) * 1000 <= TOKENS_A_PASS
+
+
 def test_even_texts_stay_whole() -> None:
     for part in divide([100] * 8, 5, 4, Passes()):
         assert [some for some, _ in part] == [slice(0, 5)]
