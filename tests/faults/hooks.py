@@ -60,14 +60,15 @@ def memory(rank: int) -> None:
 
 
 def limit_memory(more: int) -> None:
-    """Take what the allocator has in large pieces, then let `more` bytes be mapped."""
+    """Take what the allocator has in pieces that a pass could use, then let `more` bytes be mapped."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     mapped = pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped, resource.RLIM_INFINITY))
-    while libc.malloc(ctypes.c_size_t(1 << 20)):
-        pass
+    for size in (1 << 20, 1 << 18, 1 << 16):
+        while libc.malloc(ctypes.c_size_t(size)):
+            pass
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
 
 
