@@ -191,10 +191,8 @@ def target(
 
     clock, machine = prepare(device, threads)
     report = on_shape("target", shape, quick, repeats, clock, rows.run_target)
-    report["machine"] = machine()
-    say([f"{report['shape']}, one prompt of 100 positions", *machine_text(report)])
-    print_list(rows.HEADER, rows.target_rows(report), right=(3, 4, 5, 6))
-    finish(report, file, [f"computes something else: {name}" for name in rows.wrong_in(report)])
+    wrong = [f"computes something else: {name}" for name in rows.wrong_in(report)]
+    print_rows(report, machine(), rows.HEADER, rows.target_rows(report), file, wrong)
 
 
 @bench.command()
@@ -211,10 +209,8 @@ def evaluation(
 
     clock, machine = prepare(device, threads)
     report = on_shape("evaluation", shape, quick, repeats, clock, rows.run_evaluation)
-    report["machine"] = machine()
-    say([f"{report['shape']}, one prompt of 100 positions", *machine_text(report)])
-    print_list(rows.HEADER, rows.evaluation_rows(report), right=(3, 4, 5, 6))
-    finish(report, file, [f"ours predicts other words than the stock T5: {name}" for name in rows.other_predictions(report)])
+    wrong = [f"ours predicts other words than the stock T5: {name}" for name in rows.other_predictions(report)]
+    print_rows(report, machine(), rows.HEADER, rows.evaluation_rows(report), file, wrong)
 
 
 @bench.command()
@@ -258,6 +254,21 @@ def on_shape(command: str, shape: str | None, quick: bool, repeats: int | None, 
     options = Options(repeats or 5, QUICK_SECONDS / 2 if quick else None)
     with telling() as tell:
         return {"command": command, "shape": name, **run(bench_shape(name), clock, options, 100, tell)}
+
+
+def print_rows(
+    report: dict[str, Any],
+    machine: dict[str, Any],
+    header: Sequence[str],
+    lines: Sequence[tuple[str, ...]],
+    file: Path | None,
+    problems: Sequence[str],
+) -> None:
+    """Print the table of a command that times rows under one prompt: profile, variant and dtype, then numbers."""
+    report["machine"] = machine
+    say([f"{report['shape']}, one prompt of 100 positions", *machine_text(report)])
+    print_list(header, lines, right=(3, 4, 5, 6))
+    finish(report, file, problems)
 
 
 def finish(report: dict[str, Any], file: Path | None, problems: Sequence[str]) -> None:

@@ -43,6 +43,14 @@ def plain(folder: Path, **keys: Any) -> dict[str, Any]:
     return found
 
 
+def of_source(folder: Path, steps: int, **run: Any) -> dict[str, Any]:
+    """Return a sweep of one trial of the source stage, on two ranks."""
+    source = {"steps": steps, "batch_size": 2, "lr": 0.3, "checkpoint_every": 2, "log_every": 1, "posterior": None}
+    space = {"method.kernel": ["imq"]}
+    method = {"sigma_relative": 1.0}
+    return plain(folder, stage="source", workers=2, seeds=[0], space=space, run={"source": source, "method": method, **run})
+
+
 def write(folder: Path, sweep: dict[str, Any]) -> Path:
     """Write a sweep file and return it."""
     file = folder / f"{sweep['name']}.yaml"

@@ -19,15 +19,7 @@ from bpt_dist.files import read_json
 @pytest.mark.timeout(900)
 def test_two_ranks_under_ray_train_give_the_particles_of_deepspeed(tmp_path: Path) -> None:
     tiny_run.world(tmp_path)
-    source = {"steps": 4, "batch_size": 2, "lr": 0.3, "checkpoint_every": 2, "log_every": 1, "posterior": None}
-    plain = tiny_sweep.plain(
-        tmp_path,
-        stage="source",
-        workers=2,
-        seeds=[0],
-        space={"method.kernel": ["imq"]},
-        run={"source": source, "method": {"sigma_relative": 1.0}, "tracking": {"mlflow": False}},
-    )
+    plain = tiny_sweep.of_source(tmp_path, 4, tracking={"mlflow": False})
     file = tiny_sweep.write(tmp_path, plain)
     own = environment(tmp_path)
     command = [sys.executable, str(ROOT / "launcher" / "sweep.py"), "--config", str(file)]

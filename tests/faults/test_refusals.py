@@ -329,3 +329,5 @@ def test_another_version_of_the_code_is_recorded_and_said(trials: Trials) -> Non
 def test_a_posterior_is_taken_by_the_backbone_it_was_made_with(trials: Trials) -> None:
     job = trials.job(source={"posterior": str(trials.reference())})
     job.finish()
+    assert read_json(job.directory / "status.json")["state"] == "finished"
+    assert not (job.directory / "source").exists()  # taken, not trained again

@@ -127,15 +127,7 @@ def ranks_of(folder: Path) -> list[int]:
 @pytest.mark.parametrize("rank", [0, 1] if os.environ.get("FAULTS") == "full" else [1])
 def test_a_killed_rank_of_a_trial_is_started_again(rank: int, tmp_path: Path) -> None:
     tiny_run.world(tmp_path)
-    source = {"steps": STEPS, "batch_size": 2, "lr": 0.3, "checkpoint_every": 2, "log_every": 1, "posterior": None}
-    plain = tiny_sweep.plain(
-        tmp_path,
-        stage="source",
-        workers=2,
-        seeds=[0],
-        space={"method.kernel": ["imq"]},
-        run={"source": source, "method": {"sigma_relative": 1.0}, "target": {"steps": 4}},
-    )
+    plain = tiny_sweep.of_source(tmp_path, STEPS, target={"steps": 4})
     file, run = tiny_sweep.write(tmp_path, plain), tmp_path / "runs" / "tiny" / "trial-000-s0"
     with measured("F12", "a rank of a Ray Train trial killed", str(rank)) as figures:
         # A quarter of a second for each step: the rank is killed between two of them, not before the first or after the last.

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_resume_after_a_cut_doubles_nothing(run, store):
     assert {"config.yaml", "run.json"} <= names
 
 
+@contextmanager
+def broken_around_a_batch(monkeypatch, moment, error):
+    """Raise `error` before or after each batch is sent."""
+    real = tracking.log_batch
+
+    def broken(*arguments, **keywords):
+        if moment == "after":
+            real(*arguments, **keywords)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "log_batch", broken)
+        yield
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, moment, monkeypatch):
     log = MetricsLog(run.folder / "metrics.jsonl")
@@ -122,17 +138,8 @@ def test_a_sender_killed_around_a_batch_loses_and_doubles_nothing(run, store, mo
     sender = sender_for(run, store)
     sender.pump()
     append(log, 3, 6)
-    real = tracking.log_batch
-
-    def killed(*arguments, **keywords):
-        if moment == "after":
-            real(*arguments, **keywords)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tracking, "log_batch", killed)
-        with pytest.raises(KeyboardInterrupt):
-            sender.pump()
+    with broken_around_a_batch(monkeypatch, moment, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        sender.pump()
     sender.close()
     log.cut(0)  # the same steps are logged again, with other times
     time.sleep(0.01)
@@ -152,15 +159,7 @@ def test_a_sender_that_lives_through_an_outage_loses_and_doubles_nothing(run, st
     sender = sender_for(run, store)
     sender.pump()
     append(log, 3, 6)
-    real = tracking.log_batch
-
-    def failing(*arguments, **keywords):
-        if moment == "after":
-            real(*arguments, **keywords)
-        raise ConnectionError("the server is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tracking, "log_batch", failing)
+    with broken_around_a_batch(monkeypatch, moment, ConnectionError("the server is gone")):
         for _ in range(2):
             with pytest.raises(ConnectionError):
                 sender.pump()
