@@ -27,10 +27,24 @@ class Lengths(StrEnum):
     real = "real"
 
 
+def writable(file: Path | None) -> Path | None:
+    """Refuse a place that cannot be written before half an hour is spent on what belongs there."""
+    if file is None:
+        return None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        problem = "is a folder" if file.is_dir() else None if os.access(file.parent, os.W_OK) else "its folder cannot be written"
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise ConfigError(f"{file}: {problem}; name another file")
+    return file
+
+
 Shape = Annotated[
     str | None, typer.Option("--shape", metavar="T5", help="t5-small (on a CPU), t5-base (on a GPU), t5-large, or a folder.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured here.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Write everything measured here.")]
 Repeats = Annotated[int | None, typer.Option("--repeats", min=1, help="Rounds in which every variant runs once.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of a process; with 1, seconds are its CPU time.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -217,7 +231,7 @@ def evaluation(
 def passes(
     shape: Shape = None,
     file: Json = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", callback=writable, help="Write the tables here.")] = None,
     particles: Annotated[int, typer.Option(min=1, help="M of the source step.")] = 2,
     repeats: Repeats = None,
     threads: Threads = 1,

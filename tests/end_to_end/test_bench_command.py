@@ -176,3 +176,13 @@ def test_without_peft_the_command_says_what_to_install(shape, capsys, tmp_path, 
     assert code == 2
     assert "pip install peft" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", [("--json", "source"), ("--markdown", "passes")])
+def test_a_place_that_cannot_be_written_is_refused_at_once(option: tuple[str, str], tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    name, command = option
+    words = ["bench", *([command] if command != "source" else []), name]
+    for place in (tmp_path / "file" / "found", tmp_path):
+        assert main([*words, str(place)]) == 2
+        assert f"{place}: " in capsys.readouterr().err
