@@ -1,4 +1,5 @@
-# docker build --tag bpt_dist . && docker run --rm --volume "$PWD/runs:/runs" bpt_dist launcher/train.py --config configs/quickstart.yaml output=/runs
+# docker build --tag bpt_dist .
+# docker run --rm --volume bpt_runs:/runs bpt_dist -m torch.distributed.run --standalone --nproc-per-node 2 launcher/train.py --config configs/quickstart.yaml output=/runs
 FROM python:3.11-slim-bookworm
 
 # tini: as process 1 Python would neither pass signals on to the ranks nor reap them. The compiler is for packages without a wheel.
@@ -13,7 +14,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt --editable .
 COPY launcher launcher
 COPY configs configs
 
-# Runs belong into a volume: /runs. Nothing here needs root.
+# Runs belong into a volume, /runs. A named volume belongs to the user below; a folder of the host must be writable for uid 1000.
 RUN useradd --uid 1000 --create-home bpt && mkdir /runs && chown bpt /runs
 USER bpt
 ENV PYTHONUNBUFFERED=1

@@ -8,9 +8,9 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR ?= cpu
 TRIALS ?= 500
-FAULT_TESTS := tests:tests/distributed:tests/faults
+FAULT_TESTS := tests/support:tests/distributed:tests/faults
 
-.PHONY: sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean
+.PHONY: schema-walk sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean remove-runs
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## */\t/' | expand -t 16
@@ -47,7 +47,7 @@ distributed: $(READY)  ## 2-4 gloo processes on this machine
 end-to-end: $(READY)  ## commands as a user gives them
 	$(BIN)/pytest -q -n 2 tests/end_to_end
 
-test-faults: $(READY)  ## kills, hangs, full disks, torn files and whatever else must not harm a run
+test-faults: $(READY)  ## kills, hangs, full disks, damaged files and other faults that must not harm a run
 	$(BIN)/pytest -q -rs -n 2 --dist loadfile tests/faults
 
 campaign: $(READY)  ## random faults, e.g. `make campaign TRIALS=500 SEED=7`; failures are kept as tests
@@ -60,14 +60,26 @@ test-hosts: $(READY)  ## two hosts on this machine: namespaces, sshd, pdsh; need
 	$(BIN)/pytest -q -rs tests/hosts
 
 sweep-campaign: $(READY)  ## kill a sweep at 10 random moments and compare with undisturbed runs
-	PYTHONPATH=tests $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)
+	PYTHONPATH=tests/support $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)
 
-schema: $(READY)  ## rewrite configs/schema.json from the settings
+schema-walk: $(READY)  ## run every value of every key of the configuration to the end once (part of `make test`)
+	$(BIN)/pytest -q -n 2 tests/contract/test_schema_values.py
+	$(BIN)/pytest -q tests/distributed/test_schema_values.py
+
+schema: $(READY)  ## rewrite the schemas for editors from the settings
 	$(BIN)/bpt-dist schema configs/schema.json
+	$(BIN)/bpt-dist schema configs/sweep/schema.json --of sweep
+	$(BIN)/bpt-dist schema configs/tasks.schema.json --of tasks
 
 lock: $(READY)   ## rewrite constraints.txt from the environment
-	(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//') > constraints.new
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.frozen
+	(head -1 constraints.txt; sed 's/+cpu//' constraints.frozen) > constraints.new
 	mv constraints.new constraints.txt
+	rm constraints.frozen
 
-clean:           ## remove caches and runs, keep the environment
-	rm -rf runs .pytest_cache .ruff_cache .mypy_cache
+clean:           ## remove caches, keep runs and the environment
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+
+remove-runs:     ## remove runs/ with all results, after asking
+	@printf 'Remove %s with all results, checkpoints and tracking? Type yes: ' "$(CURDIR)/runs"; \
+	read -r answer && [ "$$answer" = yes ] && rm -rf runs || { echo 'nothing removed'; exit 1; }

@@ -1,10 +1,14 @@
-"""Errors a user can cause, each with the exit code the process ends with (the truth stays `status.json`)."""
+"""Errors a user can cause, each with the exit code the process ends with (`status.json` has the state in full)."""
 
 from __future__ import annotations
 
+import errno
+
+INTERNAL_ERROR = 70
+
 
 class UserError(Exception):
-    """Something a user can mend; the message names the place, the value and the remedy."""
+    """Something a user can fix; the message names the place, the value and the remedy."""
 
     exit_code = 2
 
@@ -20,19 +24,25 @@ class DataError(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank or host is gone; the run resumes from its newest checkpoint. `spokesman` is the rank that says so, if known."""
+    """Another rank or host is gone; the run resumes from its newest checkpoint. `reporting_rank`, if known, reports it."""
 
     exit_code = 69
 
-    def __init__(self, message: str, spokesman: int | None = 0) -> None:
+    def __init__(self, message: str, reporting_rank: int | None = 0) -> None:
         super().__init__(message)
-        self.spokesman = spokesman
+        self.reporting_rank = reporting_rank
 
 
 class OutOfMemory(UserError):
-    """One rank has no memory left for a pass; smaller passes, or more ranks, mend it."""
+    """One rank has no memory left for a pass; smaller passes or more ranks help."""
 
     exit_code = 70
+
+
+class BackboneChanged(UserError):
+    """A method wrote to the frozen model: an error in that method's code, which invalidates the run."""
+
+    exit_code = INTERNAL_ERROR
 
 
 class StorageError(UserError):
@@ -42,7 +52,7 @@ class StorageError(UserError):
 
 
 class Stopped(UserError):
-    """The run stopped on request with a checkpoint; the same command resumes it."""
+    """The run stopped on request with a checkpoint; rerun the same command to resume."""
 
     exit_code = 75
 
@@ -53,4 +63,21 @@ class NonFinite(UserError):
     exit_code = 77
 
 
-INTERNAL_ERROR = 70
+def exit_code(error: BaseException | None) -> int:
+    """Return the code a process ends with after `error`: 0, 2, 65, 69, 70 (internal), 74, 75 or 77."""
+    if error is None:
+        return 0
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 2 if error.code else 0
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return StorageError.exit_code
+    return INTERNAL_ERROR
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the sentence of a user error, or kind and text of an internal one."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -40,6 +40,7 @@ Annealing = Literal["none", "linear", "tanh", "cyclic"]
 IGNORED = -100
 # D'Angelo & Fortuin (2021) use tanh((1.3 t/T)^p); ours is divided by its last value, so that it ends at exactly 1.
 TANH_REACH = 1.3
+CYCLES = 4  # of cyclic annealing
 
 
 def sequence_log_likelihood(
@@ -89,19 +90,19 @@ def task_weights(
     return [float(weight * scale) for weight, scale in zip(chosen, scales, strict=True)]
 
 
-def annealing(step: int, steps: int, kind: Annealing, *, cycles: int = 4, power: float = 1.0) -> float:
+def annealing(step: int, steps: int, kind: Annealing) -> float:
     """Return gamma(step), the factor on the score (never on the repulsion); 1 from `steps` on.
 
-    `linear` rises from 0 to 1, `tanh` likewise along tanh((1.3 t/T)^p), `cyclic` does it `cycles` times as a power of
-    the position in the cycle (D'Angelo & Fortuin 2021, annealed SVGD). At gamma = 0 particles only repel each other.
+    `linear` rises from 0 to 1, `tanh` likewise along tanh(1.3 t/T), `cyclic` rises linearly CYCLES times
+    (D'Angelo & Fortuin 2021, annealed SVGD). At gamma = 0 particles only repel each other.
     """
     if kind == "none" or step >= steps:
         return 1.0
     if kind == "linear":
         return step / steps
     if kind == "tanh":
-        return math.tanh((TANH_REACH * step / steps) ** power) / math.tanh(TANH_REACH**power)
-    return (step * cycles % steps / steps) ** power
+        return math.tanh(TANH_REACH * step / steps) / math.tanh(TANH_REACH)
+    return step * CYCLES % steps / steps
 
 
 def gaussian_penalty(theta: Float[Tensor, "P D"], mean: Float[Tensor, "P D"], sigma: float, num_examples: int) -> Float[Tensor, ""]:

@@ -40,7 +40,7 @@ Place = tuple[slice, slice, slice]  # blocks, rows (counted among those asked fo
 PAIRWISE_LIMIT = 16
 TILE_ROWS = 32
 # Numbers worked on at once. On a CPU they stay in the cache: temporaries as large as the particles cost three times the
-# arithmetic, most of it in pages the system has to hand out anew. A GPU wants few launches instead.
+# arithmetic, most of it in pages the system has to allocate again. A GPU wants few launches instead.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_GPU = 1 << 17, 1 << 22
 SHORTEST_CHUNK = 512
 GRAM_ROWS = 64
@@ -52,7 +52,7 @@ BANDWIDTH_FLOOR = 1e-30
 RELATIVE_FLOOR = 1e-10
 
 
-class Rule(NamedTuple):
+class KernelOptions(NamedTuple):
     """How distances and scores become a direction; `bandwidth` in units of squared distance."""
 
     kernel: Kernel = "rbf"
@@ -61,7 +61,7 @@ class Rule(NamedTuple):
     form: Form = "svgd"
 
 
-class Weights(NamedTuple):
+class KernelMatrices(NamedTuple):
     """What all pairs of particles mean to one another, S = 1 matrix for scope `prompt`, one a position for `token`.
 
     `kernel` is k, `slope` is g = -2 dk/d(d2); float64, as the squared distances are.
@@ -107,24 +107,9 @@ def stein_direction(
     `score` is computed once per particle beforehand: the T5 runs M times, not M^2. Finite for every finite input of
     magnitude below 1e30, coincident particles included. No gradient flows through the result.
     """
-    rule = Rule(kernel, scope, bandwidth, form)
+    rule = KernelOptions(kernel, scope, bandwidth, form)
     with torch.no_grad():
-        return combine(particles, score, weigh(squared_distances(particles, scope), rule), rule, rows)
-
-
-def stein_rows(
-    particles: Float[Tensor, "M P D"],
-    score: Float[Tensor, "M P D"],
-    rows: slice,
-    *,
-    kernel: Kernel = "rbf",
-    scope: Scope = "prompt",
-    bandwidth: Bandwidth = "median",
-    form: Form = "svgd",
-) -> Float[Tensor, "m P D"]:
-    """Return the given `rows` of phi, bit-identical to that slice of the full result."""
-    rule = Rule(kernel, scope, bandwidth, form)
-    return combined(particles, score, weigh(squared_distances(particles, scope), rule), rule, rows)
+        return direction_terms(particles, score, kernel_matrices(squared_distances(particles, scope), rule), rule, rows)
 
 
 # --- the three parts: distances, kernel, combination ----------------------------------------------------------------------------
@@ -150,20 +135,24 @@ def squared_distances(particles: Float[Tensor, "M P D"], scope: Scope) -> Float[
 
 
 @torch.no_grad()
-def weigh(squared: Float[Tensor, "S M M"], rule: Rule) -> Weights:
+def kernel_matrices(squared: Float[Tensor, "S M M"], rule: KernelOptions) -> KernelMatrices:
     """Return kernel and slope of all pairs from their squared distances; ValueError for an impossible bandwidth."""
     width = _bandwidth(squared, rule.bandwidth)
     over = width[:, None, None]
     if rule.kernel == "rbf":
         value = (squared / -over).exp_()
-        return Weights(value, 2 / over * value, width, squared)
+        return KernelMatrices(value, 2 / over * value, width, squared)
     value = (squared / over).add_(1).rsqrt_()
-    return Weights(value, value**3 / over, width, squared)
+    return KernelMatrices(value, value**3 / over, width, squared)
 
 
 @torch.no_grad()
-def combine(
-    particles: Float[Tensor, "M P D"], score: Float[Tensor, "M P D"], weights: Weights, rule: Rule, rows: slice | None = None
+def direction_terms(
+    particles: Float[Tensor, "M P D"],
+    score: Float[Tensor, "M P D"],
+    weights: KernelMatrices,
+    rule: KernelOptions,
+    rows: slice | None = None,
 ) -> Direction:
     """Return the direction of all or some `rows` from particles, scores and weights."""
     chosen = _chosen(rows, len(particles))
@@ -177,10 +166,24 @@ def combine(
 
 
 @torch.no_grad()
-def combined(
-    particles: Float[Tensor, "M P D"], score: Float[Tensor, "M P D"], weights: Weights, rule: Rule, rows: slice | None = None
+def direction(
+    particles: Float[Tensor, "M P D"],
+    score: Float[Tensor, "M P D"],
+    weights: KernelMatrices,
+    rule: KernelOptions,
+    rows: slice | None = None,
 ) -> Float[Tensor, "m P D"]:
-    """Return phi alone: the bits of `combine`, without keeping its two terms."""
+    """Return phi [m, P, D] of all or some `rows`: the bits of `direction_terms`, without keeping its two terms.
+
+    For scope `prompt`, form `svgd` and the kernel `rbf` it is, with x = particles.flatten(1), s = score.flatten(1):
+
+        d2 = (x[:, None] - x[None, :]).square().sum(-1)                        # [M, M]
+        k = torch.exp(-d2 / h)                                                 # h = median(d2 of pairs) / log(M + 1)
+        repulsive = (2 / h * k)[:, :, None] * (x[:, None] - x[None, :])        # grad_{x_j} k(x_j, x_i), [M, M, P * D]
+        phi = (k @ s + repulsive.sum(1)) / M
+
+    The code below computes the same numbers in pieces, without a tensor [M, M, P * D].
+    """
     chosen = _chosen(rows, len(particles))
     blocks, scores = _blocks(particles, rule.scope), _blocks(score, rule.scope)
     phi = torch.empty_like(particles[chosen])
@@ -255,7 +258,7 @@ def _chosen(rows: slice | None, num_particles: int) -> slice:
     return chosen
 
 
-# --- loops over pieces of the coordinates ---------------------------------------------------------------------------------------
+# --- same numbers, in pieces ----------------------------------------------------------------------------------------------------
 
 
 def _pieces(blocks: Float[Tensor, "S M E"], *, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:
@@ -299,18 +302,18 @@ def _centred(part: Float[Tensor, "S M e"]) -> Float[Tensor, "S M e"]:
 
 
 def _terms(
-    blocks: Float[Tensor, "S M E"], scores: Float[Tensor, "S M E"], weights: Weights, form: Form, rows: slice
+    blocks: Float[Tensor, "S M E"], scores: Float[Tensor, "S M E"], weights: KernelMatrices, form: Form, rows: slice
 ) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """Yield the driving and the repulsive term of the rows asked for, piece by piece, and where the piece belongs."""
     kernel, num_particles = weights.kernel.to(blocks.dtype), blocks.shape[1]
     sums = _sum_in_order if num_particles <= PAIRWISE_LIMIT else _sum_by_tiles
-    totals = kernel.sum(-1, keepdim=True)
+    partial_sums = kernel.sum(-1, keepdim=True)
     for place, driving, repulsive in sums(blocks, scores, kernel, weights.slope, rows):
         some, own, coordinates = place
         if form == "svgd":
             yield place, driving.div_(num_particles), repulsive.div_(num_particles)
         else:
-            yield place, scores[some, rows, coordinates][:, own], repulsive.div_(totals[some, rows][:, own])
+            yield place, scores[some, rows, coordinates][:, own], repulsive.div_(partial_sums[some, rows][:, own])
 
 
 def _sum_in_order(
@@ -354,3 +357,65 @@ def _sum_by_tiles(
             push = (sums[some, tile] * centred[:, tile]).sub_(slope[some, tile] @ centred)
             own = slice(inside.start - rows.start, inside.stop - rows.start)
             yield (some, own, coordinates), (kernel[some, tile] @ score)[:, cut], push[:, cut].to(blocks.dtype)
+
+
+class PartialSums(NamedTuple):
+    """Sums over coordinates, in float64: those of the slices of a prompt add up to those of whole prompts."""
+
+    squared_distances: Float[Tensor, "M M"]  # between whole prompts, whatever the scope
+    kernel: Float[Tensor, "M M"]  # mean over positions, as the bandwidth
+    bandwidth: Float[Tensor, ""]
+    driving: Float[Tensor, " m"]  # squared norms, one a particle, as the next two
+    repulsive: Float[Tensor, " m"]
+    particles: Float[Tensor, " M"]
+    mean: Float[Tensor, ""]  # squared norm of the mean particle
+    deviation: Float[Tensor, ""]  # squares of all coordinates' deviations from the mean particle
+
+
+def summarize(direction: Direction, particles: Float[Tensor, "M P D"]) -> dict[str, float]:
+    """Return the numbers of whole prompts.
+
+    Distances are between whole prompts whatever the scope (0 without pairs). `bandwidth` and `kernel_off_diagonal` are
+    means over positions for scope `token`. `driving_norm`, `repulsive_norm` and `mean_norm` are means over particles
+    of Euclidean norms (the first two over the rows in `direction`). `spread` is the root mean square deviation of a
+    coordinate from the mean particle, in the units of the prompt.
+    """
+    return summarize_partial_sums(partial_sums(direction, particles, particles.shape[1]), particles[0].numel())
+
+
+@torch.no_grad()
+def partial_sums(direction: Direction, particles: Float[Tensor, "M p D"], num_positions: int) -> PartialSums:
+    """Return the sums of a slice of p of the `num_positions` P positions; p = P for whole prompts."""
+    squared, kernel = (part.double() for part in (direction.squared_distances, direction.kernel))
+    width, mean = direction.bandwidth.double(), particles.mean(0)
+    share = particles.shape[1] / num_positions
+    if width.dim() == 0:  # one kernel for whole prompts: each slice brings its share of what all slices know
+        squared, kernel, width = squared * share, kernel * share, width * share
+    else:
+        squared, kernel, width = squared.sum(0), kernel.sum(0) / num_positions, width.sum(0) / num_positions
+    driving, repulsive, norms = (_squared_norms(term) for term in (direction.driving, direction.repulsive, particles))
+    deviation = _squared_norms(particles - mean).sum()
+    return PartialSums(squared, kernel, width, driving, repulsive, norms, _squared_norms(mean[None])[0], deviation)
+
+
+def summarize_partial_sums(sums: PartialSums, num_coordinates: int) -> dict[str, float]:
+    """Return what `summarize` does from the sums over all P*D `num_coordinates` of a prompt."""
+    distances, off_diagonal = pairs(sums.squared_distances).sqrt(), pairs(sums.kernel)
+    has_pairs = distances.numel() > 0
+    return {
+        "distance_min": float(distances.min()) if has_pairs else 0.0,
+        "distance_median": float(median(distances)) if has_pairs else 0.0,
+        "distance_max": float(distances.max()) if has_pairs else 0.0,
+        "bandwidth": float(sums.bandwidth),
+        "kernel_off_diagonal": float(off_diagonal.mean()) if has_pairs else 0.0,
+        "driving_norm": float(sums.driving.sqrt().mean()),
+        "repulsive_norm": float(sums.repulsive.sqrt().mean()),
+        "spread": math.sqrt(float(sums.deviation) / (len(sums.particles) * num_coordinates)),
+        "norm_of_mean": math.sqrt(float(sums.mean)),
+        "mean_norm": float(sums.particles.sqrt().mean()),
+    }
+
+
+def _squared_norms(tensor: Float[Tensor, "m P D"]) -> Float[Tensor, " m"]:
+    """Return squared Euclidean norms, in float64 so that large prompts do not overflow."""
+    return torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square()

@@ -8,146 +8,168 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from bpt_dist import config as configuration
-from bpt_dist.config import Config, Stage
-from bpt_dist.data.batches import Batches, Sampling
-from bpt_dist.data.prepared import TaskData
+from bpt_dist.artifacts.posterior import Posterior
+from bpt_dist.config import RunConfig, StageConfig
+from bpt_dist.data.batches import Batches
+from bpt_dist.data.prepare import TaskData
+from bpt_dist.data.sampling import Sampling
+from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.errors import Stopped
-from bpt_dist.evaluate import evaluate
-from bpt_dist.faults import fault_point
-from bpt_dist.gradients import Losses
-from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods.base import Method, Tensors
-from bpt_dist.mirror import shutdown
 from bpt_dist.objective import task_weights
-from bpt_dist.opening import leave, opened
-from bpt_dist.posterior import Posterior
-from bpt_dist.progress import StepProgress
-from bpt_dist.session import Session
-from bpt_dist.stage import StageRun
+from bpt_dist.storage.fault_injection import fault_point
+from bpt_dist.storage.log_lines import lines_of_run
+from bpt_dist.tracking.mirror import shutdown
+from bpt_dist.training.accumulation import Losses
+from bpt_dist.training.evaluation import evaluate
+from bpt_dist.training.progress import StepProgress, log_name
+from bpt_dist.training.run import TrainingRun
+from bpt_dist.training.shutdown import exit_job
+from bpt_dist.training.stage import TrainingStage
+from bpt_dist.training.startup import open_run, start_world
 
 log = logging.getLogger(__name__)
 
 
-def run_all(config: Config, *, fresh: bool = False) -> int:
+def run_all(config: RunConfig, *, fresh: bool = False) -> int:
     """Train every run of a configuration in this job and return the exit code (collective: every rank)."""
     world = World()
     try:
-        limits, job = config.distribution, f"{configuration.fingerprint(config)} {config.directory}"
-        world = World.start(limits.startup_timeout, limits.expect_world_size, job)
+        world = start_world(config)
         runs = configuration.expand(config)
-        for one in runs:
-            with opened(one, world, fresh=fresh) as session:
-                if session is not None:
-                    train(session)
-            # What came too late for a step of this run is meant for the next.
-            if session is not None and one is not runs[-1] and world.any(session.guard.stop_requested):
-                raise Stopped(f"stopped on request after {one.name}; the same command goes on with the next run")
+        for number, one in enumerate(runs, 1):
+            stop_requested = train_run(one, world, fresh=fresh, number=f"{number}/{len(runs)} ")
+            # A stop that came too late for a step of this run is meant for the next.
+            if one is not runs[-1] and world.any(stop_requested):
+                raise Stopped(f"stopped on request after {one.name}; rerun the same command to continue with the next run")
+        if world.rank == 0 and len(runs) > 1:
+            log.info("all %d runs are finished; their table: bpt-dist table %s", len(runs), config.directory)
         world.stop()
     except Exception as error:
-        return leave(error, world)
+        return exit_job(error, world)
     shutdown()
     return 0
 
 
-def train(session: Session) -> None:
-    """Train and evaluate one run from wherever it stands (collective: every rank)."""
-    method, source = session.method, None
-    if session.config.method.HAS_SOURCE_STAGE:
-        source = source_stage(session, method)
-    for targets in session.target_groups():
-        target_stage(session, method, source, targets)
-    session.finish()
+def train_run(
+    config: RunConfig,
+    world: World,
+    *,
+    fresh: bool = False,
+    number: str = "",
+    around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext,
+) -> bool:
+    """Open one run, train it unless it is finished, and close it (collective: every rank).
+
+    `around(run)` is entered before training; `number` is the place of the run among those of the job, for the log. Returns
+    whether a stop was requested that no step has seen.
+    """
+    with lines_of_run(number + log_name(config)), open_run(config, world, fresh=fresh) as run:
+        if run is None:
+            return False
+        with around(run):
+            train(run)
+    return run.watchdog.stop_requested
 
 
-def source_stage(session: Session, method: Method) -> Tensors:
+def train(run: TrainingRun) -> None:
+    """Train and evaluate one run from its latest checkpoint (collective: every rank)."""
+    method, source = run.method, None
+    if run.config.method.HAS_SOURCE_STAGE:
+        source = source_stage(run, method)
+    for targets in run.target_groups():
+        target_stage(run, method, source, targets)
+    run.finish()
+
+
+def source_stage(run: TrainingRun, method: Method) -> Tensors:
     """Learn from the source tasks and return what the targets start from: for BPT, particles of the posterior and their mean."""
-    stored = session.stored_posterior()
+    stored = run.stored_posterior()
     if stored is not None:
         return stored.tensors
-    config, tasks = session.config.source, session.source_tasks()
-    mesh = session.source_mesh()
+    config, tasks = run.config.source, run.source_tasks()
+    mesh = run.source_mesh()
     method.begin_source([task.spec for task in tasks], mesh)
     weights = [(config.task_weights or {}).get(task.spec.name, 1.0) for task in tasks]
     batches = Batches(
         [task.train.tokens for task in tasks],
         config.batch_size,
-        session.config.seed,
+        run.config.seed,
         tasks_per_step=config.tasks_per_step,
         task_weight=task_weights([len(task.train.tokens) for task in tasks], weights, config.likelihood_scale),
         num_particles=method.num_particles,
         sampling=Sampling.of(config),
     )
-    batches = run_preludes(session, "source", config, mesh, batches)
-    stage = session.stage("source", config, mesh, batches)
+    batches = run_auxiliary_phases(run, "source", config, mesh, batches)
+    stage = run.stage("source", config, mesh, batches)
     run_stage(stage)
-    return session.store_posterior(Posterior(dict(method.end_source(mesh))), stage).tensors
+    return run.store_posterior(Posterior(dict(method.end_source(mesh))), stage).tensors
 
 
-def target_stage(session: Session, method: Method, source: Tensors | None, tasks: Sequence[TaskData]) -> None:
+def target_stage(run: TrainingRun, method: Method, source: Tensors | None, tasks: Sequence[TaskData]) -> None:
     """Adapt to one target task, or to several together, select on validation and evaluate on the reported splits."""
-    if session.has_results(tasks):
+    if run.has_results(tasks):
         return
-    config = session.config.target
-    mesh = session.target_mesh()
+    config = run.config.target
+    mesh = run.target_mesh()
     sizes, sampling = [len(task.train.tokens) for task in tasks], Sampling.of(config)
     method.target_shares = sampling.shares(sizes)
     method.begin_target(source, [task.spec for task in tasks], sizes, mesh)
     batches = Batches(
         [task.train.tokens for task in tasks],
         config.batch_size,
-        session.config.seed,
+        run.config.seed,
         task_weight=[1 / len(tasks)] * len(tasks),
         sampling=sampling,
     )
 
     def headlines() -> dict[str, float]:
-        settings, values = session.evaluation, {}
+        settings, values = run.evaluation, {}
         for index, task in enumerate(tasks):
-            found = evaluate(method, tasks, index, "validation", "map", settings, session.world, session.beat)
+            scored = evaluate(method, tasks, index, "validation", "map", settings, run.world, run.heartbeat)
             name = f"{task.spec.name}/{task.spec.headline}" if len(tasks) > 1 else task.spec.headline
-            values[name] = found.metrics[task.spec.headline]
+            values[name] = scored.metrics[task.spec.headline]
         return values
 
-    name = session.stage_name(tasks)
-    batches = run_preludes(session, name, config, mesh, batches)
-    stage = session.stage(name, config, mesh, batches, headlines)
+    name = run.stage_name(tasks)
+    batches = run_auxiliary_phases(run, name, config, mesh, batches)
+    stage = run.stage(name, config, mesh, batches, headlines)
     run_stage(stage)
     stage.finish()
-    session.store_results(tasks, stage)
+    run.store_results(tasks, stage)
 
 
-def run_preludes(session: Session, name: str, settings: Stage, mesh: Mesh, batches: Batches) -> Batches:
-    """Train what the method wants to know before its main stage: MPT's teachers, SPoT's short prompt on the target.
+def run_auxiliary_phases(run: TrainingRun, name: str, settings: StageConfig, mesh: Mesh, batches: Batches) -> Batches:
+    """Train the auxiliary phases of a method before its main stage: MPT's teachers, SPoT's short prompt on the target.
 
-    Returns the batches of the main stage, which go on behind the texts the preludes have read.
+    Returns the batches of the main stage, which begin after the texts the auxiliary phases have read.
     """
-    for prelude in session.method.preludes():
-        stage = session.prelude(name, prelude, settings, mesh, batches.of_all_tasks())
+    for phase in run.method.auxiliary_phases():
+        stage = run.auxiliary_stage(name, phase, settings, mesh, batches.of_all_tasks())
         run_stage(stage)
-        session.close_prelude(stage)
-        session.method.end_prelude(mesh)
-        batches = batches.after(prelude.steps)
+        run.close_auxiliary_stage(stage)
+        run.method.end_auxiliary_phase(mesh)
+        batches = batches.after(phase.steps)
     return batches
 
 
-def run_stage(stage: StageRun) -> None:
+def run_stage(stage: TrainingStage) -> None:
     """Take the steps of one stage, resuming from its newest checkpoint (collective: every rank)."""
     stage.restore()
-    settings, method, mesh, guard = stage.settings, stage.method, stage.mesh, stage.guard
-    with StepProgress(
-        stage.name, settings.steps, start=stage.step, every=settings.log_every, enabled=stage.run.rank == 0
-    ) as progress:
+    settings, method, mesh, watchdog = stage.settings, stage.method, stage.mesh, stage.watchdog
+    with StepProgress(settings.steps, start=stage.step, every=settings.log_every, enabled=stage.directory.rank == 0) as progress:
         while stage.step < settings.steps and not stage.converged:
             method.begin_step(mesh)
-            losses, stop, usable = stage.agree(accumulate_gradients(stage), guard.stop_requested)  # before anything changes
+            losses, stop, usable = stage.agree(accumulate_gradients(stage), watchdog.stop_requested)  # before anything changes
             fault_point("step.before_update", step=stage.step, stage=stage.name)
             if usable:
                 method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
-                stage.updater.step(stage.step)
-            stage.updater.zero_grad()
+                stage.optimizer.step(stage.step)
+            stage.optimizer.zero_grad()
             stage.step += 1
             fault_point("step.after_update", step=stage.step, stage=stage.name)
             stage.record(losses, progress)
@@ -157,24 +179,24 @@ def run_stage(stage: StageRun) -> None:
             if stop or due or stage.converged:
                 stage.save()
             if stop:
-                raise Stopped(f"stopped on request after {stage.name} step {stage.step}; the same command resumes")
-            guard.steady()
-            mesh.world.settle(guard.step_timeout)
+                raise Stopped(f"stopped on request after {stage.name} step {stage.step}; rerun the same command to resume")
+            watchdog.start_step_timeout()
+            mesh.world.shorten_timeout(watchdog.step_timeout)
 
 
-def accumulate_gradients(stage: StageRun) -> Losses:
+def accumulate_gradients(stage: TrainingStage) -> Losses:
     """Leave in `.grad` the gradient of the step's objective for this rank's particles, whole on every replica."""
     total = stage.gradients()
     for unit in stage.work(stage.step):
-        stage.beat()
+        stage.heartbeat()
         fault_point("step.before_forward", step=stage.step, stage=stage.name)
         with stage.memory_for(unit):
             forward = stage.method(unit.batch, unit.particles)  # log-likelihood [m, N] through the frozen T5
-            stage.updater.backward(stage.method.loss(forward, unit.batch))
+            stage.optimizer.backward(stage.method.loss(forward, unit.batch))
         total.add(unit, forward.log_likelihood)
     losses = total.close()
     if fault_point("step.after_backward", step=stage.step, stage=stage.name):
-        stage.updater.gradients()[0].view(-1)[0] = math.nan
+        stage.optimizer.gradients()[0].view(-1)[0] = math.nan
     # The prior counts once: it is added after the sum over texts, alike on all replicas.
     penalty = stage.method.penalty()
     if penalty is not None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from bpt_dist import config as configuration
-from bpt_dist.config import Config
-from bpt_dist.table_jobs import is_finished
+from bpt_dist.artifacts.stored_run import is_finished
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.environment import child_environment, free_port, num_gpus
+from bpt_dist.tracking.places import store_uri
 
 CONFIG = Path("configs/quickstart.yaml")
 PROCESSES = 2
@@ -32,7 +33,7 @@ def main() -> int:
         say(f"{len(waiting)} of {len(runs)} runs to train on {PROCESSES} processes: {', '.join(run.name for run in waiting)}")
         started = time.monotonic()
         code = launch()
-        # The launcher returns 0 even when it was killed itself: the status files are the truth.
+        # The launcher returns 0 even when it was killed itself: the status files decide.
         unfinished = [run for run in runs if not is_finished(run)]
         if code or unfinished:
             names = ", ".join(run.name for run in unfinished)
@@ -49,7 +50,9 @@ def launch() -> int:
     launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
     command = [*launcher, "launcher/train.py", "--config", str(CONFIG)]
     say(shlex.join(["deepspeed", *command[1:]]))
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if num_gpus() < PROCESSES:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share one GPU; the miniature world needs none
+    environment = child_environment(PROCESSES)
     # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.
     job = subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -61,7 +64,7 @@ def launch() -> int:
     return job.wait()
 
 
-def report(config: Config) -> int:
+def report(config: RunConfig) -> int:
     """Print the table and where everything is."""
     folder, table = config.directory, config.directory / "table.md"
     bpt_dist = BIN / "bpt-dist"
@@ -71,15 +74,8 @@ def report(config: Config) -> int:
     say(f"results    {folder}/<run>/results.json, predictions in target/<task>/predictions.jsonl")
     say(f"pictures   {folder}/bpt-s0/figures/panel.png")
     say(f"prompts    {folder}/<run>/target/<task>/adapter  (PEFT folders)")
-    say(f"MLflow     {shlex.join([str(bpt_dist), 'ui', '--uri', f'sqlite:///{config.output.resolve()}/mlflow.db'])}")
+    say(f"MLflow     {shlex.join([str(bpt_dist), 'ui', '--uri', store_uri(config)])}")
     return written or shown
-
-
-def free_port() -> int:
-    """Return a free port: 29500, the launcher's default, is often taken on shared machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def say(text: str) -> None:

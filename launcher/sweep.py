@@ -6,12 +6,12 @@ The file names what all trials share, the space and the search; see configs/swee
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpt_dist.cli_sweep import sweep
+from bpt_dist.commands.sweep.run import sweep
+from bpt_dist.distributed import environment
 from bpt_dist.errors import UserError
 
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/sweep/")
     parsed.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parsed.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped or killed")
+    parsed.add_argument("--resume", action="store_true", help="continue a sweep that was stopped or killed")
     parsed.add_argument("--submit", metavar="ADDRESS", help="run it as a job of the Ray cluster at this address")
     parsed.add_argument("--follow", action="store_true", help="with --submit: show the job's output until it ends")
     return parsed
@@ -31,10 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = parser().parse_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not Path("/dev/nvidia0").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    environment.prepare_process()
     try:
         return sweep(options.config, options.overrides, resume=options.resume, submit=options.submit, follow=options.follow)
     except UserError as error:

@@ -17,9 +17,11 @@ from io import StringIO
 from pathlib import Path
 
 from bpt_dist import config as configuration
-from bpt_dist import rank_variables
-from bpt_dist.config import Config
-from bpt_dist.errors import ConfigError, UserError
+from bpt_dist.commands.check.hostfile import check_words
+from bpt_dist.config.processes import check_processes
+from bpt_dist.distributed import environment
+from bpt_dist.errors import UserError
+from bpt_dist.storage.log_lines import ScreenHandler
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
     parsed.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parsed.add_argument("--fresh", action="store_true", help="start anew; refuses a run directory that is not empty")
+    parsed.add_argument("--fresh", action="store_true", help="start from scratch; refuses a run directory that is not empty")
     parsed.add_argument("--plan", action="store_true", help="print what would be computed, sent and stored, and stop")
     parsed.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parsed.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
@@ -38,62 +40,42 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    first = is_first()
+    first = environment.is_first_rank(os.environ)
     with redirect_stderr(sys.stderr if first else StringIO()):  # every rank has the same command line
         options = parser().parse_args(arguments)
     try:
-        rank_variables.adopt(os.environ)
+        environment.adopt(os.environ)
+        if environment.passed_through_shells(os.environ):
+            check_words([("configuration", str(options.config))], options.overrides)
         config = configuration.load(options.config, options.overrides)
         if options.print_config:
             sys.stdout.write(configuration.resolved_yaml(config) if first else "")
             return 0
         if options.plan:
-            from bpt_dist.plan import plan
+            from bpt_dist.commands.plan.text import plan
 
-            sys.stdout.write(plan(config, rank_variables.world_size(os.environ)) if first else "")
+            sys.stdout.write(plan(config, environment.world_size(os.environ)) if first else "")
             return 0
-        check_world_size(config)
+        num_ranks = environment.world_size(os.environ)
+        check_processes(configuration.expand(config), num_ranks, launched=environment.is_launched(os.environ))
     except UserError as error:
-        # Every rank reads the same configuration and fails the same way: one of them says so, unless only its host lacks the file.
+        # Every rank reads the same configuration and fails the same way: one reports it, unless only its host lacks the file.
         alone = not options.config.is_file() and os.environ.get("LOCAL_RANK", "0") == "0"
         sys.stderr.write(f"{error}\n" if first or alone else "")
         return error.exit_code
-    prepare_process(first)
+    show_log(first)
+    environment.prepare_process()
     from bpt_dist.train import run_all
 
     return run_all(config, fresh=options.fresh)
 
 
-def is_first() -> bool:
-    """Return whether this process speaks for all; known before the variables are known to be right."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def check_world_size(config: Config) -> None:
-    """Refuse a job of another size than intended: a hostfile that is not found makes the launcher start on this host alone."""
-    expected, size = config.distribution.expect_world_size, rank_variables.world_size(os.environ)
-    if expected is not None and size != expected:
-        raise ConfigError(
-            f"distribution.expect_world_size is {expected}, but {size} process(es) were started; "
-            "is the hostfile found, and does it list all slots?"
-        )
-
-
-def prepare_process(first: bool) -> None:
-    """Set what must stand before torch is imported, and let the first rank speak; every rank writes its own log file."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not Path("/dev/nvidia0").exists():
-        # Said here, because DeepSpeed otherwise warns on every rank that it found no accelerator.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Otherwise every connection between hosts without reverse DNS is a line on the screen; what fails is raised anyway.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    if ranks_here > 1:
-        # Otherwise every rank takes every core, and the ranks wait for each other's threads.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here)))
+def show_log(first: bool) -> None:
+    """Show the log of the first rank and errors of the others; every rank also writes its own log file."""
     prefix = "" if first else f"rank {os.environ.get('RANK', '?')}: "
-    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].setLevel(logging.INFO if first else logging.ERROR)
+    handler = ScreenHandler(prefix, ends_reported=True)
+    handler.setLevel(logging.INFO if first else logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported: threads of several tests that wait for each other's cores made the suite ten times slower.
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+# The doors in launcher/ are no part of the installed package. Behind everything else: PYTHONPATH may hold another bpt_dist.
+sys.path.append(str(REPOSITORY))
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""The data path, one way: task -> rows -> text to text -> tokens -> batches, and the metrics of the way back."""
+"""The data path: task -> rows -> text to text -> tokens -> batches."""

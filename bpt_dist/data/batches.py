@@ -1,10 +1,11 @@
 """Tokens and batches: a batch is a pure function of (seed, step), whatever the number of processes.
 
-Every task owns, per epoch, one permutation keyed by (seed, task, epoch). At step t it gives the B rows at positions
-t·B … t·B + B − 1 of the endless row of permutations, so every row comes exactly once an epoch and a run resumes with
-nothing but its step number. Tasks that task sampling leaves out at a step skip their B rows. A mixture (sampling.py) draws the
-task of every text: a step then has K·B texts as well, and each task goes on in its row where the steps before left it.
-A stage after preludes begins at row S·B of each task, behind what their S steps have read.
+Every task has one permutation of its rows per epoch, keyed by (seed, task, epoch). The permutations of all epochs, one after
+the other, are the task's sequence. At step t a task gives the B rows at positions t·B … t·B + B − 1 of its sequence, so every
+row comes exactly once an epoch and a run resumes from its step number alone. Tasks that task sampling leaves out at a step
+skip their B rows. A mixture (sampling.py) draws the task of every text: a step then has K·B texts as well, and each task
+continues in its sequence where the earlier steps ended. A stage after preludes starts at position S·B of each task, after the
+rows that their S steps have read.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpt_dist.data.sampling import Mixture, Sampling, philox_words
-from bpt_dist.data.tokens import PAD_ID, TokenisedTask, tokenise
+from bpt_dist.data.tokens import PAD_ID, TokenisedTask
 from bpt_dist.errors import ConfigError
-
-__all__ = ["Batch", "Batches", "Sampling", "TokenisedTask", "collate", "tokenise"]
 
 IGNORED = -100
 
@@ -60,13 +59,17 @@ class Batch:
             weight=self.weight[index],
         )
 
+    def num_target_tokens(self) -> int:
+        """Return the target tokens of all rows, without padding."""
+        return int((self.target_ids != IGNORED).sum())
+
     def costs(self) -> Int[Tensor, " N"]:
         """Return source plus target tokens of every row, by which rows are dealt to ranks."""
         return self.source_mask.sum(1) + (self.target_ids != IGNORED).sum(1)
 
 
 class Batches:
-    """The batches of a stage; holds no position, so any step may be asked for in any order.
+    """The batches of a stage; it has no position, so steps may be read in any order.
 
     `task_weight[k]` is w_k of the score; with κ tasks a step, each row weighs w_k · (K/κ) / B, and in a mixture, where
     p_k weighs the tasks, w_k / B: for w_k = 1/K the objective is the mean over the texts of the step. `num_particles`
@@ -88,7 +91,7 @@ class Batches:
         if batch_size < 1 or not 1 <= kappa <= len(datasets):
             raise ConfigError(f"batch_size is {batch_size}, tasks_per_step {kappa}; there are {len(datasets)} tasks")
         if len({task.name for task in datasets}) < len(datasets):
-            raise ConfigError("a task stands twice in the list of tasks")
+            raise ConfigError("the list of tasks names a task twice; name each task once")
         if task_weight is not None and len(task_weight) != len(datasets):
             raise ConfigError(f"{len(task_weight)} task weights for {len(datasets)} tasks")
         self.datasets = tuple(datasets)
@@ -97,7 +100,7 @@ class Batches:
         self.tasks_per_step = kappa
         self.task_weight = tuple(task_weight) if task_weight is not None else (1.0,) * len(datasets)
         self.num_particles = num_particles
-        self.first_row = 0  # in the endless row of each task
+        self.first_row = 0  # in the sequence of each task
         self.mixture: Mixture | None = None
         if sampling.kind != "all":
             if kappa != len(datasets):
@@ -106,22 +109,22 @@ class Batches:
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}  # the newest epoch of each task, recomputable
 
     def of_all_tasks(self) -> Batches:
-        """Return what a prelude reads: B texts of every task at every step, however this stage draws its tasks.
+        """Return the batches of a prelude: B texts of every task at every step, however this stage draws its tasks.
 
-        Teachers and task embeddings are prompt tunings of one task each, which an optimizer must not move on other tasks' steps.
+        Teachers and task embeddings are prompt tunings of one task each; steps of other tasks must not move them.
         """
-        found = copy(self)
-        found.tasks_per_step, found.mixture = len(self.datasets), None
-        return found
+        batches = copy(self)
+        batches.tasks_per_step, batches.mixture = len(self.datasets), None
+        return batches
 
     def after(self, num_steps: int) -> Batches:
-        """Return these batches for a stage that comes `num_steps` steps of `of_all_tasks` later: each task's row goes on."""
-        found = copy(self)
-        found.first_row += num_steps * self.batch_size
-        return found
+        """Return these batches for a stage after `num_steps` steps of `of_all_tasks`: each task's sequence continues."""
+        batches = copy(self)
+        batches.first_row += num_steps * self.batch_size
+        return batches
 
     def at(self, step: int, particle: int | None = None) -> Batch:
-        """Return the batch of a step; with `particle`, the texts of that particle alone, which no other one sees.
+        """Return the batch of a step; with `particle`, the texts of that particle alone, which no other particle reads.
 
         The M particles then share each permutation, M·B rows a step, so an epoch is M times shorter.
         """
@@ -136,13 +139,13 @@ class Batches:
         return collate(self.datasets, picks, weight, step)
 
     def _positions(self, step: int, block: int) -> list[tuple[int, range]]:
-        """Return the places in the endless row of each task that gives texts, in ascending order of the tasks."""
+        """Return the positions in the sequence of each task that gives texts, in ascending order of the tasks."""
         if self.mixture is None:
             first = self.first_row + block * self.batch_size
             return [(k, range(first, first + self.batch_size)) for k in self.tasks_at(step)]
-        before, here = (texts.tolist() for texts in self.mixture.at(block))
-        firsts = [self.first_row + texts for texts in before]
-        return [(k, range(firsts[k], firsts[k] + here[k])) for k in range(len(here)) if here[k]]
+        num_earlier, num_texts = (texts.tolist() for texts in self.mixture.at(block))
+        firsts = [self.first_row + texts for texts in num_earlier]
+        return [(k, range(firsts[k], firsts[k] + num_texts[k])) for k in range(len(num_texts)) if num_texts[k]]
 
     def tasks_at(self, step: int) -> tuple[int, ...]:
         """Return the κ tasks of a step in ascending order, drawn uniformly without replacement."""

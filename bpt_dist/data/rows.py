@@ -1,35 +1,28 @@
 """Rows of a task, split into train, validation and test: from the hub or from local JSONL, checked before use.
 
-The split rules (`SplitRule`) and their shuffles are those of ATTEMPT, MPT and DePT: `torch.randperm` seeded by
-`split_seed`, so the halves hold the very rows behind the published tables. Where local data lack a split the rule
-names, the rule becomes `carve` with the local validation file as the test, and a note says so.
+Where the data lack a split the rule names, or none of its rows has a label, the rule becomes `carve` with the validation
+split as the test, and a note records it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-import torch
-
-from bpt_dist.data import checks
-from bpt_dist.data.spec import SplitKind, SplitRule, TaskSpec, column
-from bpt_dist.data.text_to_text import ROW_ID, Row
+from bpt_dist.data import row_checks
+from bpt_dist.data.published import HubParts, HubSplits, LocalFiles, Published, local_folders, open_hub
+from bpt_dist.data.splits import CARVED_ROWS, capped, few_shot, split_indices
 from bpt_dist.errors import DataError
+from bpt_dist.tasks.spec import SplitRule, TaskSpec
+from bpt_dist.tasks.text_to_text import ROW_ID, Row
 
 log = logging.getLogger(__name__)
-
-Split = Literal["train", "validation", "test"]
-_Parts = list[tuple[str, Any]]  # data sets that stand one after the other, each with the name its row ids begin with
-CARVED_ROWS = 1000
 
 
 @runtime_checkable
@@ -38,6 +31,7 @@ class DataOptions(Protocol):
 
     root: Path | None
     cache: Path | None
+    protocol: Literal["fixed", "attempt"]
     max_train_rows: int | None
     max_eval_rows: int | None
     shots: int | None
@@ -45,7 +39,7 @@ class DataOptions(Protocol):
 
 
 class Splits(dict[str, list[Row]]):
-    """Rows by split; `notes` are the sentences a report must repeat, because a default was not possible."""
+    """Rows by split; `notes` are the sentences a report must repeat, because the data were not used as they are."""
 
     notes: tuple[str, ...] = ()
 
@@ -56,24 +50,13 @@ class Origin:
 
     fingerprint: str
     num_bytes: int
-    hub: Mapping[str, _Parts] | None = None  # opened data sets of the hub, by their role in the split rule
-
-
-@dataclass(frozen=True)
-class _Published:
-    """The rows of one published split: how many there are, and a way to take some of them."""
-
-    num_rows: int
-    take: Callable[[Sequence[int]], list[Row]]
+    hub: HubParts | None = None
 
 
 def origin_of(spec: TaskSpec, data: DataOptions) -> Origin:
     """Return where the rows of a task come from; opens data sets of the hub. Raises DataError when the hub has none."""
     if spec.folder is None and data.root is None:
-        parts = _open_hub(spec, data.cache)
-        facts = [f"{role} {name} {part._fingerprint} {len(part)}" for role, each in parts.items() for name, part in each]
-        num_bytes = sum(part.data.nbytes for each in parts.values() for _, part in each)
-        return Origin(_sha256("\n".join([f"datasets {version('datasets')}", *facts])), num_bytes, parts)
+        return _hub_origin(spec, data.cache)
     # All files a split rule may look at: which of them are there decides how splits are made.
     names = dict.fromkeys(("train", "validation", *spec.splits.train, *spec.splits.validation, *spec.splits.test))
     facts, num_bytes = [], 0
@@ -85,9 +68,20 @@ def origin_of(spec: TaskSpec, data: DataOptions) -> Origin:
                     num_bytes += file.tell()
             except FileNotFoundError:
                 continue
-            except OSError:  # `load` says what is wrong
+            except OSError:  # `load` reports it
                 return Origin("", 0)
     return Origin(_sha256("\n".join(facts)) if facts else "", num_bytes)
+
+
+def _hub_origin(spec: TaskSpec, cache: Path | None) -> Origin:
+    names = dict.fromkeys(name for names in _needed(spec.splits).values() for name in names)
+    opened = open_hub(spec, tuple(names), cache)
+    if None in opened.values() and "validation" not in names:
+        opened |= open_hub(spec, ("validation",), cache)
+    parts = {key: part for key, part in opened.items() if part is not None}
+    facts = [f"{config} {name} {part._fingerprint} {len(part)}" for (config, name), part in parts.items()]
+    num_bytes = sum(part.data.nbytes for part in parts.values())
+    return Origin(_sha256("\n".join([f"datasets {version('datasets')}", *facts])), num_bytes, opened)
 
 
 def _sha256(text: str) -> str:
@@ -100,141 +94,38 @@ def load(spec: TaskSpec, data: DataOptions, *, seed: int = 0, origin: Origin | N
     `seed` draws the `shots` training rows; an `origin` that is open already is not opened again. Raises DataError naming the
     first ten bad rows as file:line: field, or what to download and where to put it.
     """
-    local = spec.folder is not None or data.root is not None
-    problems = checks.Problems()
-    if local:
-        published, rule, notes = _open_local(spec, data.root, problems)
-        problems.raise_any(spec.name)
+    problems = row_checks.Problems()
+    if spec.folder is not None or data.root is not None:
+        place: LocalFiles | HubSplits = LocalFiles(spec, data.root, problems)
     else:
-        parts = _open_hub(spec, data.cache) if origin is None or origin.hub is None else origin.hub
-        published, rule, notes = {role: _published(each) for role, each in parts.items()}, spec.splits, []
+        opened = origin.hub if origin is not None and origin.hub is not None else _hub_origin(spec, data.cache).hub
+        assert opened is not None
+        place = HubSplits(spec, opened)
+    published, rule, notes = _published_splits(spec, place, problems)
+    sizes = {role: len(rows) for role, rows in published.items()}
+    # The published code cuts between rows, so only `fixed` keeps the rows of a group together.
+    by_group = spec.group_column is not None and data.protocol == "fixed"
+    groups = {role: rows.groups(spec.group_column or "") for role, rows in published.items()} if by_group else {}
     splits = Splits()
-    sizes = {name: published[name].num_rows for name in published}
-    for split, (source, indices) in split_indices(rule.kind, sizes, data.split_seed, spec.name).items():
-        cap = data.max_train_rows if split == "train" else data.max_eval_rows
-        splits[split] = published[source].take(_capped(indices, cap, data.split_seed))
+    for split, (role, indices) in split_indices(rule.kind, sizes, data.split_seed, spec.name, groups).items():
+        if split == "train":
+            taken = capped(indices, data.max_train_rows, data.split_seed)
+        else:
+            taken = capped(indices, data.max_eval_rows, data.split_seed, groups.get(role))
+        splits[split] = published[role].take(taken)
     if data.shots is not None:
-        splits["train"] = _few(spec, splits["train"], data.shots, seed)
-    if not local:
-        _check_hub(spec, splits, problems, notes)
+        splits["train"] = few_shot(spec, splits["train"], data.shots, seed)
+    if isinstance(place, HubSplits):
+        _check_hub(spec, splits, problems)
+    notes += [*_left_out_notes(published.values()), *_empty_notes(spec, splits)]
     splits.notes = tuple(f"task {spec.name!r}: {note}" for note in notes)
     for note in splits.notes:
         log.warning("%s", note)
     return splits
 
 
-def shuffled(num_rows: int, seed: int) -> list[int]:
-    """Return the permutation that ATTEMPT and its descendants split by."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def split_indices(kind: SplitKind, sizes: dict[str, int], split_seed: int, task: str) -> dict[Split, tuple[str, list[int]]]:
-    """Return, for each split, the published split it is cut from and which of its rows it takes, in order.
-
-    `sizes` counts the rows of the published splits by their role: `halves` needs train and validation, `carve`
-    train and test, `official` all three.
-    """
-    train = list(range(sizes["train"]))
-    if kind == "official":
-        plan: dict[Split, tuple[str, list[int]]] = {
-            "train": ("train", train),
-            "validation": ("validation", list(range(sizes["validation"]))),
-            "test": ("test", list(range(sizes["test"]))),
-        }
-    elif kind == "halves":
-        order = shuffled(sizes["validation"], split_seed)
-        half = len(order) // 2
-        plan = {"train": ("train", train), "validation": ("validation", order[:half]), "test": ("validation", order[half:])}
-    else:
-        order = shuffled(sizes["train"], split_seed)
-        carved = min(CARVED_ROWS, len(order) // 10)
-        test = list(range(sizes["test"]))
-        plan = {"train": ("train", order[carved:]), "validation": ("train", order[:carved]), "test": ("test", test)}
-    for split, (source, indices) in plan.items():
-        if not indices:
-            raise DataError(f"task {task!r}: the published {source} split ({sizes[source]} rows) leaves no {split} row")
-    return plan
-
-
-def _capped(indices: list[int], cap: int | None, split_seed: int) -> list[int]:
-    """Return the first `cap` rows of the split's shuffle, as ATTEMPT does; rows a rule has shuffled keep their order."""
-    if cap is None or cap >= len(indices):
-        return indices
-    is_shuffled = any(here > there for here, there in pairwise(indices))
-    return indices[:cap] if is_shuffled else [indices[i] for i in shuffled(len(indices), split_seed)[:cap]]
-
-
-def _few(spec: TaskSpec, rows: list[Row], shots: int, seed: int) -> list[Row]:
-    """Return `shots` rows of every class that train has, or `shots` rows in all where there are no classes."""
-    drawn = [rows[i] for i in shuffled(len(rows), seed)]
-    by_class: dict[object, list[Row]] = defaultdict(list)
-    for row in drawn:
-        by_class[column(row, spec.target_column) if spec.kind == "classification" else None].append(row)
-    for label, members in by_class.items():
-        if len(members) < shots:
-            which = "" if label is None else f" of label {label!r}"
-            raise DataError(f"task {spec.name!r}: data.shots is {shots}, but train has {len(members)} rows{which}")
-    few = {id(row) for members in by_class.values() for row in members[:shots]}
-    return [row for row in drawn if id(row) in few]
-
-
-def _open_local(spec: TaskSpec, root: Path | None, problems: checks.Problems) -> tuple[dict[str, _Published], SplitRule, list[str]]:
-    folders = local_folders(spec, root)
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise DataError(_how_to_get(spec, folder))
-    wanted, rule, notes = _local_splits(spec, folders)
-    published = {}
-    for role, names in wanted.items():
-        rows: list[Row] = []
-        for prefix, folder in folders.items():
-            for name in names:
-                found = checks.read_jsonl(folder / f"{name}.jsonl", spec, problems)
-                rows += [{**row, ROW_ID: f"{prefix}{name}:{line}"} for line, row in enumerate(found, 1)]
-        published[role] = _Published(len(rows), partial(_pick, rows))
-    return published, rule, notes
-
-
-def _pick(rows: list[Row], indices: Sequence[int]) -> list[Row]:
-    return [rows[i] for i in indices]
-
-
-def local_folders(spec: TaskSpec, root: Path | None) -> dict[str, Path]:
-    """Return the folders a task is read from, by the prefix of their row ids (empty unless there are several)."""
-    if spec.folder is not None:
-        return {"": spec.folder}
-    assert root is not None
-    assert spec.local_name is not None
-    several = len(spec.hub_configs) > 1
-    folder = Path(root) / spec.local_name
-    return {f"{name}/" if several else "": folder / (name or "default") for name in spec.hub_configs}
-
-
-def _local_splits(spec: TaskSpec, folders: dict[str, Path]) -> tuple[dict[str, tuple[str, ...]], SplitRule, list[str]]:
-    """Return the file names behind train, validation and test, the rule that applies, and notes where it had to give."""
-    rule, notes = spec.splits, []
-
-    def there(names: tuple[str, ...]) -> bool:
-        return all((folder / f"{name}.jsonl").is_file() for folder in folders.values() for name in names)
-
-    needed = _needed(rule)
-    if not there(rule.train) and there(("train",)):
-        needed["train"] = ("train",)
-        notes.append(f"train.jsonl stands for {' + '.join(rule.train)}")
-    missing = [f"{name}.jsonl" for names in needed.values() for name in names if not there((name,))]
-    if not missing:
-        return needed, rule, notes
-    if not there(("train", "validation")):
-        raise DataError(f"task {spec.name!r}: no {' and '.join(missing)} in {' and '.join(map(str, folders.values()))}")
-    notes.append(
-        f"no {', '.join(missing)}: a tenth of train (at most {CARVED_ROWS:,} rows) is the validation split "
-        f"and validation.jsonl is the test"
-    )
-    return {"train": needed["train"], "test": ("validation",)}, replace(rule, kind="carve"), notes
-
-
 def _needed(rule: SplitRule) -> dict[str, tuple[str, ...]]:
-    """Return which published splits a rule reads, by the role they play in it."""
+    """Return which published splits a rule reads, by their role in it."""
     if rule.kind == "halves":
         return {"train": rule.train, "validation": rule.validation}
     if rule.kind == "carve":
@@ -242,60 +133,70 @@ def _needed(rule: SplitRule) -> dict[str, tuple[str, ...]]:
     return {"train": rule.train, "validation": rule.validation, "test": rule.test}
 
 
-def _published(parts: _Parts) -> _Published:
-    return _Published(sum(len(part) for _, part in parts), partial(_take, parts))
+def _published_splits(
+    spec: TaskSpec, place: LocalFiles | HubSplits, problems: row_checks.Problems
+) -> tuple[dict[str, Published], SplitRule, list[str]]:
+    """Return the rows behind train, validation and test, the rule that applies, and notes where it differs from the task's."""
+    rule, notes = spec.splits, []
+
+    def there(names: Iterable[str]) -> bool:
+        return all(map(place.has, names))
+
+    needed = _needed(rule)
+    if not there(rule.train) and there(("train",)):
+        needed["train"] = ("train",)
+        notes.append(f"{place.label('train')} is used in place of {' + '.join(rule.train)}")
+    missing = [f"no {place.label(name)}" for names in needed.values() for name in names if not place.has(name)]
+    if missing and not there(("train", "validation")):
+        raise DataError(f"task {spec.name!r}: {' and '.join(missing)} in {place.where()}; add what is missing")
+    published = {} if missing else {role: place.read(names) for role, names in needed.items()}
+    problems.raise_any(spec.name)
+    missing += [
+        f"no row of {' and '.join(map(place.label, needed[role]))} has a label"
+        for role, rows in published.items()
+        if role != "train" and not len(rows)
+    ]
+    if missing:
+        if not there(("validation",)) or not len(published.get("validation", (None,))):
+            raise DataError(f"task {spec.name!r}: {' and '.join(missing)}; fix the column {spec.target_column!r} of the task")
+        notes.append(
+            f"{', '.join(missing)}: a tenth of train (at most {CARVED_ROWS:,} rows) is the validation split "
+            f"and {place.label('validation')} is the test"
+        )
+        rule = replace(rule, kind="carve")
+        published = {
+            "train": published["train"] if published else place.read(needed["train"]),
+            "test": published.get("validation") or place.read(("validation",)),
+        }
+        problems.raise_any(spec.name)
+    empty = [role for role, rows in published.items() if not len(rows)]
+    if empty:
+        raise DataError(
+            f"task {spec.name!r}: no row of {' and '.join(empty)} has a label in column {spec.target_column!r} "
+            f"({place.where()}); name the column of the labels in the task"
+        )
+    return published, rule, notes
 
 
-def _open_hub(spec: TaskSpec, cache: Path | None) -> dict[str, _Parts]:
-    import datasets  # one second of import that local folders do not need
-
-    assert spec.hub_name is not None
-    opened: dict[str, _Parts] = {}
-    try:
-        for role, names in _needed(spec.splits).items():
-            opened[role] = [
-                (f"{config}/{name}" if len(spec.hub_configs) > 1 else name,
-                 datasets.load_dataset(spec.hub_name, config, split=name, cache_dir=None if cache is None else str(cache)))
-                for config in spec.hub_configs for name in names
-            ]  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{_how_to_get(spec, None)} (the hub said: {reason})") from error
-    return opened
+def _left_out_notes(published: Iterable[Published]) -> list[str]:
+    """Return one sentence for each reason why rows were left out."""
+    by_reason: dict[str, list[str]] = {}
+    total: Counter[str] = Counter()
+    for part in (part for rows in published for part in rows.parts):
+        for reason, count in part.dropped.items():
+            total[reason] += count
+            by_reason.setdefault(reason, []).append(f"{count:,} of {part.name}")
+    return [f"left out {total[reason]:,} rows {reason} ({', '.join(places)})" for reason, places in by_reason.items()]
 
 
-def _take(parts: _Parts, indices: Sequence[int]) -> list[Row]:
-    """Return rows of the concatenated parts without turning the others into Python objects."""
-    import datasets
-
-    ids = [f"{name}:{line + 1}" for name, part in parts for line in range(len(part))]
-    rows = datasets.concatenate_datasets([part for _, part in parts]).select(indices).to_list()
-    return [{**row, ROW_ID: ids[i]} for i, row in zip(indices, rows, strict=True)]
+def _empty_notes(spec: TaskSpec, splits: Mapping[str, list[Row]]) -> list[str]:
+    num_empty = sum(len(row_checks.empty_fields(spec, row)) for rows in splits.values() for row in rows)
+    return [f"{num_empty} empty text fields in the published data were kept"] if num_empty else []
 
 
-def _check_hub(spec: TaskSpec, splits: Splits, problems: checks.Problems, notes: list[str]) -> None:
-    """Raise on unusable rows of the hub; empty texts are only noted, because a user cannot mend published data."""
-    num_empty = 0
+def _check_hub(spec: TaskSpec, splits: Splits, problems: row_checks.Problems) -> None:
+    """Raise DataError on unusable rows of the hub."""
     for rows in splits.values():
         for row in rows:
-            for what in checks.row_problems(spec, row):
-                if what.endswith("is empty"):
-                    num_empty += 1
-                else:
-                    problems.add(f"{spec.hub_name}:{row[ROW_ID]}", what)
+            problems.add_row(spec, row, f"{spec.hub_name}:{row[ROW_ID]}")
     problems.raise_any(spec.name)
-    if num_empty:
-        notes.append(f"{num_empty} empty text fields in the published data were kept")
-
-
-def _how_to_get(spec: TaskSpec, folder: Path | None) -> str:
-    """Return the remedy for missing data: what to download, where it goes, and what a local copy looks like."""
-    if spec.hub_name is None:
-        return f"task {spec.name!r} reads train.jsonl and validation.jsonl (and test.jsonl if there is one) in {folder}"
-    names = " and ".join(f"{spec.local_name}/{config or 'default'}" for config in spec.hub_configs)
-    found = f"no folder {folder}" if folder else f"could not load {spec.hub_name} from the hub"
-    return (
-        f"task {spec.name!r}: {found}. With a network, leave data.root empty: huggingface.co/datasets/{spec.hub_name} "
-        f"is downloaded to data.cache. Without one, set data.root to a folder holding {names}, each with train.jsonl "
-        f"and validation.jsonl: one JSON object a line, the hub's columns (Dataset.to_json writes this form)"
-    )

@@ -1,8 +1,8 @@
 """Which tasks the texts of a step are from, where a stage does not take all of its tasks at every step.
 
-A mixture says how many texts of each task a step holds, and how many earlier steps held: that is where the task's own rows go
-on. Both are pure functions of (seed, step): draws come from raw Philox words, so many a step, and what is kept of them can be
-computed again.
+A mixture tells how many texts of each task a step has, and how many the earlier steps had: the task's rows continue after
+those. Both are pure functions of (seed, step): draws come from raw Philox words, a fixed number a step, and everything that
+is cached can be computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bpt_dist.config import Stage
+from bpt_dist.config import StageConfig
 
 BLOCK = 1024  # steps whose draws are made at once
 FRACTION_BITS = 53
@@ -32,7 +32,7 @@ class Sampling(NamedTuple):
     temperature: float = 10.0
 
     @classmethod
-    def of(cls, stage: Stage) -> Sampling:
+    def of(cls, stage: StageConfig) -> Sampling:
         """Return the sampling that the settings of a stage describe."""
         return cls(stage.sampling, stage.sampling_cap, stage.sampling_temperature)
 
@@ -50,22 +50,22 @@ class Sampling(NamedTuple):
 
 
 class Mixture:
-    """The texts of every task in every step of a stage: `num_texts` together, drawn as `sampling` says."""
+    """The number of texts of every task in every step of a stage: `num_texts` in all, drawn by the rule of `sampling`."""
 
     def __init__(self, sampling: Sampling, sizes: Sequence[int], num_texts: int, seed: int) -> None:
         self.kind, self.num_texts, self.seed = sampling.kind, num_texts, seed
         self.num_tasks = len(sizes)
         self._edges = np.cumsum(sampling.probabilities(sizes))[:-1]
-        self._before = [np.zeros(self.num_tasks, dtype=np.int64)]  # texts of each task before each block
+        self._num_earlier = [np.zeros(self.num_tasks, dtype=np.int64)]  # texts of each task before each block
         self._newest: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many texts of each task the steps before this one hold, and this one itself."""
+        """Return how many texts of each task [K] all earlier steps have, and how many this step has [K]."""
         block, place = divmod(step, BLOCK)
-        while len(self._before) <= block:
-            self._before.append(self._before[-1] + self._counts(len(self._before) - 1).sum(axis=0))
+        while len(self._num_earlier) <= block:
+            self._num_earlier.append(self._num_earlier[-1] + self._counts(len(self._num_earlier) - 1).sum(axis=0))
         counts = self._counts(block)
-        return self._before[block] + counts[:place].sum(axis=0), counts[place]
+        return self._num_earlier[block] + counts[:place].sum(axis=0), counts[place]
 
     def _counts(self, block: int) -> np.ndarray:
         """Return the texts of each task in each step of a block [BLOCK, K]."""
@@ -96,8 +96,8 @@ class Mixture:
         return np.searchsorted(self._edges, uniform, side="right")
 
     def _tally(self, tasks: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-        each = tasks[..., None] == np.arange(self.num_tasks)
-        return (each if counted is None else each & counted[..., None]).sum(axis=1)
+        is_task = tasks[..., None] == np.arange(self.num_tasks)
+        return (is_task if counted is None else is_task & counted[..., None]).sum(axis=1)
 
     def _uniform(self, block: int, num_draws: int) -> np.ndarray:
         """Return numbers in [0, 1) for each step of a block [BLOCK, num_draws]."""
@@ -108,7 +108,7 @@ class Mixture:
 def philox_words(num_words: int, seed: int, name: str, index: int) -> np.ndarray:
     """Return the first 64-bit words of the generator that (seed, name, index) names.
 
-    Raw words, because NumPy promises those of a bit generator for ever, but not what `Generator` makes of them.
+    Raw words, because NumPy keeps those of a bit generator the same in every version, but not what `Generator` makes of them.
     """
     key = hashlib.sha256(f"{seed}\x00{name}\x00{index}".encode()).digest()[:16]
     return np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(num_words)

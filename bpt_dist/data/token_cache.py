@@ -1,8 +1,11 @@
-"""Prepared splits kept on disk: what was read, checked, worded and tokenised once is only read the next time.
+"""Prepared splits kept on disk: what was read, checked and tokenised once is only read the next time.
 
 One file a split, `<task>-<split>-<key>.safetensors`. The key is a SHA-256 over everything that shapes the tokens
-(`prepared` collects it), so a file is never out of date: it is found or it is not. What is in a file is believed only
-if its checksum is right. Nothing is ever unpickled. A cache that cannot be read or written costs time, never a run.
+(`data/prepare` collects it), so a file is never out of date: it exists or it does not. A file is used only if its checksum
+is right. Nothing is ever unpickled. A cache that cannot be read or written costs time, never a run.
+
+Files are mapped into memory (`data/columns`): the ranks of a host share them, and a rank reads the rows it uses. One rank of a host
+verifies a file and hands over which file that was (`StoredFile`); the others open the same file without reading it through.
 """
 
 from __future__ import annotations
@@ -13,43 +16,68 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
-from bpt_dist.data.text_to_text import Example
+from bpt_dist.data.columns import ExampleRows, fact_columns, id_columns, stored_ids, stored_texts, text_columns
+from bpt_dist.data.mapped_arrays import CHECKSUM, FileIdentity, MappedArrays, checksum_of
 from bpt_dist.data.tokens import TokenisedTask
-from bpt_dist.files import OS_FILES, temporary_name
+from bpt_dist.data.unknown_text import UnknownText
+from bpt_dist.storage.files import OS_FILES, temporary_name
+from bpt_dist.tasks.text_to_text import Example
 
 log = logging.getLogger(__name__)
 MAX_BYTES = 4 << 30  # some four times the thirteen tasks of GLUE and SuperGLUE with their sources
 LEFTOVER_SECONDS = 3600.0  # a file this old that is still not whole belongs to a process that was killed
 SUFFIX = ".safetensors"
 IDS = ("source_ids", "target_ids", "label_ids")
-CHECKSUM = "sha256"
-# Rows become tokens in these modules; a changed one makes every file of before unfindable.
-MODULES = ("checks", "prepared", "rows", "spec", "text_to_text", "token_cache", "tokens")
+TEXTS, FACTS = ("source", "target", "row_id"), "facts"
+# Rows become tokens in these modules; a change in one of them gives every file another key.
+MODULES = (
+    "data/columns", "data/mapped_arrays", "data/prepare", "data/published", "data/row_checks", "data/rows", "data/splits",
+    "data/token_cache", "data/tokens", "data/unknown_text", "tasks/spec", "tasks/text_to_text",
+)  # fmt: skip
+
+
+class StoredFile(NamedTuple):
+    """A file of the cache that this process, or another one of its host, has verified."""
+
+    path: Path
+    identity: FileIdentity
 
 
 @dataclass(frozen=True)
 class Split:
     """The examples of one split, their tokens in the same order, and what was noted about the data when they were read."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     tokens: TokenisedTask
     notes: tuple[str, ...] = ()
+    unknown: tuple[UnknownText, ...] = ()
+    stored_hash: str | None = None
+    file: StoredFile | None = None  # where it is kept
+
+    @property
+    def targets(self) -> Iterable[str]:
+        """The right text of every example, without making the examples."""
+        if isinstance(self.examples, ExampleRows):
+            return self.examples.targets
+        return (example.target for example in self.examples)
 
     @cached_property
     def content_hash(self) -> str:
         """The SHA-256 of what is trained or evaluated on: row ids, source, target and label tokens, in order."""
+        if self.stored_hash is not None:
+            return self.stored_hash  # under the checksum of the file
         digest = hashlib.sha256()
         tokens = self.tokens
         for row_id, source, target in zip(tokens.row_ids, tokens.source_ids, tokens.target_ids, strict=True):
@@ -60,14 +88,14 @@ class Split:
         return digest.hexdigest()
 
 
-# Splits that somebody in this process still holds: source and target stage may read the same one, and so may the next run.
+# Splits that are still in use in this process: source and target stage may read the same one, and so may the next run.
 _held: WeakValueDictionary[Path, Split] = WeakValueDictionary()
 
 
 def _code() -> dict[str, str]:
     digest = hashlib.sha256()
     for name in MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes() + b"\0")
+        digest.update((Path(__file__).parents[1] / f"{name}.py").read_bytes() + b"\0")
     libraries = {package: version(package) for package in ("numpy", "tokenizers", "torch")}
     return {"code": digest.hexdigest(), "python": platform.python_version(), **libraries}
 
@@ -87,18 +115,14 @@ def path_of(folder: Path, task: str, split: str, key: str) -> Path:
 
 
 def read(path: Path) -> Split | None:
-    """Return the split at `path`, or None where there is none that can be believed; a damaged file is named and ignored."""
+    """Return the split at `path`, or None where there is no intact one; a damaged file is named and ignored."""
     if (held := _held.get(path)) is not None:
         return held
     try:
-        data = path.read_bytes() if path.is_file() else None
+        split = _opened(path, verify=True)
     except OSError:
-        data = None  # of somebody else, or just removed to make room
-    if data is None:
-        return None
-    try:
-        split = _decoded(path.name, data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return None  # there is none, it is not readable for this user, or it was just removed to make room
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s: is damaged (%s); the data are prepared again", path, error)
         return None
     with suppress(OSError):
@@ -107,13 +131,26 @@ def read(path: Path) -> Split | None:
     return split
 
 
-def write(path: Path, split: Split) -> None:
-    """Keep a split at `path`; a folder that cannot be written is a warning.
+def read_verified(file: StoredFile) -> Split | None:
+    """Return a split that a rank of this host has verified, without reading it through; another file is verified as by `read`."""
+    if (held := _held.get(file.path)) is not None:
+        return held
+    try:
+        split = _opened(file.path, verify=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read(file.path)
+    if split.file != file:
+        return read(file.path)
+    _held[file.path] = split
+    return split
 
-    No fsync: what a power loss leaves fails its checksum. Processes that write the same file write the same bytes under names of
-    their own; the last one stays.
+
+def write(path: Path, split: Split) -> Split:
+    """Keep a split at `path` and return it as it is kept, out of memory; a folder that cannot be written is a warning.
+
+    No fsync: what a power loss leaves fails its checksum. Processes that write the same file write the same bytes to temporary
+    files of their own; the last one stays.
     """
-    _held[path] = split
     temporary = temporary_name(path)
     try:
         # Rows may be private, and a stranger who could write here would choose what is trained on.
@@ -128,8 +165,13 @@ def write(path: Path, split: Split) -> None:
     except OSError as error:
         _warn_once(
             f"{path.parent}: prepared data cannot be kept ({error.strerror or type(error).__name__}) and will be prepared at every "
-            "start; free some space there, or set data.cache to a folder of yours"
+            "start; free some space there, or set data.cache to a folder you can write"
         )
+    else:
+        with suppress(OSError):  # another process may have made room already
+            split = _opened(path, verify=False)
+    _held[path] = split
+    return split
 
 
 @lru_cache(maxsize=16)
@@ -139,18 +181,18 @@ def _warn_once(text: str) -> None:
 
 def _make_room(newest: Path) -> None:
     """Remove the files used longest ago until the rest is at most MAX_BYTES, and what interrupted writes left behind."""
-    found = []
+    files = []
     for path in newest.parent.glob(f"*{SUFFIX}*"):
         try:
             facts = path.stat()
         except FileNotFoundError:  # another process makes room as well
             continue
         if path.suffix == SUFFIX:
-            found.append((path != newest, -facts.st_mtime_ns, facts.st_size, path))
+            files.append((path != newest, -facts.st_mtime_ns, facts.st_size, path))
         elif time.time() - facts.st_mtime > LEFTOVER_SECONDS:
             path.unlink(missing_ok=True)
     total = 0
-    for is_older, _, size, path in sorted(found):
+    for is_older, _, size, path in sorted(files):
         total += size
         if is_older and total > MAX_BYTES:
             path.unlink(missing_ok=True)
@@ -158,56 +200,35 @@ def _make_room(newest: Path) -> None:
 
 def _encoded(name: str, split: Split) -> bytes:
     tokens, examples = split.tokens, split.examples
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part in IDS:
-        rows = getattr(tokens, part)
-        arrays[part] = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
-        arrays[f"{part}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
-    columns = {
+        arrays |= id_columns(part, getattr(tokens, part))
+    for part in TEXTS:
+        arrays |= text_columns(part, (getattr(example, part) for example in examples))
+    arrays |= fact_columns(FACTS, examples)
+    whole = {
         "name": tokens.name,
         "num_truncated_sources": tokens.num_truncated_sources,
         "num_truncated_targets": tokens.num_truncated_targets,
         "notes": split.notes,
-        "source": [example.source for example in examples],
-        "target": [example.target for example in examples],
-        "row_id": [example.row_id for example in examples],
-        "label": [example.label for example in examples],
-        "references": [example.references for example in examples],
-        "group": [example.group for example in examples],
+        "unknown": [[field.field, field.num_unknown, field.num_characters, field.examples] for field in split.unknown],
+        "content_hash": split.content_hash,
     }
     # Plain ASCII: half a surrogate pair, which JSON of a user may hold in a column nobody checks, comes back as it was.
-    arrays["text"] = np.frombuffer(json.dumps(columns, allow_nan=False).encode("ascii"), dtype=np.uint8)
-    arrays[CHECKSUM] = np.frombuffer(_checksum(name, arrays), dtype=np.uint8)
+    arrays["split"] = np.frombuffer(json.dumps(whole, allow_nan=False).encode("ascii"), dtype=np.uint8)
+    arrays[CHECKSUM] = np.frombuffer(checksum_of(name, arrays), dtype=np.uint8)
     return safetensors.numpy.save(arrays)
 
 
-def _decoded(name: str, data: bytes) -> Split:
-    """Return what `_encoded` wrote. Raises ValueError, KeyError, TypeError or SafetensorError for anything else."""
-    arrays = safetensors.numpy.load(data)
-    if arrays.pop(CHECKSUM).tobytes() != _checksum(name, arrays):
-        raise ValueError("its checksum is wrong")
-    columns = json.loads(arrays["text"].tobytes())
-    examples = tuple(
-        Example(source, target, row_id, label, tuple(references), group)
-        for source, target, row_id, label, references, group in zip(
-            *(columns[part] for part in ("source", "target", "row_id", "label", "references", "group")), strict=True
-        )
-    )
-    sources, targets, labels = (_cut_apart(arrays[part], arrays[f"{part}.lengths"]) for part in IDS)
-    row_ids = tuple(columns["row_id"])
-    cut = columns["num_truncated_sources"], columns["num_truncated_targets"]
-    return Split(examples, TokenisedTask(columns["name"], sources, targets, row_ids, labels, *cut), tuple(columns["notes"]))
-
-
-def _cut_apart(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
-    ends = np.cumsum(lengths).tolist()
-    return tuple(ids[start:end] for start, end in zip([0, *ends], ends, strict=False))
-
-
-def _checksum(name: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return the SHA-256 of the arrays and of the name of their file: a file that was renamed is not believed."""
-    digest = hashlib.sha256(name.encode())
-    for part, array in sorted(arrays.items()):
-        digest.update(f"\0{part} {array.dtype} {array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()
+def _opened(path: Path, *, verify: bool) -> Split:
+    """Return what `write` has kept. Raises OSError, and ValueError, KeyError, TypeError or AttributeError for anything else."""
+    mapped = MappedArrays(path, verify=verify)
+    columns = mapped.arrays
+    whole = json.loads(columns["split"].tobytes())
+    sources, targets, labels = (stored_ids(columns, part) for part in IDS)
+    source, target, row_ids, facts = (stored_texts(columns, part) for part in (*TEXTS, FACTS))
+    cut = whole["num_truncated_sources"], whole["num_truncated_targets"]
+    tokens = TokenisedTask(whole["name"], sources, targets, row_ids, tuple(labels), *cut)
+    unknown = tuple(UnknownText(name, num, total, tuple(shown)) for name, num, total, shown in whole["unknown"])
+    examples = ExampleRows(source, target, row_ids, facts)
+    return Split(examples, tokens, tuple(whole["notes"]), unknown, whole["content_hash"], StoredFile(path, mapped.identity))

@@ -1,8 +1,9 @@
-"""Text to token ids. Text of a data set never becomes a special token, whatever it says.
+"""Text to token ids. Text of a data set never becomes a special token, whatever it contains.
 
 `split_special_tokens=True` is not enough for T5: `</s>`, `<pad>` and `<extra_id_0>` are also pieces of its unigram
 model, which matches them in plain text. The pieces are therefore renamed in a copy of the tokenizer; what comes out
-equals SentencePiece's own encoding of the same text.
+equals SentencePiece's own encoding of the same text. Ordinary tokens that were added to a tokenizer, such as `{` or `<sep>`,
+are no special ones: the copy keeps them and gives them the ids of the tokenizer.
 """
 
 from __future__ import annotations
@@ -10,40 +11,40 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from bpt_dist.data.spec import Protocol, TaskSpec
-from bpt_dist.data.text_to_text import Example
 from bpt_dist.errors import ConfigError
+from bpt_dist.tasks.spec import Protocol, TaskSpec
+from bpt_dist.tasks.text_to_text import Example
 
 log = logging.getLogger(__name__)
-PAD_ID = 0  # every T5 pads with 0; `plain_encoder` holds the tokenizer to it
+PAD_ID = 0  # every T5 pads with 0; `plain_encoder` refuses a tokenizer that does not
+SENTINEL = re.compile(r"\u2581?<extra_id_\d+>")  # special in every T5, also where a tokenizer lists them as ordinary tokens
 
 
 @dataclass(frozen=True)
 class TokenisedTask:
-    """The examples of one task and split as ids, each ending with the end token; and what was cut to fit."""
+    """The examples of one task and split as ids, each ending with the end token; and what was cut to fit.
+
+    Rows are in memory where they were just made, and else in the mapped file of the token cache.
+    """
 
     name: str
-    source_ids: tuple[np.ndarray, ...]
-    target_ids: tuple[np.ndarray, ...]
-    row_ids: tuple[str, ...]
+    source_ids: Sequence[np.ndarray]
+    target_ids: Sequence[np.ndarray]
+    row_ids: Sequence[str]
     label_ids: tuple[np.ndarray, ...]
     num_truncated_sources: int
     num_truncated_targets: int
 
     def __len__(self) -> int:
         return len(self.row_ids)
-
-    @property
-    def truncated_share(self) -> float:
-        """Return the share of examples whose source lost text, 0 to 1."""
-        return self.num_truncated_sources / len(self) if len(self) else 0.0
 
 
 def tokenise(
@@ -58,19 +59,41 @@ def tokenise(
     """Return the examples as token ids, counting what was cut.
 
     Lengths include the end token and default to the task's own; a closed set of label words is never cut.
-    `label_ids` holds the ids of `spec.words(protocol)`, encoded like targets, for ranking.
+    `label_ids` holds the ids of `spec.words(protocol)`, encoded like targets, for ranking. Raises ConfigError if the tokenizer
+    does not know a label word or cannot tell two of them apart.
     """
     encoder = plain_encoder(tokenizer)
     end = int(tokenizer.eos_token_id)
     words = encode(encoder, spec.words(protocol), end)
+    _check_label_words(spec, spec.words(protocol), words, tokenizer, encoder)
     num_source = max_source_length or spec.max_source_length
     num_target = max_target_length or _longest_target(spec, words)
     sources, cut_sources = _cut(encode(encoder, [example.source for example in examples], end), num_source)
     targets, cut_targets = _cut(encode(encoder, [example.target for example in examples], end), num_target)
     row_ids = tuple(example.row_id for example in examples)
-    found = TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
-    _report_cuts(found, num_source, num_target)
-    return found
+    tokens = TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
+    _report_cuts(tokens, num_source, num_target)
+    return tokens
+
+
+def _check_label_words(
+    spec: TaskSpec, words: Sequence[str], label_ids: Sequence[np.ndarray], tokenizer: Any, encoder: PlainEncoder
+) -> None:
+    """Raise ConfigError naming label words without ids, with unknown pieces, or with the ids of another word."""
+    remedy = "choose words the tokenizer of the backbone knows and tells apart, or add them to it as ordinary tokens"
+    problems: list[str] = []
+    first_word: dict[bytes, str] = {}
+    for word, ids in zip(words, label_ids, strict=True):
+        pieces = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[:-1].tolist())))
+        other = first_word.setdefault(ids.tobytes(), word)
+        if len(ids) == 1:
+            problems.append(f"{word!r} has no tokens")
+        elif encoder.unknown_id in ids[:-1]:
+            problems.append(f"{word!r} becomes {pieces!r}, which has unknown pieces")
+        elif other != word:
+            problems.append(f"{word!r} and {other!r} have the same tokens {pieces!r}")
+    if problems:
+        raise ConfigError(f"task {spec.name!r}: label_words: {'; '.join(problems)}; {remedy}")
 
 
 def report_cuts(spec: TaskSpec, tokens: TokenisedTask, max_source_length: int | None = None) -> None:
@@ -89,34 +112,60 @@ def _report_cuts(tokens: TokenisedTask, num_source: int, num_target: int) -> Non
             log.warning("task %r: %d of %d %s were cut to %d tokens", tokens.name, num_cut, len(tokens), what, limit)
 
 
+@dataclass(frozen=True)
+class PlainEncoder:
+    """A copy of a tokenizer's engine that knows no special token but the unknown one."""
+
+    engine: Any
+    tokenizer_ids: Mapping[int, int]  # ids of the tokenizer by those of the engine, where they differ
+    unknown_id: int | None
+    splits_words: bool  # False where the engine knows a word as a whole or not at all
+
+    def ids(self, encoding: Any) -> list[int]:
+        """Return the ids the tokenizer gives to the pieces of an encoding of the engine."""
+        ids: list[int] = encoding.ids
+        return [self.tokenizer_ids.get(index, index) for index in ids] if self.tokenizer_ids else ids
+
+
 @lru_cache(maxsize=2)
 def encoder_hash(tokenizer: Any) -> str:
     """Return the SHA-256 of all that decides which ids a text gets: pieces with their scores, normalisation, the end token."""
-    state = plain_encoder(tokenizer).to_str()
-    return hashlib.sha256(f"{int(tokenizer.eos_token_id)} {state}".encode()).hexdigest()
+    encoder = plain_encoder(tokenizer)
+    facts = [int(tokenizer.eos_token_id), encoder.unknown_id, sorted(encoder.tokenizer_ids.items()), encoder.engine.to_str()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @lru_cache(maxsize=2)
-def plain_encoder(tokenizer: Any) -> Any:
-    """Return a copy of a fast tokenizer's engine that knows no special token but the unknown one.
+def plain_encoder(tokenizer: Any) -> PlainEncoder:
+    """Return the encoder of data text of a fast tokenizer.
 
-    Raises ConfigError for a tokenizer without such an engine, without an end token, or that pads with another id.
+    Raises ConfigError for a tokenizer without an engine, without an end token, or that pads with another id.
     """
     engine = getattr(tokenizer, "backend_tokenizer", None)
     if engine is None or tokenizer.eos_token_id is None or tokenizer.pad_token_id != PAD_ID:
         raise ConfigError(
             f"backbone.path: its tokenizer ({type(tokenizer).__name__}) must be a fast one (tokenizer.json) "
-            f"with an end token and pad id {PAD_ID}"
+            f"with an end token and pad id {PAD_ID}; choose a backbone with one"
         )
     state = json.loads(engine.to_str())
-    specials = {token["content"] for token in state["added_tokens"]} | set(tokenizer.all_special_tokens)
-    state.update(added_tokens=[], post_processor=None, padding=None, truncation=None)
+    added = state["added_tokens"]
+    specials = {token["content"] for token in added if token["special"]} | set(tokenizer.all_special_tokens)
+    ordinary = [token for token in added if not _is_special(token["content"], specials)]
+    state.update(added_tokens=ordinary, post_processor=None, padding=None, truncation=None)
     _hide(state["model"], specials)
-    return type(engine).from_str(json.dumps(state))
+    plain = type(engine).from_str(json.dumps(state))
+    # Without the special tokens, added ones beyond the model's vocabulary get other ids.
+    ids = {plain.token_to_id(token["content"]): token["id"] for token in ordinary}
+    moved = {index: original for index, original in ids.items() if index != original}
+    return PlainEncoder(plain, moved, tokenizer.unk_token_id, state["model"]["type"] in ("Unigram", "BPE"))
+
+
+def _is_special(piece: str, specials: set[str]) -> bool:
+    return piece in specials or SENTINEL.fullmatch(piece) is not None
 
 
 def _hide(model: dict[str, Any], specials: set[str]) -> None:
-    """Rename special pieces to texts no input can contain: blanks never survive the splitting into words."""
+    """Rename special pieces to texts that no input can contain: no word has blanks after the splitting into words."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):
         model["vocab"] = [[_hidden(piece, specials), score] for piece, score in vocabulary]
@@ -128,13 +177,22 @@ def _hide(model: dict[str, Any], specials: set[str]) -> None:
 
 
 def _hidden(piece: str, specials: set[str]) -> str:
-    return f"\x00 {piece} \x00" if piece in specials else piece
+    return f"\x00 {piece} \x00" if _is_special(piece, specials) else piece
 
 
-def encode(encoder: Any, texts: Sequence[str], end: int) -> tuple[np.ndarray, ...]:
+def encode(encoder: PlainEncoder, texts: Sequence[str], end: int) -> tuple[np.ndarray, ...]:
     """Return the ids of texts, none of them special, each followed by the end token."""
-    found = encoder.encode_batch(list(texts), add_special_tokens=False)
-    return tuple(np.asarray([*each.ids, end], dtype=np.int32) for each in found)
+    encodings = encoder.engine.encode_batch(list(texts), add_special_tokens=False)
+    return tuple(np.asarray([*encoder.ids(encoding), end], dtype=np.int32) for encoding in encodings)
+
+
+def unknown_spans(encoder: PlainEncoder, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Return, for each text, the places (start, end in characters) that become the unknown piece."""
+    encodings = encoder.engine.encode_batch(list(texts), add_special_tokens=False)
+    return [
+        [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == encoder.unknown_id]
+        for encoding in encodings
+    ]
 
 
 def _cut(sequences: Sequence[np.ndarray], limit: int) -> tuple[tuple[np.ndarray, ...], int]:

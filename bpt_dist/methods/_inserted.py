@@ -1,4 +1,4 @@
-"""What the methods share that change the T5 from outside: their tensors enter through insertion points, no prompt is put before."""
+"""What the methods share that change the backbone from outside: their tensors enter through insertion points, without a prompt."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bpt_dist.backbones.insertion import Change, Site, rms_normalised
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.insertion import Change, Place, rms_normalised
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method, Tensors, generator
 from bpt_dist.objective import sequence_log_likelihood
+from bpt_dist.tasks.spec import TaskSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda states: functional.gelu(states, approximate="tanh"),
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class InsertedMethod(Method):
-    """A method of the target stage whose tensors change the T5 where they are inserted."""
+    """A method of the target stage whose tensors change the backbone where they are inserted."""
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
         """Take out what an earlier target inserted and insert the tensors of this one at their start."""
@@ -41,22 +41,22 @@ class InsertedMethod(Method):
         return generator(self.seed, *self.target_tasks, *keys)
 
     def placed(self, tensor: Tensor) -> nn.Parameter:
-        """Return `tensor` as a trainable one on the T5's device, in float32 whatever the T5 is."""
+        """Return `tensor` as a trainable one on the backbone's device, in float32 whatever the backbone is."""
         return nn.Parameter(tensor.to(self.backbone.device, torch.float32))
 
     def train_norms(self) -> None:
-        """Train the gain w of every layer norm of the T5: the T5 keeps w, and ours is what is added to it, starting at 0.
+        """Train the gain w of every layer norm of the backbone, which keeps w: ours is what is added to it, starting at 0.
 
         Adding 0 changes no bit, and w need not be read where it is partitioned. Weight decay, if any, pulls to w and not to 0.
         """
         self.norms = nn.ParameterDict()
 
-        def around(place: Place) -> Change:
+        def around(place: Site) -> Change:
             epsilon = float(place.module.variance_epsilon)  # type: ignore[arg-type]  # of T5LayerNorm
             gain = self.norms[place.key] = self.placed(torch.zeros(self.backbone.width))
             return lambda x, y: y + (gain * rms_normalised(x, epsilon)).to(y.dtype)
 
-        self.backbone.around_norm(around)
+        self.backbone.wrap_norm(around)
 
     def smoothed_loss(self, logits: Float[Tensor, "m N U V"], batch: Batch, label_smoothing: float) -> Float[Tensor, ""]:
         """Return minus the weighted log-likelihood with smoothed labels, summed over this rank's texts."""

@@ -21,17 +21,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.config import Stage
+from bpt_dist.backbones.prompts import prepend_own
+from bpt_dist.config import StageConfig
+from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
-from bpt_dist.mesh import Mesh
+from bpt_dist.methods._inserted import normal
 from bpt_dist.methods._source_prompts import SourcePrompts
-from bpt_dist.methods.base import Prelude, Tensors, generator
-from bpt_dist.prompts import prepend_own
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.methods.base import AuxiliaryPhase, Tensors, generator
+from bpt_dist.tasks.spec import TaskSpec
 
 ATTENTION = ("down", "up", "norm_scale", "norm_shift")
+# Of both weights at the start, as in the authors' code: `_init_weights` of their T5 meets every `nn.Linear`.
+ATTENTION_STD = 0.01
 
 
 class Config(PromptOptions):
@@ -62,6 +65,7 @@ class AttentionalMixture(SourcePrompts):
 
     paper = "Asai et al. 2022 (ATTEMPT)"
     summary = "K frozen source prompts and a target prompt, mixed for each text by attention"
+    reference_tensors = frozenset({"sources"})
     source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D"}
     config: Config
     down: nn.Parameter
@@ -76,12 +80,12 @@ class AttentionalMixture(SourcePrompts):
         super().begin_source(tasks, mesh)
         self.stage = "prompts"
 
-    def preludes(self) -> Sequence[Prelude]:
+    def auxiliary_phases(self) -> Sequence[AuxiliaryPhase]:
         """Return the stage of the source prompts where the attention is trained after them."""
         pretrains = self.stage == "prompts" and self.config.prompt_steps is not None
-        return (Prelude("prompts", self.config.prompt_steps or 0),) if pretrains else ()
+        return (AuxiliaryPhase("prompts", self.config.prompt_steps or 0),) if pretrains else ()
 
-    def end_prelude(self, mesh: Mesh) -> None:
+    def end_auxiliary_phase(self, mesh: Mesh) -> None:
         """Freeze the source prompts and pre-train the attention on the source tasks, as targets trained together would."""
         self._mix(self.task_prompts.detach().clone(), len(self.source_tasks), {})
 
@@ -99,7 +103,7 @@ class AttentionalMixture(SourcePrompts):
         if self.config.prompt_steps is not None and not pretrained:
             raise ConfigError(
                 f"method.prompt_steps: is {self.config.prompt_steps}, but the source posterior holds no pre-trained attention; set "
-                "it to null, or train the source stage anew"
+                "it to null, or train the source stage again"
             )
         self._mix(source["prompts"].to(self.backbone.device), len(tasks), pretrained)
 
@@ -110,8 +114,8 @@ class AttentionalMixture(SourcePrompts):
         self.target_prompts = nn.Parameter(sources[0].expand(num_tasks, -1, -1).clone())
         width, hidden = self.backbone.width, self.config.attention_width
         start = pretrained or {
-            "down": _uniform(hidden, width, generator(self.seed, "attention", "down")),
-            "up": _uniform(width, hidden, generator(self.seed, "attention", "up")),
+            "down": self._attention_weight("down", hidden, width),
+            "up": self._attention_weight("up", width, hidden),
             "norm_scale": torch.ones(width),
             "norm_shift": torch.zeros(width),
         }
@@ -123,6 +127,11 @@ class AttentionalMixture(SourcePrompts):
         for name in ATTENTION:
             trained = self.config.train_layer_norm or not name.startswith("norm")
             setattr(self, name, nn.Parameter(start[name].to(self.backbone.device).clone(), requires_grad=trained))
+
+    def _attention_weight(self, name: str, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+        weight = torch.empty(rows, columns)
+        normal(ATTENTION_STD, generator(self.seed, "attention", name))(weight)
+        return weight
 
     # --- the mixture ------------------------------------------------------------------------------------------------------------
 
@@ -139,16 +148,18 @@ class AttentionalMixture(SourcePrompts):
         scores = torch.cat([hidden @ self.sources.amax(dim=1).T, (hidden * own.amax(dim=1)).sum(-1, keepdim=True)], dim=1)
         return (scores / (self.config.temperature or math.e * self.backbone.width)).softmax(dim=-1)
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
         """Put before every text the prompt made for it: sum_j a_j P_j + P_target, the target prompt being one of the P_j too."""
         if self.stage == "prompts":
-            return super().encoder_inputs(embeds, batch)
+            return super().encoder_inputs(embeds, batch, particles)
         own = self.target_prompts[batch.task_index.to(embeds.device)]
         weights = self.attention(embeds, batch.source_mask.to(embeds.device), own)
         mixed = torch.einsum("nj,jpd->npd", weights[:, :-1], self.sources) + (weights[:, -1] + 1)[:, None, None] * own
         return prepend_own(mixed[None], embeds)
 
-    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+    def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return two speeds: the prompts and the attention network."""
         if self.stage == "prompts":
             return super().param_groups(stage)
@@ -158,8 +169,3 @@ class AttentionalMixture(SourcePrompts):
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return None: every text has a prompt of its own, so there is no prompt to export."""
         return None
-
-
-def _uniform(rows: int, columns: int, draws: torch.Generator) -> Float[Tensor, "rows columns"]:
-    """Return a matrix within 1 / sqrt(columns), where torch starts a linear layer."""
-    return (2 * torch.rand(rows, columns, generator=draws) - 1) / columns**0.5

@@ -1,4 +1,4 @@
-"""The interface of a method: what is trainable, how it enters the frozen T5, what is optimised, what is carried to the targets.
+"""The interface of a method: what is trainable, how it enters the frozen backbone, what is optimised, what the targets start from.
 
 A method does not own the optimizer, the loop, the device, rank logic, files, logging or seeds.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,30 +15,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bpt_dist.backbone import Backbone
-from bpt_dist.config import Config, Evaluation, MethodConfig, Stage
+from bpt_dist.backbones.base import Backbone, Forward
+from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.forward import Forward
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.objective import Reduction
+from bpt_dist.tasks.spec import TaskSpec
 
 Tensors = Mapping[str, Tensor]
 
 
-class Prelude(NamedTuple):
+class AuxiliaryPhase(NamedTuple):
     """A shorter stage that comes before the main one; `lr` None is the stage's own rate."""
 
     name: str
     steps: int
     lr: float | None = None
 
-    def settings(self, stage: Stage) -> Stage:
-        """Return the settings of this prelude of `stage`: own steps and rate, all tasks at every step, nothing validated."""
-        own = {"steps": self.steps, "lr": self.lr or stage.lr, "sampling": "all"}
+    def settings(self, stage: StageConfig) -> StageConfig:
+        """Return the settings of this phase of `stage`: its own steps and rate, all tasks at every step, nothing validated."""
+        values = {"steps": self.steps, "lr": self.lr or stage.lr, "sampling": "all"}
         unset = {"tasks_per_step": None, "eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
-        known = type(stage).model_fields
-        return stage.model_copy(update=own | {key: value for key, value in unset.items() if key in known})
+        fields = type(stage).model_fields
+        return stage.model_copy(update=values | {key: value for key, value in unset.items() if key in fields})
 
 
 class SharedPrompt(NamedTuple):
@@ -49,79 +49,118 @@ class SharedPrompt(NamedTuple):
 
 
 class LowRankPairs(NamedTuple):
-    """B A alpha / rank, added to linear layers of the T5: by the layer's name, A [R, inputs] and B [outputs, R]."""
+    """B A alpha / rank, added to linear layers of the backbone: by the layer's name, A [R, inputs] and B [outputs, R]."""
 
     alpha: float
     pairs: Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Method(nn.Module):
-    """One way to adapt a frozen T5. Owns exactly the tensors training may change, and nothing else."""
+    """One way to adapt a frozen backbone. Owns exactly the tensors training may change, and nothing else.
 
+    Every method implements `begin_target`. The hooks below are grouped by who needs them: every method, a method with a source
+    stage, one with particles, one whose targets have a prior or are trained together, one that can be exported.
+    """
+
+    # Of every method: the paper with its year, and half a sentence about what is trained.
     paper: ClassVar[str]
     summary: ClassVar[str]
-    # Names of the trainable tensors whose first axis counts particles: sharded over the mesh, clipped particle by particle.
-    particle_tensors: frozenset[str] = frozenset()
+
+    # With a source stage. What a target stage needs of it: tensor name to axes, "K P D", where D is the width of the backbone. A
+    # method that names nothing starts from its own posteriors only.
+    source_tensors: ClassVar[Mapping[str, str]] = {}
+    # The tasks along axis K of those tensors, in order; set once a source stage has begun or its posterior was read.
+    source_tasks: tuple[str, ...] = ()
     # Names of trainable tensors whose first axis counts separate problems that every rank keeps: clipped row by row.
     independent_rows: frozenset[str] = frozenset()
-    # What a target stage needs of the source stage: tensor name to axes, "K P D", where D is the width of the T5. A method that
-    # names nothing starts from its own posteriors only.
-    source_tensors: ClassVar[Mapping[str, str]] = {}
-    # The tasks along axis K of those tensors, in order; known once a source stage has begun or its posterior was read.
-    source_tasks: tuple[str, ...] = ()
-    # The share of each target task in the texts of a step, in expectation, which weighs its likelihood; () is equal shares.
-    target_shares: tuple[float, ...] = ()
 
-    def __init__(
-        self, config: MethodConfig, backbone: Backbone, *, seed: int, reduction: Reduction, evaluation: Evaluation | None = None
-    ) -> None:
-        super().__init__()
-        self.config, self.seed, self.reduction = config, seed, reduction
-        self.evaluation = evaluation or Evaluation()
-        # Not a sub-module: the T5's weights are not this method's parameters.
-        object.__setattr__(self, "backbone", backbone)
+    # With particles. Names of the trainable tensors whose first axis counts them: sharded over the mesh, clipped one by one.
+    particle_tensors: frozenset[str] = frozenset()
+
+    # Of every method that needs them. Names of tensors that are read and not trained, such as the centres of a prior: compared
+    # between replicas at the start of a stage.
+    reference_tensors: frozenset[str] = frozenset()
+
+    # For targets trained together. The share of each in the texts of a step, in expectation, which weighs its likelihood; () is
+    # equal shares.
+    target_shares: tuple[float, ...] = ()
 
     backbone: Backbone
 
-    # --- stages -----------------------------------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        config: MethodConfig,
+        backbone: Backbone,
+        *,
+        seed: int,
+        reduction: Reduction,
+        evaluation: EvaluationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.seed, self.reduction = config, seed, reduction
+        self.evaluation = evaluation or EvaluationConfig()
+        # Not a sub-module: the backbone's weights are not this method's parameters.
+        object.__setattr__(self, "backbone", backbone)
 
-    @property
-    def num_particles(self) -> int:
-        """M of the source stage: how many hypotheses are trained side by side."""
-        return 1
-
-    def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
-        """Create the trainable tensors of the source stage; identical on every world size."""
-        raise NotImplementedError(f"{type(self).__name__} has no source stage")
-
-    def end_source(self, mesh: Mesh) -> dict[str, Tensor]:
-        """Return what the source stage hands over, whole, on every rank (collective: every rank)."""
-        raise NotImplementedError(f"{type(self).__name__} has no source stage")
+    # --- every method: what is trained, how it enters the backbone, what is optimised ---------------------------------------------
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
         """Create the trainable tensors of a target stage from what `end_source` returned; `num_examples` is |D| of each task."""
         raise NotImplementedError
 
-    def preludes(self) -> Sequence[Prelude]:
-        """Return the stages to train before the one just begun, on the same tasks; `begin_...` has set up the first.
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
+        """Return the encoder's inputs for each of this rank's `particles`; by default the word embeddings, unchanged.
 
-        Every step of a prelude has texts of all tasks, whatever the sampling, and the main stage goes on behind them.
+        A method without `particle_tensors` has one hypothesis and may leave the last parameter out. With them, what is built for
+        particles that a pass does not read would cost a rank the square of their number.
         """
-        return ()
-
-    def end_prelude(self, mesh: Mesh) -> None:
-        """Keep what the prelude just trained has learned and set up the next one, or the main stage (collective: every rank)."""
-        raise NotImplementedError(f"{type(self).__name__} has no preludes")
-
-    # --- how it enters the model ------------------------------------------------------------------------------------------------
-
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
-        """Return the encoder's inputs for each particle of this rank; by default the word embeddings, unchanged."""
         return embeds[None]
 
     def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
         """Return log-likelihoods [m, N] of the batch's targets for the `particles` (counted on this rank)."""
-        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch)[particles], self.reduction)
+        chosen = (particles,) if self.particle_tensors else ()
+        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch, *chosen), self.reduction)
+
+    def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
+        """Return minus the weighted log-likelihood, summed over this rank's texts and particles: each particle sees its own sum."""
+        return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
+
+    def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
+        """Return the optimizer's groups; two-speed learning rates live here."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of the trainable tensors as they are now."""
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """Return what must be equal on all ranks that own the same particles: trained tensors and `reference_tensors`.
+
+        The weights of a partitioned backbone differ from rank to rank and are left out.
+        """
+        present = {name: getattr(self, name, None) for name in self.reference_tensors}
+        references = {name: tensor for name, tensor in present.items() if tensor is not None}
+        if self.config.TRAINS_BACKBONE and self.backbone.partition is not None:
+            return references
+        return {**references, **{name: parameter.detach() for name, parameter in self.named_parameters()}}
+
+    @torch.no_grad()
+    def restore(self, tensors: Tensors) -> None:
+        """Put back what `snapshot` returned."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def num_trainable(self) -> int:
+        """Return how many numbers training may change in the current stage."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def end(self) -> None:
+        """Leave the backbone as it was before this method."""
+        self.backbone.detach()
+
+    # --- every method: how it predicts --------------------------------------------------------------------------------------------
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
         """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""
@@ -131,19 +170,43 @@ class Method(nn.Module):
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) under each hypothesis."""
         return self.backbone.rank(batch, candidates, lambda embeds: self.prediction_inputs(embeds, batch, predict))
 
-    def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
-        """Return the greedily decoded target of each text under the MAP hypothesis."""
-        return self.backbone.generate(batch, lambda embeds: self.prediction_inputs(embeds, batch, "map"), max_new_tokens)[0]
+    def generate(self, batch: Batch, max_new_tokens: int, predict: str = "map") -> list[str]:
+        """Return the greedily decoded target of each text: of the MAP hypothesis, or of the mean over those of an `ensemble`."""
+        inputs = lambda embeds: self.prediction_inputs(embeds, batch, predict)  # noqa: E731
+        return self.backbone.generate(batch, inputs, max_new_tokens, average=predict == "ensemble")[0]
 
-    # --- what is optimised ------------------------------------------------------------------------------------------------------
+    # --- methods with a source stage, or shorter phases before a stage ------------------------------------------------------------
 
-    def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
-        """Return minus the weighted log-likelihood, summed over this rank's texts and particles: each particle sees its own sum."""
-        return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
+    def begin_source(self, tasks: Sequence[TaskSpec], mesh: Mesh) -> None:
+        """Create the trainable tensors of the source stage; identical on every world size."""
+        raise NotImplementedError(f"{type(self).__name__} has no source stage")
 
-    def penalty(self) -> Float[Tensor, ""] | None:
-        """Return minus the log prior on the scale of the loss, or None; added once, after the sum over texts."""
-        return None
+    def end_source(self, mesh: Mesh) -> dict[str, Tensor]:
+        """Return what the source stage hands over, whole, on every rank (collective: every rank)."""
+        raise NotImplementedError(f"{type(self).__name__} has no source stage")
+
+    def auxiliary_phases(self) -> Sequence[AuxiliaryPhase]:
+        """Return the stages to train before the one just begun, on the same tasks; `begin_...` has set up the first.
+
+        Every step of a phase has texts of all tasks, whatever the sampling, and the main stage continues behind them.
+        """
+        return ()
+
+    def end_auxiliary_phase(self, mesh: Mesh) -> None:
+        """Keep what the phase just trained has learned and set up the next one, or the main stage (collective: every rank)."""
+        raise NotImplementedError(f"{type(self).__name__} has no auxiliary phases")
+
+    @property
+    def extra_forwards(self) -> int:
+        """Passes of every text without gradients that a step of the current stage takes beside the one it learns from."""
+        return 0
+
+    # --- particles: hypotheses trained side by side -------------------------------------------------------------------------------
+
+    @property
+    def num_particles(self) -> int:
+        """M of the source stage: how many hypotheses are trained side by side."""
+        return 1
 
     def begin_step(self, mesh: Mesh) -> None:
         """Start what may run beside the forward pass, such as the gather of the particles (collective: every rank)."""
@@ -155,26 +218,13 @@ class Method(nn.Module):
         """Return what the last step should log besides the losses (collective: every rank; what rank 0 returns counts)."""
         return {}
 
-    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; two-speed learning rates live here."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
+    # --- targets with a prior, and targets trained together -----------------------------------------------------------------------
 
-    @property
-    def extra_forwards(self) -> int:
-        """Passes of every text without gradients that a step of the current stage takes beside the one it learns from."""
-        return 0
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """Return minus the log prior on the scale of the loss, or None; added once, after the sum over texts."""
+        return None
 
-    # --- what is carried over ---------------------------------------------------------------------------------------------------
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Return copies of the trainable tensors as they are now."""
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def restore(self, tensors: Tensors) -> None:
-        """Put back what `snapshot` returned."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
+    # --- export -------------------------------------------------------------------------------------------------------------------
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return the finished soft prompt of each target task, or None when the method is not a prompt."""
@@ -185,37 +235,35 @@ class Method(nn.Module):
         """Return what of the trained tensors of a joint stage makes its prompts F o (sum_r u_r v_r^T), or None."""
         return None
 
+    def low_rank_pairs(self) -> LowRankPairs | None:
+        """Return what is added to linear layers, or None when the method adds no such thing."""
+        return None
+
     @classmethod
     def options_of_stored(cls, options: Mapping[str, Any], trained: Tensors) -> dict[str, Any]:
         """Return options under which `begin_target` makes room for stored tensors without files their start was read from."""
         return dict(options)
 
-    def low_rank_pairs(self) -> LowRankPairs | None:
-        """Return what is added to linear layers, or None when the method adds no such thing."""
-        return None
 
-    def num_trainable(self) -> int:
-        """Return how many numbers training may change in the current stage."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
-    def end(self) -> None:
-        """Leave the T5 as it was before this method."""
-        self.backbone.detach()
-
-
-def load(config: Config, backbone: Backbone) -> Method:
+def load(config: RunConfig, backbone: Backbone) -> Method:
     """Return the method named in the configuration: the one Method subclass of the file of that name."""
     chosen = method_class(config.method.name)
-    options = config.method.as_options_of(importlib.import_module(chosen.__module__).Config)
+    options = config.method.as_options_of(options_class(chosen))
     return chosen(options, backbone, seed=config.seed, reduction=config.reduction, evaluation=config.evaluation)
 
 
 def method_class(name: str) -> type[Method]:
     """Return the Method subclass of `methods/<name>.py`; the configuration checked the name against the directory."""
     module = importlib.import_module(f"bpt_dist.methods.{name}")
-    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
-    (own,) = [value for value in found if value.__module__ == module.__name__]
-    return own
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
+    (defined_here,) = [value for value in classes if value.__module__ == module.__name__]
+    return defined_here
+
+
+def options_class(method: type[Method]) -> type[MethodConfig]:
+    """Return the options of a method: the class `Config` of its file."""
+    options: type[MethodConfig] = vars(sys.modules[method.__module__])["Config"]
+    return options
 
 
 def generator(seed: int, *keys: object) -> torch.Generator:

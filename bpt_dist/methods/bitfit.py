@@ -1,7 +1,9 @@
 """BitFit: Ben Zaken et al., "Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", ACL 2022.
 
 BitFit trains the biases a model has. T5 has none, so one is added, starting at 0, to every linear layer (q, k, v, o, wi, wo, and
-lm_head) and every layer norm, as the code of Compacter (Karimi Mahabadi et al. 2021) does, from which published rows come.
+lm_head) and to the layer norms of the blocks. The norm after each stack gets none. That is what the code of Compacter (Karimi
+Mahabadi et al. 2021) and ATTEMPT does, from which published rows come: it builds `final_layer_norm` without `adapter_config`
+(rabeehk/compacter, third_party/models/t5/modeling_t5.py, `T5Stack`).
 """
 
 from __future__ import annotations
@@ -12,36 +14,38 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from bpt_dist.backbones.insertion import Change, Site
 from bpt_dist.config import MethodConfig
-from bpt_dist.insertion import Change, Place
 from bpt_dist.methods._inserted import InsertedMethod
 
 LM_HEAD = "lm_head"
+LAST_NORM = "final_layer_norm"
 
 
 class Config(MethodConfig):
     """Options of BitFit; learning rate and steps are the target stage's (published: 3e-4)."""
 
     name: Literal["bitfit"] = "bitfit"
-    # The published counts include this bias; the configuration released with ATTEMPT freezes it.
+    # Published counts include this bias. `freeze_bitfit_lm_head` of the configuration released with ATTEMPT freezes the weight of
+    # the head and trains its bias.
     lm_head: bool = Field(True, description="Train a bias of the logits as well.")
 
 
 class BitFit(InsertedMethod):
-    """Train a bias on every linear layer and layer norm, shared by all targets. 282,496 numbers on T5-base."""
+    """Train a bias on every linear layer and every layer norm of a block, shared by all targets. 280,960 numbers on T5-base."""
 
     paper = "Ben Zaken et al. 2022"
-    summary = "biases added to all linear layers and layer norms"
+    summary = "biases added to all linear layers and the layer norms of the blocks"
     config: Config
 
     def insert(self) -> None:
-        """Insert a zero bias at every linear layer and layer norm."""
+        """Insert a zero bias at every linear layer and every layer norm of a block."""
         self.biases = nn.ParameterDict()
-        self.backbone.around_linear(self._bias, None)
-        self.backbone.around_norm(self._bias)
+        self.backbone.wrap_linear(self._bias, None)
+        self.backbone.wrap_norm(self._bias)
 
-    def _bias(self, place: Place) -> Change:
-        if place.stack == LM_HEAD and not self.config.lm_head:
+    def _bias(self, place: Site) -> Change:
+        if place.name.endswith(LAST_NORM) or (place.stack == LM_HEAD and not self.config.lm_head):
             return lambda _x, y: y
         size = place.module.out_features if isinstance(place.module, nn.Linear) else self.backbone.width
         bias = self.biases[place.key] = self.placed(torch.zeros(size))

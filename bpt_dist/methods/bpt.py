@@ -14,19 +14,19 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bpt_dist.config import Stage, refuse, without_effect
+from bpt_dist.backbones.prompts import prepend_own, rows_of
+from bpt_dist.config import StageConfig, refuse, without_effect
+from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.exchange import SteinExchange
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.exchange import SteinExchange
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import SharedPrompt, Tensors, generator
 from bpt_dist.methods.vanilla_transfer import VanillaTransfer
 from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
-from bpt_dist.prompts import prepend_own
-from bpt_dist.settings.prompt import PromptOptions
-from bpt_dist.svgd import Rule, initial_particles
+from bpt_dist.svgd import KernelOptions, initial_particles
+from bpt_dist.tasks.spec import TaskSpec
 
-PROJECTED = 64  # coordinates of the particle picture kept in metrics.jsonl
+PROJECTED = 64  # coordinates of the particle picture
 
 
 class Config(PromptOptions):
@@ -86,6 +86,7 @@ class BayesianPromptTuning(VanillaTransfer):
     paper = "Lee et al. 2023 (BMTPT)"
     summary = "SVGD over M source prompts, then MAP adaptation around their mean"
     particle_tensors = frozenset({"particles", "u", "v"})
+    reference_tensors = frozenset({"starts", "deviations"})
     source_tensors: ClassVar[dict[str, str]] = {"particles": "M P D", "mean": "P D"}
     config: Config
 
@@ -107,7 +108,7 @@ class BayesianPromptTuning(VanillaTransfer):
             particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
         self.own(particles[mesh.rows(num_particles)])
         self.exchange = SteinExchange(
-            mesh, num_particles, particles.shape[1], Rule(config.kernel, config.scope, config.bandwidth, config.form)
+            mesh, num_particles, particles.shape[1], KernelOptions(config.kernel, config.scope, config.bandwidth, config.form)
         )
         self.stage = "source"
 
@@ -128,16 +129,19 @@ class BayesianPromptTuning(VanillaTransfer):
         """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start (collective)."""
         if self.stage != "source":
             return {}
-        # A fixed random projection keeps distances (Johnson-Lindenstrauss) and fits a line of the log.
-        shape = (*self.particles.shape[1:], PROJECTED)
-        axes = torch.randn(shape[0] * shape[1], PROJECTED, generator=generator(0, "projection")) / PROJECTED**0.5
-        found = self.exchange.diagnostics(axes.view(shape))
-        if found is None:
+        snapshot = self.exchange.diagnostics(self._projection_axes)
+        if snapshot is None:
             return {}
         return {
-            "metrics": {f"svgd/{name}": value for name, value in found.metrics.items()},
-            "particles": {"projection": found.projection.tolist(), "kernel": found.kernel.tolist()},
+            "metrics": {f"svgd/{name}": value for name, value in snapshot.metrics.items()},
+            "particles": {"projection": snapshot.projection, "kernel": snapshot.kernel},
         }
+
+    def _projection_axes(self) -> Float[Tensor, "P D n"]:
+        """Draw the fixed random axes of the picture: they keep distances (Johnson-Lindenstrauss)."""
+        shape = (*self.particles.shape[1:], PROJECTED)
+        axes = torch.randn(shape[0] * shape[1], PROJECTED, generator=generator(0, "projection")) / PROJECTED**0.5
+        return axes.view(shape)
 
     # --- target stage -----------------------------------------------------------------------------------------------------------
 
@@ -166,31 +170,34 @@ class BayesianPromptTuning(VanillaTransfer):
         """Whether every particle is adapted beside the MAP prompt, to be averaged over at prediction."""
         return self.evaluation.predict == "ensemble" and self.evaluation.num_samples is None
 
-    def target_prompts(self) -> Float[Tensor, "m K P D"]:
-        """Return the effective prompt theta of each target task, the MAP prompt first."""
-        full = self.particles[:, None]
-        return low_rank_product(full, self.u, self.v) if self.config.rank else full.expand(-1, len(self.num_examples), -1, -1)
+    def target_prompts(self, particles: slice = slice(None)) -> Float[Tensor, "m K P D"]:
+        """Return the effective prompt theta of each target task for some `particles`; the first is the MAP prompt."""
+        full = rows_of(self.particles, particles)[:, None]
+        if not self.config.rank:
+            return full.expand(-1, len(self.num_examples), -1, -1)
+        return low_rank_product(full, rows_of(self.u, particles), rows_of(self.v, particles))
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
-        """Put every particle before every text; on targets, its task's prompt."""
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
+        """Put each of the particles before every text; on targets, its task's prompt."""
         if self.stage == "source" or not self.config.rank:
-            return super().encoder_inputs(embeds, batch)
-        return prepend_own(self.target_prompts()[:, batch.task_index.to(embeds.device)], embeds)
+            return super().encoder_inputs(embeds, batch, particles)
+        return prepend_own(self.target_prompts(particles)[:, batch.task_index.to(embeds.device)], embeds)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
         """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt.
 
         Samples have the covariance of the source particles: the posterior's own directions, moved to the target's prompt.
         """
-        prompts = self.target_prompts()[:, batch.task_index.to(embeds.device)]
-        if predict == "map":
-            return prepend_own(prompts[:1], embeds)
-        if self.adapts_particles:
-            return prepend_own(prompts[1:], embeds)
+        adapted = predict != "map" and self.adapts_particles
+        prompts = self.target_prompts(slice(1, None) if adapted else slice(1))[:, batch.task_index.to(embeds.device)]
+        if adapted or predict == "map":
+            return prepend_own(prompts, embeds)
         num_samples, num_particles = self.evaluation.num_samples or 0, len(self.deviations)
         noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(embeds.device)
         offsets = torch.einsum("sm,mpd->spd", noise, self.deviations) / max(num_particles - 1, 1) ** 0.5
-        return prepend_own(prompts[:1] + offsets[:, None], embeds)
+        return prepend_own(prompts + offsets[:, None], embeds)
 
     def penalty(self) -> Float[Tensor, ""] | None:
         """Return minus the log prior of each effective prompt, as objective.py scales it, weighted as the target's likelihood is.
@@ -209,7 +216,7 @@ class BayesianPromptTuning(VanillaTransfer):
                     terms.append(share * mixture_penalty(theta, self.starts[0] + self.deviations, self.prior_std, size))
         return torch.stack(terms).sum()
 
-    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+    def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
         if self.stage == "source":
             return super().param_groups(stage)
@@ -224,4 +231,4 @@ class BayesianPromptTuning(VanillaTransfer):
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
         """Return the effective MAP prompt of each target task."""
-        return dict(zip(self.target_tasks, self.target_prompts()[0].detach().cpu(), strict=True))
+        return dict(zip(self.target_tasks, self.target_prompts(slice(1))[0].detach().cpu(), strict=True))

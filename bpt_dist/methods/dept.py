@@ -16,14 +16,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.config import Stage, refuse
+from bpt_dist.backbones.prompts import prepend, rows_of
+from bpt_dist.config import StageConfig, refuse
+from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Tensors, generator
 from bpt_dist.methods.prompt_tuning import PromptTuning
-from bpt_dist.prompts import prepend
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.tasks.spec import TaskSpec
 
 PUBLISHED_ALPHA = 8  # `lora_alpha` of the authors' code, which no script of theirs changes
 
@@ -76,7 +76,9 @@ class DecomposedPromptTuning(PromptTuning):
         left = (self.config.budget_length - self.particles.shape[1]) * self.backbone.width
         return max(1, left // (self.config.max_length + self.backbone.width))
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
         """Put the prompt before every text whose embeddings are updated by position.
 
         Pads are updated too, but the mask hides them from the encoder, so a text does not depend on how far it is padded.
@@ -85,7 +87,7 @@ class DecomposedPromptTuning(PromptTuning):
         if self.config.scale_update:
             update = update * (PUBLISHED_ALPHA / len(self.embedding_factor) ** 0.5)
         beyond = embeds.shape[1] - len(update)
-        return prepend(self.particles, embeds + functional.pad(update, (0, 0, 0, beyond)).to(embeds))
+        return prepend(rows_of(self.particles, particles), embeds + functional.pad(update, (0, 0, 0, beyond)).to(embeds))
 
     @classmethod
     def options_of_stored(cls, options: Mapping[str, Any], trained: Tensors) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class DecomposedPromptTuning(PromptTuning):
         budget = Config.model_fields["budget_length"].default
         return {**options, "init": "normal", "init_file": None, "length": length, "rank": rank, "budget_length": budget}
 
-    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+    def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return two speeds: the prompt and the update."""
         update = [self.position_factor, self.embedding_factor]
         return [{"params": [self.particles], "lr": stage.lr}, {"params": update, "lr": self.config.lr_low_rank}]

@@ -1,15 +1,15 @@
-"""Full fine-tuning: every weight of the T5 is trained on the target (Raffel et al. 2020)."""
+"""Full fine-tuning: every weight of the backbone is trained on the target (Raffel et al. 2020)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from bpt_dist.backbone import own_part
+from bpt_dist.backbones.base import local_shard
 from bpt_dist.config import MethodConfig
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method, Tensors
+from bpt_dist.tasks.spec import TaskSpec
 
 
 class Config(MethodConfig):
@@ -21,32 +21,32 @@ class Config(MethodConfig):
 
 
 class FineTuning(Method):
-    """Train all weights of the T5 on the target task(s). 222,903,552 numbers on T5-base.
+    """Train all weights of the backbone on the target task(s). 222,903,552 numbers on T5-base.
 
     Without dropout, as all methods here: what it drops would depend on the number of processes and on where a run was resumed.
     """
 
     paper = "Raffel et al. 2020"
-    summary = "all weights of the T5"
+    summary = "all weights of the backbone"
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
         """Start from the pretrained weights, also after an earlier target has changed them."""
         weights = dict(self.backbone.model.named_parameters())
         if not hasattr(self, "pretrained"):
-            self.pretrained = {name: own_part(weight).clone() for name, weight in weights.items()}
+            self.pretrained = {name: local_shard(weight).clone() for name, weight in weights.items()}
         for name, weight in weights.items():
-            own_part(weight).copy_(self.pretrained[name])
+            local_shard(weight).copy_(self.pretrained[name])
             # Registered here, so that optimizer, checkpoints and counts find them where they find every method's tensors.
             weight.requires_grad = True
             self.register_parameter(name.replace(".", "/"), weight)
 
     def end(self) -> None:
-        """Give the T5 its pretrained weights back, frozen."""
+        """Give the backbone its pretrained weights back, frozen."""
         super().end()
         # Nothing was begun where an earlier process had stored all results.
         pretrained = getattr(self, "pretrained", {})
         for name, weight in self.backbone.model.named_parameters():
-            part = own_part(weight.requires_grad_(False))
+            part = local_shard(weight.requires_grad_(False))
             part.copy_(pretrained.get(name, part))
 
     def num_trainable(self) -> int:

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bpt_dist.backbones.base import Forward
+from bpt_dist.backbones.insertion import Change, Site
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.forward import Forward
-from bpt_dist.insertion import Change, Place
 from bpt_dist.methods._inserted import InsertedMethod, as_bottleneck, bottleneck, linear, uniform
 
 BLOCK_EMBEDDING = 10
@@ -90,11 +90,11 @@ class HyperDecoder(InsertedMethod):
         self.generator = Generator(
             self.config, backbone.width, backbone.num_blocks["decoder"], self.draw("generator"), backbone.device
         )
-        backbone.around_sublayer(self._learned, ("feed_forward",), stack="encoder", residual=raw)
+        backbone.wrap_sublayer(self._learned, ("feed_forward",), stack="encoder", residual=raw)
         backbone.after_encoder(self._write)
-        backbone.around_sublayer(self._written, ("feed_forward",), stack="decoder", residual=raw)
+        backbone.wrap_sublayer(self._written, ("feed_forward",), stack="decoder", residual=raw)
 
-    def _learned(self, place: Place) -> Change:
+    def _learned(self, place: Site) -> Change:
         width, inner, source = self.backbone.width, self.config.bottleneck, self.draw("adapter", place.block)
         starts = {
             "down": nn.init.xavier_uniform_(torch.empty(width, inner), gain=LEARNED_GAIN, generator=source),
@@ -111,7 +111,7 @@ class HyperDecoder(InsertedMethod):
         kept = mask.to(torch.float32).unsqueeze(-1)
         self.weights = self.generator((states.to(torch.float32) * kept).sum(1) / kept.sum(1))
 
-    def _written(self, place: Place) -> Change:
+    def _written(self, place: Site) -> Change:
         def change(x: Tensor, y: Tensor) -> Tensor:
             own = {name: weight[:, place.block] for name, weight in self.weights.items()}
             return y + bottleneck(x, **own, activation=functional.relu).to(y.dtype)

@@ -4,9 +4,10 @@ Hypernetworks", ACL 2021.
 One hyper-network a stack writes the weights of every adapter from an embedding of task, block and position (after self-attention
 or after the feed-forward sub-layer): I = LN(MLP([task; block; position])), weights linear in I. The adapter is followed by a layer
 norm whose gain and bias are written too, y + gain o LN(up(act(down(y)))) + bias, before T5 adds the residual. Task embeddings are
-trained, the layer norms of the T5 as well. `++` is the row of published tables; the `plain` variant has hyper-networks of its own
-for each position and no embedding of the position. Differences from the authors' code: it draws the texts of a step from one task,
-trains with label smoothing 0.1, which the paper does not mention (`label_smoothing`), and leaves the task's name out of the text.
+trained, the layer norms of the backbone as well. `++` is the row of published tables; the `plain` variant has its own
+hyper-networks for each position and no embedding of the position. Differences from the authors' code: it draws the texts of a step
+from one task, trains with label smoothing 0.1, which the paper does not mention (`label_smoothing`), and leaves the task's name out
+of the text.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bpt_dist.backbones.base import Forward
+from bpt_dist.backbones.insertion import Change, Site, of_rows
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.forward import Forward
-from bpt_dist.insertion import Change, Place, of_rows
 from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, as_bottleneck, bottleneck, linear, normal
 
 POSITIONS = {"DenseReluDense": 0, "SelfAttention": 1}
@@ -36,7 +37,7 @@ class Config(MethodConfig):
 
     name: Literal["hyperformer"] = "hyperformer"
     variant: Literal["++", "plain"] = Field("++", description="One hyper-network for both positions, or one for each.")
-    reduction: int = Field(32, ge=1, description="Width of the T5 divided by the width of the bottleneck.")
+    reduction: int = Field(32, ge=1, description="Width of the backbone divided by the width of the bottleneck.")
     activation: Literal["gelu_new", "relu", "swish"] = Field("gelu_new", description="Non-linearity of the bottleneck.")
     embedding: int = Field(64, ge=1, description="Width of the embeddings of task, block and position.")
     hidden: int = Field(128, ge=1, description="Hidden width of the network that joins the embeddings.")
@@ -74,8 +75,8 @@ class HyperNetwork(nn.Module):
         return [self._write(self.writers[0], self._joint(each)) for each in of_positions]
 
     def _joint(self, parts: list[Tensor]) -> Float[Tensor, "K L I"]:
-        found: Tensor = self.norm(self.project(functional.relu(self.hidden(torch.cat(parts, dim=-1)))))
-        return found
+        joint: Tensor = self.norm(self.project(functional.relu(self.hidden(torch.cat(parts, dim=-1)))))
+        return joint
 
     def _write(self, writer: nn.Module, joint: Float[Tensor, "K L I"]) -> Weights:
         return as_bottleneck({name: layer(joint) for name, layer in writer.named_children()}, self.width)
@@ -97,16 +98,18 @@ class HyperFormer(InsertedMethod):
             stack: HyperNetwork(config, backbone.width, num_blocks, self.draw(stack), backbone.device)
             for stack, num_blocks in backbone.num_blocks.items()
         })  # fmt: skip
-        backbone.around_sublayer(self._adapter, ("self_attention", "feed_forward"))
+        backbone.wrap_sublayer(self._adapter, ("self_attention", "feed_forward"))
         self.train_norms()
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
         """Write the adapters of the tasks in the batch: every pass comes here first."""
         present, self.task_of_text = batch.task_index.to(embeds.device).unique(return_inverse=True)
         self.weights = {stack: network(self.tasks[present]) for stack, network in self.networks.items()}
-        return super().encoder_inputs(embeds, batch)
+        return super().encoder_inputs(embeds, batch, particles)
 
-    def _adapter(self, place: Place) -> Change:
+    def _adapter(self, place: Site) -> Change:
         position, activation = POSITIONS[place.name.rsplit(".", 1)[-1]], ACTIVATIONS[self.config.activation]
 
         def change(_x: Tensor, y: Tensor) -> Tensor:

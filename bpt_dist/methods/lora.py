@@ -2,7 +2,7 @@
 
 W x becomes W x + (alpha / rank) B A x on the query and value projections. A starts from a Gaussian as in the paper, which leaves
 its width open: N(0, 1 / rank^2) is what PEFT calls `gaussian`. The authors' code and PEFT's default draw A from Kaiming's uniform
-distribution instead. B starts at 0, so that the first step starts from the T5.
+distribution instead. B starts at 0, so that the first step starts from the backbone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bpt_dist.backbones.insertion import Change, Site
 from bpt_dist.config import MethodConfig
-from bpt_dist.insertion import Change, Place
 from bpt_dist.methods._inserted import InsertedMethod
 from bpt_dist.methods.base import LowRankPairs
 
@@ -44,9 +44,9 @@ class Lora(InsertedMethod):
     def insert(self) -> None:
         """Insert a pair that starts at no change around each target layer."""
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
-        self.backbone.around_linear(self._pair, self.config.targets)
+        self.backbone.wrap_linear(self._pair, self.config.targets)
 
-    def _pair(self, place: Place) -> Change:
+    def _pair(self, place: Site) -> Change:
         assert isinstance(place.module, nn.Linear)
         num_inputs, num_outputs, rank = place.module.in_features, place.module.out_features, self.config.rank
         a = self.a[place.key] = self.placed(self._start(num_inputs, self.draw(place.name)))

@@ -19,16 +19,16 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bpt_dist.config import Stage, refuse, without_effect
+from bpt_dist.backbones.base import EncoderInputs, Forward
+from bpt_dist.backbones.prompts import prepend_own
+from bpt_dist.config import StageConfig, refuse, without_effect
+from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.forward import EncoderInputs, Forward
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
-from bpt_dist.methods.base import Prelude, SharedPrompt, Tensors
+from bpt_dist.methods.base import AuxiliaryPhase, SharedPrompt, Tensors
 from bpt_dist.objective import low_rank_product, sequence_divergence, state_distance
-from bpt_dist.prompts import prepend_own
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.tasks.spec import TaskSpec
 
 
 class Config(PromptOptions):
@@ -54,6 +54,7 @@ class MultitaskPromptTuning(SourcePrompts):
 
     paper = "Wang et al. 2023 (MPT)"
     summary = "a shared prompt times rank-one task matrices, distilled from K teacher prompts"
+    reference_tensors = frozenset({"teachers"})
     source_tensors: ClassVar[dict[str, str]] = {"full": "P D", "u": "K R P", "v": "K R D"}
     config: Config
     full: nn.Parameter
@@ -69,11 +70,11 @@ class MultitaskPromptTuning(SourcePrompts):
         if not self.config.distillation:
             self._begin_shared()
 
-    def preludes(self) -> Sequence[Prelude]:
+    def auxiliary_phases(self) -> Sequence[AuxiliaryPhase]:
         """Return the stage of the teachers."""
-        return (Prelude("teachers", self.config.teacher_steps),) if self.stage == "teachers" else ()
+        return (AuxiliaryPhase("teachers", self.config.teacher_steps),) if self.stage == "teachers" else ()
 
-    def end_prelude(self, mesh: Mesh) -> None:
+    def end_auxiliary_phase(self, mesh: Mesh) -> None:
         """Freeze the teachers and start the shared prompt."""
         self.teachers = self.task_prompts.detach().clone()
         self._begin_shared()
@@ -104,10 +105,12 @@ class MultitaskPromptTuning(SourcePrompts):
 
     # --- prompts and loss -------------------------------------------------------------------------------------------------------
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
         """Put before every text the prompt of its task."""
         if self.stage == "teachers":
-            return super().encoder_inputs(embeds, batch)
+            return super().encoder_inputs(embeds, batch, particles)
         prompts = low_rank_product(self.full, self.u, self.v)
         return prepend_own(prompts[batch.task_index.to(embeds.device)][None], embeds)
 
@@ -152,7 +155,7 @@ class MultitaskPromptTuning(SourcePrompts):
             distance = distance + state_distance(taught[0], own[0], mask)
         return plain + self.config.distillation * (distance * weight).sum()
 
-    def param_groups(self, stage: Stage) -> list[dict[str, Any]]:
+    def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return two speeds on targets: the shared prompt and the task vectors."""
         if self.stage != "target":
             return super().param_groups(stage)

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bpt_dist.backbones.prompts import initial_prompt, prepend, rows_of
+from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method, Tensors, generator
-from bpt_dist.prompts import initial_prompt, prepend
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.tasks.spec import TaskSpec
 
 
 class Config(PromptOptions):
@@ -24,7 +24,7 @@ class Config(PromptOptions):
 
 
 class PromptTuning(Method):
-    """Train a soft prompt before the text; the T5 stays frozen. 76,800 numbers for P = 100 on T5-base."""
+    """Train a soft prompt before the text; the backbone stays frozen. 76,800 numbers for P = 100 on T5-base."""
 
     paper = "Lester et al. 2021"
     summary = "one soft prompt a task, from scratch"
@@ -45,9 +45,11 @@ class PromptTuning(Method):
         self.target_tasks = [task.name for task in tasks]
         self.own(self.start(*self.target_tasks)[None])
 
-    def encoder_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch) -> Float[Tensor, "m N L D"]:
-        """Put every particle before every text."""
-        return prepend(self.particles, embeds)
+    def encoder_inputs(
+        self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
+    ) -> Float[Tensor, "m N L D"]:
+        """Put each of the particles before every text."""
+        return prepend(rows_of(self.particles, particles), embeds)
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return the trained prompt under the name of each target task."""

@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from bpt_dist.config import refuse, without_effect
-from bpt_dist.data.tasks import TaskSpec
+from bpt_dist.config.prompt_options import PromptOptions
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
-from bpt_dist.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
-from bpt_dist.methods.base import Prelude, Tensors
-from bpt_dist.prompts import mixture_weights, similarities
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.methods.base import AuxiliaryPhase, Tensors
+from bpt_dist.tasks.spec import TaskSpec
 
 
 class Config(PromptOptions):
@@ -49,6 +49,7 @@ class SoftPromptTransfer(SourcePrompts):
 
     paper = "Vu et al. 2022 (SPoT)"
     summary = "K source prompts, the most similar continued on the target"
+    reference_tensors = frozenset({"library", "keys"})
     source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D", "keys": "K P D", "start": "P D", "key_steps": ""}
     config: Config
 
@@ -61,11 +62,11 @@ class SoftPromptTransfer(SourcePrompts):
         super().begin_source(tasks, mesh)
         self.stage = "keys"
 
-    def preludes(self) -> Sequence[Prelude]:
+    def auxiliary_phases(self) -> Sequence[AuxiliaryPhase]:
         """Return the short stage that makes a task embedding of each source task, or of the target."""
-        return (Prelude(self.stage, self.config.probe_steps),)
+        return (AuxiliaryPhase(self.stage, self.config.probe_steps),)
 
-    def end_prelude(self, mesh: Mesh) -> None:
+    def end_auxiliary_phase(self, mesh: Mesh) -> None:
         """Keep the keys and train them on to the values; or compare the target's embedding and start from what it retrieves."""
         if self.stage == "keys":
             self.keys = self.task_prompts.detach().clone()
@@ -101,9 +102,37 @@ class SoftPromptTransfer(SourcePrompts):
         if self.stage != "target":
             return {}
         names = self.source_tasks or tuple(str(k) for k in range(len(self.keys)))
-        found, weights = self.similarity.tolist(), self.weights.tolist()
+        to_target, weights = self.similarity.tolist(), self.weights.tolist()
         between = [similarities(key, self.keys, self.config.similarity).tolist() for key in self.keys]
-        metrics = {f"spot/similarity/{name}": value for name, value in zip(names, found, strict=True)}
+        metrics = {f"spot/similarity/{name}": value for name, value in zip(names, to_target, strict=True)}
         metrics |= {f"spot/weight/{name}": value for name, value in zip(names, weights, strict=True)}
         # In every record, as the particles' picture is: a resumed run cannot know which records came before.
-        return {"metrics": metrics, "similarity": {"tasks": list(names), "between": between, "target": found, "weights": weights}}
+        similarity = {"tasks": list(names), "between": between, "target": to_target, "weights": weights}
+        return {"metrics": metrics, "similarity": similarity}
+
+
+def similarities(
+    prompt: Float[Tensor, "P D"], others: Float[Tensor, "K Q D"], kind: Literal["average_tokens", "per_token"]
+) -> Float[Tensor, " K"]:
+    """Return the cosine similarity, -1 to 1, of a prompt to each of the others (Vu et al. 2022, section 4.1).
+
+    `average_tokens`: cosine of the two prompts averaged over positions. `per_token`: mean cosine over all pairs of positions.
+    """
+    if kind == "average_tokens":
+        return functional.cosine_similarity(prompt.mean(dim=0)[None], others.mean(dim=1), dim=-1)
+    # The mean over pairs of directions is the product of the mean directions.
+    return functional.normalize(others, dim=-1).mean(dim=1) @ functional.normalize(prompt, dim=-1).mean(dim=0)
+
+
+def mixture_weights(similarity: Float[Tensor, " K"], top_k: int) -> Float[Tensor, " K"]:
+    """Return weights that sum to 1: similarity over its sum among the `top_k` most similar, 0 for the others (Vu et al. 2022).
+
+    A prompt that points away is no help, so negative similarities weigh nothing beside the best, which always counts.
+    """
+    best = similarity.topk(min(top_k, len(similarity)))
+    share = best.values.clamp_min(0)
+    # The first of the best counts alone where nothing is similar: 0 / 0 otherwise.
+    alone = torch.zeros_like(share)
+    alone[0] = 1
+    share = torch.where(share.sum() > 0, share / share.sum().clamp_min(torch.finfo(share.dtype).tiny), alone)
+    return torch.zeros_like(similarity).scatter(0, best.indices, share)

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from bpt_dist.data.tasks import TaskSpec
-from bpt_dist.mesh import Mesh
+from bpt_dist.config.prompt_options import PromptOptions
+from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Tensors
 from bpt_dist.methods.prompt_tuning import PromptTuning
-from bpt_dist.settings.prompt import PromptOptions
+from bpt_dist.tasks.spec import TaskSpec
 
 
 class Config(PromptOptions):

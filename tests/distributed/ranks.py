@@ -6,15 +6,17 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bpt_dist.mesh import World
+from bpt_dist.distributed.mesh import World
 
-TIMEOUT = 120.0
+TIMEOUT = 400.0
 
 
 def free_port() -> int:
@@ -44,18 +46,40 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     return [pickle.loads(found[rank]) for rank in range(size)]
 
 
-def launch(main: Callable[[], int], size: int = 1, **environment: str) -> list[int]:
-    """Return the exit codes of `size` forked processes that run `main` as a launcher would start it; negative ones are signals."""
+def launch(
+    main: Callable[[], int], size: int = 1, *, ended: dict[int, float] | None = None, kill_stopped: bool = False, **environment: str
+) -> list[int]:
+    """Return the exit codes of `size` forked processes that run `main` as a launcher would start it; negative ones are signals.
+
+    `ended` gets the moment at which each rank ended, or was stopped by a signal. With `kill_stopped` a stopped one is killed at the
+    end, as its launcher would.
+    """
     context, port = multiprocessing.get_context("fork"), free_port()
     ranks = [context.Process(target=_main, args=(main, rank, size, port, environment)) for rank in range(size)]
     for process in ranks:
         process.start()
+    if ended is not None:
+        _watch(ranks, ended)
+    if kill_stopped:
+        for process in ranks:
+            process.kill()
     for process in ranks:
         process.join(TIMEOUT)
         if process.is_alive():
             process.kill()
             raise AssertionError(f"pid {process.pid} did not end within {TIMEOUT:g} s")
     return [int(process.exitcode or 0) for process in ranks]
+
+
+def _watch(processes: Sequence[Any], ended: dict[int, float]) -> None:
+    """Note when each process ends or is stopped, until all have."""
+    deadline = time.monotonic() + TIMEOUT
+    while len(ended) < len(processes) and time.monotonic() < deadline:
+        for rank, process in enumerate(processes):
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in "TZ":
+                ended.setdefault(rank, time.monotonic())
+        time.sleep(0.02)
 
 
 def _main(main: Callable[[], int], rank: int, size: int, port: int, environment: dict[str, str]) -> None:

@@ -6,9 +6,9 @@ import multiprocessing
 
 import pytest
 
-from bpt_dist.bench.exchange import measure
+from bpt_dist.commands.bench.exchange import measure
 from bpt_dist.errors import ConfigError
-from bpt_dist.svgd import Rule
+from bpt_dist.svgd import KernelOptions
 
 
 def test_both_exchanges_are_timed_on_the_same_work() -> None:
@@ -26,8 +26,8 @@ def test_both_exchanges_are_timed_on_the_same_work() -> None:
 
 
 def test_a_process_that_fails_ends_the_measurement() -> None:
-    with pytest.raises(RuntimeError, match=r"2 processes were to time their exchanges.*exit codes are \[(1|-6|None)"):
-        measure(2, 4, num_positions=5, width=8, rule=Rule(bandwidth=-1.0))
+    with pytest.raises(RuntimeError, match=r"2 processes did not finish timing their exchanges.*exit codes \[(1|-6|None)"):
+        measure(2, 4, num_positions=5, width=8, rule=KernelOptions(bandwidth=-1.0))
     assert not multiprocessing.active_children()
 
 

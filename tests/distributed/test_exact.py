@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import ranks
 import tiny_run
+from records import repeatable
 
-from bpt_dist.checkpoint import read_tensors
-from bpt_dist.config import Config
-from bpt_dist.mesh import World
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.storage.checkpoint import read_tensors
 from bpt_dist.train import run_all
 
 SIZES = (1, 2, 3, 4)
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
-def configured(world: Path, folder: Path, method: dict[str, Any], shard: str = "none", **source: Any) -> Config:
+def configured(world: Path, folder: Path, method: dict[str, Any], shard: str = "none", **source: Any) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     sections = {
         "source": {"steps": 20, "checkpoint_every": 5, "batch_size": 2, "clip": 0.3, "log_every": 5, **source},
@@ -40,17 +41,17 @@ def configured(world: Path, folder: Path, method: dict[str, Any], shard: str = "
     return tiny_run.load(folder, tiny_run.settings(world, {"name": "bpt", **method}, output=str(folder / "runs"), **sections))
 
 
-def trained(world: World, configs: list[Config]) -> None:
+def trained(world: World, configs: list[RunConfig]) -> None:
     for config in configs:
         tiny_run.trained(config, world)
 
 
-def digest(config: Config) -> dict[str, str]:
+def digest(config: RunConfig) -> dict[str, str]:
     """SHA-256 of the newest checkpoint of every stage (particles, optimizer state) and of the posterior; metrics and results."""
     found = {stage: sha256(state) for stage, state in tiny_run.newest_states(config).items()}
     found["posterior"] = sha256(read_tensors(config.directory / "source" / "posterior" / "posterior.safetensors")[0])
     records = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = json.dumps([(record["stage"], record["step"], record["metrics"]) for record in records])
+    found["metrics"] = json.dumps([(record["stage"], record["step"], record["metrics"]) for record in repeatable(records)])
     results = json.loads((config.directory / "results.json").read_text())
     found["results"] = json.dumps([(entry["task"], entry["metric"], entry["value"]) for entry in results])
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import ranks
 import tiny_run
 import torch
 import torch.distributed as dist
+from records import repeatable
 from torch import Tensor
 
-from bpt_dist import checkpoint
-from bpt_dist.backbone_shapes import ShapeBackbone, shape_of
-from bpt_dist.config import Config, fingerprint
+from bpt_dist.backbones.t5.shapes import ShapeBackbone, shape_of
+from bpt_dist.commands.plan.estimate import estimate
+from bpt_dist.config import RunConfig, fingerprint
+from bpt_dist.distributed.exchange import SteinExchange, slices
+from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.errors import ConfigError
-from bpt_dist.exchange import SteinExchange, slices
-from bpt_dist.mesh import Mesh, World
 from bpt_dist.methods import base as methods
-from bpt_dist.plan import estimate
-from bpt_dist.svgd import Rule, stein_direction
-from bpt_dist.svgd_diagnostics import diagnostics
+from bpt_dist.storage import checkpoint
+from bpt_dist.storage.metrics_log import iter_records
+from bpt_dist.storage.snapshots import with_snapshots
+from bpt_dist.svgd import KernelOptions, stein_direction, summarize
 from bpt_dist.train import run_all
 
 TOLERANCE = 4e-7  # of the norm: float32 rounding of a sum that is split
 RULES = [
-    Rule(kernel, scope, bandwidth, form)
+    KernelOptions(kernel, scope, bandwidth, form)
     for kernel in ("rbf", "imq")
     for scope in ("prompt", "token")
     for form in ("svgd", "repulsive_ensemble")
@@ -60,7 +62,7 @@ class Found(NamedTuple):
     kernel: Tensor | None
 
 
-def exchanged(world: World, cases: list[tuple[str, tuple[int, int, int], Rule]]) -> list[Found]:
+def exchanged(world: World, cases: list[tuple[str, tuple[int, int, int], KernelOptions]]) -> list[Found]:
     found = []
     for exchange, shape, rule in cases:
         particles, score, axes = cloud(*shape)
@@ -71,7 +73,7 @@ def exchanged(world: World, cases: list[tuple[str, tuple[int, int, int], Rule]])
         stein.begin(local)
         phi = stein.direction(local, score[own])
         local.zero_()  # the update comes before the diagnostics
-        picture = stein.diagnostics(axes)
+        picture = stein.diagnostics(axes.clone)
         found.append(Found((own.start, own.stop), phi, *(picture or (None, None, None))))
     return found
 
@@ -87,7 +89,7 @@ def test_every_exchange_has_the_direction_and_the_diagnostics_of_one_process(siz
             own = expected.phi[slice(*found.rows)]
             assert (found.phi - own).norm() <= TOLERANCE * own.norm(), (exchange, shape, rule)
         first = of_rank[0][index]
-        assert first.metrics == pytest.approx(diagnostics(expected, particles), rel=1e-6), (exchange, shape, rule)
+        assert first.metrics == pytest.approx(summarize(expected, particles), rel=1e-6), (exchange, shape, rule)
         kernel = expected.kernel if rule.scope == "prompt" else expected.kernel.mean(0)
         torch.testing.assert_close(first.kernel, kernel, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(first.projection.float(), particles.flatten(1) @ axes.flatten(0, 1), rtol=1e-5, atol=1e-5)
@@ -134,13 +136,13 @@ def traffic(world: World, shape: tuple[int, int, int], scope: str) -> dict[str, 
     found = {}
     for exchange in ("all_gather", "coordinates"):
         mesh = world.mesh(shape[0], exchange=exchange)
-        own, stein = mesh.rows(shape[0]), SteinExchange(mesh, *shape[:2], Rule(scope=scope))
+        own, stein = mesh.rows(shape[0]), SteinExchange(mesh, *shape[:2], KernelOptions(scope=scope))
         with counted(pytest.MonkeyPatch()) as seen:
             stein.begin(particles[own])
             stein.direction(particles[own], score[own])
             found[exchange] = list(seen)
             seen.clear()
-            stein.diagnostics(axes)
+            stein.diagnostics(axes.clone)
             found[f"{exchange}, logged"] = list(seen)
     return found
 
@@ -167,7 +169,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
-def configured(world: Path, folder: Path, exchange: str, method: dict[str, Any] | None = None, **distribution: Any) -> Config:
+def configured(world: Path, folder: Path, exchange: str, method: dict[str, Any] | None = None, **distribution: Any) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     sections = {
         "source": {"steps": 20, "checkpoint_every": 5, "batch_size": 2, "log_every": 5},
@@ -179,14 +181,14 @@ def configured(world: Path, folder: Path, exchange: str, method: dict[str, Any] 
     return tiny_run.load(folder, tiny_run.settings(world, options, output=str(folder / "runs"), **sections))
 
 
-def received(world: World, config: Config, t5: Path) -> list[tuple[str, int]]:
+def received(world: World, config: RunConfig, t5: Path) -> list[tuple[str, int]]:
     """Bytes that each collective of a step brings to this rank, its own among them, as they are planned."""
     mesh, found = world.mesh(4, exchange=config.distribution.exchange), []
     method = methods.load(config, ShapeBackbone(shape_of(str(t5))))
     method.begin_source([], mesh)
-    trade, add = Mesh.start_trade, Mesh.sum_over_particles_
+    trade, add = Mesh.start_all_to_all, Mesh.sum_over_particles_
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mesh, "start_trade", lambda *args: found.append(("all-to-all", 4 * sum(args[2]))) or trade(*args))
+        patch.setattr(Mesh, "start_all_to_all", lambda *args: found.append(("all-to-all", 4 * sum(args[2]))) or trade(*args))
         patch.setattr(Mesh, "sum_over_particles_", lambda *args: found.append(("all-reduce", args[1].nbytes)) or add(*args))
         method.begin_step(mesh)
         method.particles.grad = torch.ones_like(method.particles)
@@ -210,23 +212,23 @@ def test_the_plan_counts_what_a_step_sends(scope: str, world: Path, tmp_path: Pa
 # --- whole runs -----------------------------------------------------------------------------------------------------------------
 
 
-def trained(world: World, configs: list[Config]) -> None:
+def trained(world: World, configs: list[RunConfig]) -> None:
     for config in configs:
         tiny_run.trained(config, world)
 
 
-def end_of(config: Config) -> dict[str, Tensor]:
-    newest = checkpoint.newest(config.directory / "source" / "checkpoints", fingerprint=fingerprint(config), warn=pytest.fail)
+def end_of(config: RunConfig) -> dict[str, Tensor]:
+    newest = checkpoint.latest(config.directory / "source" / "checkpoints", fingerprint=fingerprint(config), warn=pytest.fail)
     assert newest is not None
     return checkpoint.load(newest)[0]
 
 
-def logged(config: Config) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["stage"] == "source"]
+def logged(config: RunConfig) -> list[dict[str, Any]]:
+    records = with_snapshots(repeatable(iter_records(config.directory / "metrics.jsonl")), config.directory)
+    return [dict(record) for record in records if record["stage"] == "source"]
 
 
-def assert_close(found: Config, expected: Config) -> None:
+def assert_close(found: RunConfig, expected: RunConfig) -> None:
     """Particles, optimizer state and what was logged, to the 1e-5 that is promised for every layout."""
     tensors = end_of(found)
     for name, tensor in end_of(expected).items():
@@ -235,9 +237,8 @@ def assert_close(found: Config, expected: Config) -> None:
         assert own["step"] == other["step"]
         assert own["metrics"] == pytest.approx(other["metrics"], rel=1e-4, abs=1e-6)
         for part in ("projection", "kernel"):
-            torch.testing.assert_close(
-                torch.tensor(own["particles"][part]), torch.tensor(other["particles"][part]), rtol=1e-4, atol=1e-5
-            )
+            snapshots = (torch.as_tensor(np.asarray(record["particles"][part])) for record in (own, other))
+            torch.testing.assert_close(*snapshots, rtol=1e-4, atol=1e-5)
 
 
 METHODS: list[dict[str, Any]] = [

@@ -13,8 +13,8 @@ import ranks
 import tiny_run
 from torch import Tensor
 
-from bpt_dist.config import Config
-from bpt_dist.mesh import World
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.mesh import World
 
 SIZES = (1, 2, 3, 4)
 PARTICLES = (6, 5, 4, 1)
@@ -33,7 +33,7 @@ LAYOUTS = [
 ]
 
 
-def configured(world: Path, folder: Path, shard: str, num_particles: int, mesh: tuple[int, int]) -> Config:
+def configured(world: Path, folder: Path, shard: str, num_particles: int, mesh: tuple[int, int]) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     plain = tiny_run.settings(
         world,
@@ -47,29 +47,29 @@ def configured(world: Path, folder: Path, shard: str, num_particles: int, mesh: 
     return tiny_run.load(folder, plain)
 
 
-def trained(world: World, configs: list[Config]) -> None:
+def trained(world: World, configs: list[RunConfig]) -> None:
     for config in configs:
         tiny_run.trained(config, world)
 
 
-def tensors(config: Config) -> dict[str, Tensor]:
+def tensors(config: RunConfig) -> dict[str, Tensor]:
     """Particles and optimizer state at the end of both stages."""
     states = tiny_run.newest_states(config)
     return {f"{stage}/{name}": tensor for stage, state in states.items() for name, tensor in state.items()}
 
 
-def results(config: Config) -> list[tuple[str, float]]:
+def results(config: RunConfig) -> list[tuple[str, float]]:
     return [(entry["metric"], entry["value"]) for entry in json.loads((config.directory / "results.json").read_text())]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Config]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, RunConfig]:
     """All layouts; the ranks of a world size and sharding are forked once."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401 - once, before the ranks are forked
 
     world, folder = tiny_run.world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("layouts")
-    found: dict[Any, Config] = {}
+    found: dict[Any, RunConfig] = {}
     for size in SIZES:
         for shard in SHARDS:
             here = {
@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Config]:
 @pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: f"{layout[1]}-W{layout[0]}-M{layout[2]}-{layout[3][0]}x{layout[3][1]}"
 )
-def test_particles_optimizer_state_and_results_agree_with_one_process(layout: Any, runs: dict[Any, Config]) -> None:
+def test_particles_optimizer_state_and_results_agree_with_one_process(layout: Any, runs: dict[Any, RunConfig]) -> None:
     _, _, num_particles, _ = layout
     found, expected = tensors(runs[layout]), tensors(runs[1, "none", num_particles, (1, 1)])
     assert found.keys() == expected.keys()

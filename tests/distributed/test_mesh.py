@@ -6,8 +6,9 @@ import pytest
 import ranks
 import torch
 
+from bpt_dist.distributed.mesh import World
 from bpt_dist.errors import ConfigError
-from bpt_dist.mesh import World, deal
+from bpt_dist.training.microbatches import deal
 
 SHAPES = [(m, w) for m in (1, 2, 3, 4, 5, 6, 8) for w in (1, 2, 3, 4)]
 

@@ -17,12 +17,13 @@ import torch
 from plain_t5 import batch
 from torch import Tensor
 
-from bpt_dist import backbone as backbones
-from bpt_dist import checkpoint, engine
-from bpt_dist.config import Config, Distribution
-from bpt_dist.mesh import Mesh, World
+from bpt_dist.backbones import loading
+from bpt_dist.config import DistributionConfig, RunConfig
+from bpt_dist.config.method_source import method_names, method_options
+from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import method_class
-from bpt_dist.settings.method_options import method_names, method_options
+from bpt_dist.storage import checkpoint
+from bpt_dist.training.sharding import placement
 
 STEPS = 8
 SHARDS = ("none", "deepspeed", "fsdp2")
@@ -38,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
-def configured(world: Path, folder: Path, name: str, every: dict[str, Any] | None = None, **sections: Any) -> Config:
+def configured(world: Path, folder: Path, name: str, every: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     # Not AdamW, which has a test of its own below: where a gradient is zero but for rounding it steps by the sign of the rounding,
     # and where a ReLU of the T5 lies within rounding of its kink (seen with MPT) it carries the jump of the gradient on.
@@ -51,11 +52,11 @@ def configured(world: Path, folder: Path, name: str, every: dict[str, Any] | Non
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
     """Runs on one rank, made when first asked for."""
 
-    class Runs(dict[str, Config]):
-        def __missing__(self, name: str) -> Config:
+    class Runs(dict[str, RunConfig]):
+        def __missing__(self, name: str) -> RunConfig:
             self[name] = configured(world, tmp_path_factory.mktemp(name), name)
             tiny_run.trained(self[name])
             return self[name]
@@ -63,24 +64,24 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
     return Runs()
 
 
-def trained(world: World, config: Config) -> None:
+def trained(world: World, config: RunConfig) -> None:
     tiny_run.trained(config, world)
 
 
-def tensors(config: Config) -> dict[str, Tensor]:
+def tensors(config: RunConfig) -> dict[str, Tensor]:
     """Return the trained tensors of the newest checkpoint of the joint target stage."""
-    found = checkpoint.newest(config.directory / "target" / "joint" / "checkpoints", fingerprint=None, warn=print)
+    found = checkpoint.latest(config.directory / "target" / "joint" / "checkpoints", fingerprint=None, warn=print)
     assert found is not None
     state, _ = checkpoint.load(found)
     return {name: tensor for name, tensor in state.items() if name.startswith("trained/") and name.endswith("/value")}
 
 
-def predictions(config: Config) -> list[str]:
+def predictions(config: RunConfig) -> list[str]:
     files = [config.directory / "target" / task / "predictions.jsonl" for task in config.data.target_tasks]
     return [json.loads(line)["prediction"] for file in files for line in file.read_text().splitlines()]
 
 
-def probabilities(config: Config) -> Tensor:
+def probabilities(config: RunConfig) -> Tensor:
     """The likelihood of every label word of every row of the target that has label words."""
     lines = (config.directory / "target" / "mood" / "predictions.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)["probabilities"] for line in lines], dtype=torch.float64)
@@ -92,8 +93,8 @@ def whole(state: dict[str, Tensor]) -> Tensor:
 
 def left_gathered(world: World, folder: Path, name: str) -> list[list[str]]:
     """Return the weights that are whole after each of two steps and a pass without gradients."""
-    backbone = backbones.load(str(folder))
-    engine.place(backbone, Distribution(shard="deepspeed"), world)
+    backbone = loading.load(str(folder))
+    placement.place(backbone, DistributionConfig(shard="deepspeed"), world)
     chosen = method_class(name)
     method = chosen(importlib.import_module(chosen.__module__).Config(), backbone, seed=0, reduction="token_sum")
     specs: Any = [SimpleNamespace(name="mood")]
@@ -119,7 +120,9 @@ def test_no_weight_stays_gathered_where_no_input_has_a_gradient(name: str, world
 
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_train_and_predict_as_one(name: str, shard: str, world: Path, tmp_path: Path, alone: dict[str, Config]) -> None:
+def test_two_ranks_train_and_predict_as_one(
+    name: str, shard: str, world: Path, tmp_path: Path, alone: dict[str, RunConfig]
+) -> None:
     expected, config = alone[name], configured(world, tmp_path, name, distribution={"shard": shard})
     ranks.run(trained, 2, config)
     found = tensors(config)

@@ -17,13 +17,14 @@ import tiny_t5
 import torch
 from torch import Tensor, nn
 
-from bpt_dist import backbone as backbones
-from bpt_dist import cli, engine
-from bpt_dist.backbone import Backbone
-from bpt_dist.config import Distribution
-from bpt_dist.engine_memory import measure
-from bpt_dist.mesh import World
-from bpt_dist.prompts import prepend
+from bpt_dist.backbones.base import Backbone, local_shard
+from bpt_dist.backbones.loading import load
+from bpt_dist.backbones.prompts import prepend
+from bpt_dist.commands import main
+from bpt_dist.config import DistributionConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.training.sharding import placement
+from bpt_dist.training.sharding.memory import measure
 
 SHARDS = ("deepspeed", "fsdp2")
 STEPS = 3  # ZeRO learns the order of the layers first and keeps things only then
@@ -73,7 +74,7 @@ class Inserted:
             self.tensors += [down, up]
             return lambda _x, y: y + (y @ down).relu() @ up
 
-        backbone.around_sublayer(make, ["feed_forward", "self_attention"], stack=stack)
+        backbone.wrap_sublayer(make, ["feed_forward", "self_attention"], stack=stack)
 
     def gradient(self, backbone: Backbone, rank: int, step: int) -> Tensor:
         found = backbone.log_likelihood(texts(rank, step), lambda embeds: embeds[None], "token_mean")
@@ -115,12 +116,12 @@ def prompt_cases(world: World, folders: dict[bool, str], shard: Any, options: di
     torch.manual_seed(0)
     found = []
     for tied, folder in folders.items():
-        whole = backbones.load(folder)
+        whole = load(folder)
         assert (whole.model.lm_head.weight is whole.model.shared.weight) == tied
         expected = [prompt_gradient(whole, world.rank, step) for step in range(STEPS)]
         for recomputed in (False, True):
-            parts = backbones.load(folder)
-            engine.place(parts, Distribution(shard=shard, activation_checkpointing=recomputed, **options), world)
+            parts = load(folder)
+            placement.place(parts, DistributionConfig(shard=shard, activation_checkpointing=recomputed, **options), world)
             gradients = [prompt_gradient(parts, world.rank, step) for step in range(STEPS)]
             found.append({
                 "case": (tied, recomputed),
@@ -144,21 +145,28 @@ def test_prompts_get_the_gradients_of_the_whole_t5(size: int, shard: str, folder
             assert each["rows"]
 
 
+def all_written(backbone: Any, rank: int) -> list[list[str]]:
+    """What a rank generates: alone, and two hypotheses together; ranks write different lengths."""
+    limit = 3 + 4 * rank
+    together = backbone.generate(texts(rank, 0), lambda e: torch.stack([e, -e]), limit, average=True)
+    return backbone.generate(texts(rank, 0), lambda e: e[None], limit) + together
+
+
 def inserted_cases(world: World, folder: str, shard: Any) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     found = []
     for stack in ("encoder", "decoder"):
-        whole = backbones.load(folder)
+        whole = load(folder)
         reference = Inserted(whole, stack, 3)
         expected = [reference.gradient(whole, world.rank, step) for step in range(STEPS)]
         for recomputed in (False, True):
-            parts = backbones.load(folder)
-            engine.place(parts, Distribution(shard=shard, activation_checkpointing=recomputed), world)
+            parts = load(folder)
+            placement.place(parts, DistributionConfig(shard=shard, activation_checkpointing=recomputed), world)
             inserted = Inserted(parts, stack, 3)
             gradients = [inserted.gradient(parts, world.rank, step) for step in range(STEPS)]
             left = gathered(parts.model)
             # Unequal lengths: rank 0 is done earlier and has to go on for the sake of the others.
-            written = [each.generate(texts(world.rank, 0), lambda e: e[None], 3 + 4 * world.rank) for each in (parts, whole)]
+            written = [all_written(each, world.rank) for each in (parts, whole)]
             found.append({
                 "case": (stack, recomputed),
                 "errors": [error(*pair) for pair in zip(gradients, expected, strict=True)],
@@ -182,14 +190,14 @@ def test_tensors_inside_the_blocks_get_the_gradients_of_the_whole_t5(shard: str,
 
 
 def on_hosts(world: World, folder: str, shard: Any, hosts: tuple[str, ...]) -> dict[str, Any]:
-    whole, parts = backbones.load(folder), backbones.load(folder)
+    whole, parts = load(folder), load(folder)
     world = replace(world, hosts=hosts)
-    share = measure(parts, Distribution(shard=shard, scope="node"), world)
+    share = measure(parts, DistributionConfig(shard=shard, scope="node"), world)
     # Hosts do not wait for each other: rank 0's makes three passes where the other makes one.
     steps = 3 if hosts[world.rank] == hosts[0] else 1
     expected = [prompt_gradient(whole, world.rank, step) for step in range(steps)]
     errors = [error(prompt_gradient(parts, world.rank, step), expected[step]) for step in range(steps)]
-    written = [each.generate(texts(world.rank, 0), lambda e: e[None], 3 + 4 * world.rank) for each in (parts, whole)]
+    written = [all_written(each, world.rank) for each in (parts, whole)]
     return {"share": share, "errors": errors, "written": written[0] == written[1]}
 
 
@@ -205,9 +213,9 @@ def test_within_a_host_no_weights_cross_the_network(shard: str, tmp_path: Path) 
 
 
 def offloaded(world: World, folder: str, shard: Any) -> list[float]:
-    whole, parts = backbones.load(folder), backbones.load(folder)
+    whole, parts = load(folder), load(folder)
     expected = [prompt_gradient(whole, world.rank, step) for step in range(STEPS)]
-    engine.place(parts, Distribution(shard=shard, offload="cpu"), world)
+    placement.place(parts, DistributionConfig(shard=shard, offload="cpu"), world)
     return [error(prompt_gradient(parts, world.rank, step), expected[step]) for step in range(STEPS)]
 
 
@@ -218,12 +226,12 @@ def test_offloaded_parts_give_the_gradients_of_the_whole_t5(shard: str, folders:
 
 
 def in_bf16(world: World, folder: str, shard: Any) -> tuple[float, float, torch.dtype]:
-    truth, whole, parts = backbones.load(folder), *(backbones.load(folder, dtype="bf16") for _ in range(2))
-    engine.place(parts, Distribution(shard=shard), world)
+    truth, whole, parts = load(folder), *(load(folder, dtype="bf16") for _ in range(2))
+    placement.place(parts, DistributionConfig(shard=shard), world)
     assert parts.model.dtype == torch.bfloat16
     flat = [torch.cat([prompt_gradient(each, world.rank, step) for step in range(6)]).double() for each in (truth, whole, parts)]
     distances = [float((each - flat[0]).norm() / flat[0].norm()) for each in flat[1:]]
-    return distances[0], distances[1], backbones.own_part(parts.model.shared.weight).dtype
+    return distances[0], distances[1], local_shard(parts.model.shared.weight).dtype
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -250,8 +258,8 @@ def live_bytes() -> int:
 
 def shares(world: World, folder: str, shard: Any, recomputed: bool) -> dict[str, Any]:
     before = live_bytes()
-    backbone = backbones.load(folder)
-    share = measure(backbone, Distribution(shard=shard, activation_checkpointing=recomputed), world)
+    backbone = load(folder)
+    share = measure(backbone, DistributionConfig(shard=shard, activation_checkpointing=recomputed), world)
     file = next(Path(folder).glob("*.safetensors"))
     return {"share": share, "live": live_bytes() - before, "gathered": gathered(backbone.model), "file": file.stat().st_size}
 
@@ -277,14 +285,14 @@ def test_the_memory_command_prints_shares_and_says_when_they_are_exceeded(
     file = tmp_path / "run.yaml"
     file.write_text(f"method: prompt_tuning\nbackbone: {tmp_path / 't5'}\n"
                     "data: {target_tasks: [mini_review]}\ntarget: {steps: 1, lr: 0.3}\n")  # fmt: skip
-    assert cli.main(["memory", "-c", str(file), "--ranks", "2", "--shard", "none,deepspeed,fsdp2"]) == 0
+    assert main.main(["memory", "-c", str(file), "--ranks", "2", "--shard", "none,deepspeed,fsdp2"]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()[-3:]]
     assert [(line[0], line[2], line[-1]) for line in lines] == [(kind, "2", "ok") for kind in ("none", *SHARDS)]
     assert [line[lines[0].index("%") - 1] for line in lines] == ["100.0", "50.6", "50.0"]
     greedy = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**9}}
     (tmp_path / "zero.json").write_text(json.dumps(greedy))
     options = ["distribution.shard=deepspeed", f"distribution.zero_config={tmp_path / 'zero.json'}"]
-    assert cli.main(["memory", "-c", str(file), "--ranks", "2", *options]) == 1
+    assert main.main(["memory", "-c", str(file), "--ranks", "2", *options]) == 1
     assert "TOO MUCH" in capfd.readouterr().out
-    assert cli.main(["memory", "-c", str(file), "--ranks", "two"]) == 2
+    assert main.main(["memory", "-c", str(file), "--ranks", "two"]) == 2
     assert "--ranks two: is no list of numbers of processes" in capfd.readouterr().err

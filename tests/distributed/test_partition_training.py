@@ -1,4 +1,4 @@
-"""A method that trains the T5 itself: in parts, with ZeRO's or FSDP2's optimizer, it takes the steps of the whole T5."""
+"""A method that trains the backbone itself: partitioned, with ZeRO's or FSDP2's optimizer, it takes the steps of the whole T5."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import ranks
 import tiny_run
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bpt_dist.checkpoint import read_tensors
-from bpt_dist.config import Config
-from bpt_dist.files import read_json
-from bpt_dist.mesh import World
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.storage.checkpoint import read_tensors
+from bpt_dist.storage.files import read_json
 from bpt_dist.train import run_all
 
 STEPS = 20
@@ -36,25 +37,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"), tied=False, layers=1)
 
 
-def configured(world: Path, folder: Path, **sections: Any) -> Config:
+def configured(world: Path, folder: Path, **sections: Any) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     target = {**TARGET, **sections.pop("target", {})}
     plain = tiny_run.settings(world, {"name": "fine_tuning"}, output=str(folder / "runs"), target=target, **sections)
     return tiny_run.load(folder, plain)
 
 
-def trained(world: World, config: Config) -> None:
+def trained(world: World, config: RunConfig) -> None:
     tiny_run.trained(config, world)
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = configured(world, tmp_path_factory.mktemp("whole") / "run")
     tiny_run.trained(config)
     return config
 
 
-def state(config: Config, task: str, step: int = STEPS) -> dict[str, Tensor]:
+def state(config: RunConfig, task: str, step: int = STEPS) -> dict[str, Tensor]:
     folder = config.directory / "target" / task / "checkpoints" / f"step-{step:08d}"
     return read_tensors(folder / "state.safetensors")[0]
 
@@ -73,7 +74,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert float((pair[0] - pair[1]).norm() / pair[1].norm()) <= 1e-5, each
 
 
-def assert_same_course(found: Config, expected: Config) -> None:
+def assert_same_course(found: RunConfig, expected: RunConfig) -> None:
     for task in found.data.target_tasks:
         assert_close(state(found, task), state(expected, task))
         folders = [config.directory / "target" / task for config in (found, expected)]
@@ -86,8 +87,8 @@ def assert_same_course(found: Config, expected: Config) -> None:
 
 
 @pytest.mark.parametrize(("shard", "size"), [("deepspeed", 1), ("deepspeed", 2), ("fsdp2", 1), ("fsdp2", 2)])
-def test_weights_trained_in_parts_take_the_steps_of_the_whole_t5(
-    shard: str, size: int, world: Path, whole: Config, tmp_path: Path
+def test_weights_partitioned_take_the_steps_of_the_whole_backbone(
+    shard: str, size: int, world: Path, whole: RunConfig, tmp_path: Path
 ) -> None:
     """Two targets one after the other: the second starts from the pretrained weights and a fresh optimizer."""
     config = configured(world, tmp_path, distribution={"shard": shard}, data=ONE if size == 1 else {})
@@ -99,9 +100,9 @@ def test_weights_trained_in_parts_take_the_steps_of_the_whole_t5(
     ("first", "then"), [(("deepspeed", 2), ("deepspeed", 1)), (("fsdp2", 2), ("none", 1)), (("none", 1), ("deepspeed", 2))]
 )
 def test_training_resumes_on_other_ranks_and_in_other_parts(
-    first: tuple[str, int], then: tuple[str, int], world: Path, whole: Config, tmp_path: Path
+    first: tuple[str, int], then: tuple[str, int], world: Path, whole: RunConfig, tmp_path: Path
 ) -> None:
-    """Checkpoints hold whole weights and moments, whoever owned which part; the best weights so far are among them."""
+    """Checkpoints hold whole weights and moments of all ranks; the best weights so far are among them."""
     before, after = (configured(world, tmp_path, data=ONE, distribution={"shard": shard}) for shard, _ in (first, then))
     stop = f"step.after_update,stage=target/mood,step={STEPS // 2 + 3},term"
     assert ranks.launch(lambda: run_all(before), first[1], BPT_FAULT=stop) == [75] * first[1]
@@ -110,7 +111,9 @@ def test_training_resumes_on_other_ranks_and_in_other_parts(
 
 
 @pytest.mark.parametrize("shard", ["deepspeed", "fsdp2"])
-def test_passes_of_a_step_add_up_and_blocks_may_be_computed_again(shard: str, world: Path, whole: Config, tmp_path: Path) -> None:
+def test_passes_of_a_step_add_up_and_blocks_may_be_computed_again(
+    shard: str, world: Path, whole: RunConfig, tmp_path: Path
+) -> None:
     distribution = {"shard": shard, "activation_checkpointing": True}
     config = configured(world, tmp_path, data=ONE, distribution=distribution, target={"pass_size": 1})
     ranks.run(trained, 2, config)
@@ -131,3 +134,32 @@ def test_a_step_that_is_left_out_leaves_no_gradient_behind(shard: str, world: Pa
             del os.environ["BPT_FAULT"]
         found.append(state(config, "mood", 6))
     assert_close(*found)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 whose weights are bf16 numbers, so that both types start at the same place."""
+    made = tiny_run.world(tmp_path_factory.mktemp("rounded"), tied=False, layers=1)
+    file = made / "t5" / "model.safetensors"
+    save_file({name: weight.bfloat16().float() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize(("shard", "size"), [("none", 1), ("none", 2), ("deepspeed", 2), ("fsdp2", 2)])
+def test_weights_in_bf16_take_the_steps_of_float32(shard: str, size: int, rounded: Path, tmp_path: Path) -> None:
+    """Masters, moments and sums of gradients are float32 wherever they are; one text a pass, so that gradients add up."""
+    steps, start = 5, load_file(rounded / "t5" / "model.safetensors")
+    target = {"steps": steps, "pass_size": 1, "clip": None, "weight_decay": 0.0, "eval_every": None}
+    found = []
+    for dtype, each, ranked in (("fp32", "none", 1), ("bf16", shard, size)):
+        sections = {"backbone": {"dtype": dtype}, "distribution": {"shard": each}, "target": target, "data": ONE}
+        config = configured(rounded, tmp_path / dtype, **sections)
+        ranks.run(trained, ranked, config)
+        tensors = state(config, "mood", steps)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        ends = {name.split("/", 1)[1].removesuffix("/value"): tensor for name, tensor in tensors.items() if name.endswith("/value")}
+        found.append(
+            torch.cat([(tensor - start[name.replace("/", ".")]).double().flatten() for name, tensor in sorted(ends.items())])
+        )
+    assert float(found[0] @ found[1] / found[0].norm() / found[1].norm()) > 0.99
+    assert float(found[1].norm() / found[0].norm()) == pytest.approx(1.0, rel=0.05)

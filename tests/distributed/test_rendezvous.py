@@ -10,19 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import ranks
 import torch
 import torch.distributed as dist
 
-from bpt_dist import rendezvous
+from bpt_dist.distributed import rendezvous
 from bpt_dist.errors import UserError
 
 
-def meet(job: str, seconds: float = 20) -> int:
+def meet(job: str, seconds: float = 20, device: str = "cpu") -> int:
     """Join and add up the ranks; the exit code and message of a user's error otherwise."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        rendezvous.join("gloo", job, rank, size, datetime.timedelta(seconds=seconds))
+        rendezvous.join("gloo", job, rank, size, datetime.timedelta(seconds=seconds), device)
     except UserError as error:
         print(error, flush=True)
         return error.exit_code
@@ -33,14 +34,14 @@ def meet(job: str, seconds: float = 20) -> int:
 
 
 @contextmanager
-def started(job: str, which: Sequence[int], size: int, port: int, seconds: float = 20) -> Iterator[list[int]]:
+def started(job: str, which: Sequence[int], size: int, port: int, seconds: float = 20, device: str = "cpu") -> Iterator[list[int]]:
     """Start some ranks of a job of `size`; the list is filled with their exit codes at the end of the block."""
     codes = [-1] * len(which)
 
     def run(place: int, rank: int) -> None:
         address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         (codes[place],) = ranks.launch(
-            lambda: meet(job, seconds), 1, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **address
+            lambda: meet(job, seconds, device), 1, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **address
         )
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(which)]
@@ -72,6 +73,23 @@ def test_two_jobs_on_one_port_never_mix(capfd):
     said = capfd.readouterr().out
     assert f"port {port} of {socket.gethostname()} is in use" in said
     assert f"127.0.0.1:{port}: belongs to another job" in said
+
+
+@pytest.mark.parametrize("unlike", [0, 2])
+def test_a_rank_on_another_kind_of_device_is_named_before_anybody_waits(unlike, capfd):
+    """B8: a host whose driver is broken came up on gloo, the others on NCCL; all waited until the limit."""
+    port, began = ranks.free_port(), time.monotonic()
+    others = [rank for rank in range(3) if rank != unlike]
+    with started("a", others, 3, port) as codes, started("a", [unlike], 3, port, device="cuda") as code:
+        pass
+    assert code == [2]
+    assert 2 in codes
+    assert time.monotonic() - began < 15
+    said = capfd.readouterr().out
+    host = socket.gethostname()
+    assert f"on {host} computes on" in said
+    assert f"rank {unlike} on {host}" in said
+    assert "`nvidia-smi`" in said
 
 
 def test_a_job_that_was_started_twice_is_refused(capfd):

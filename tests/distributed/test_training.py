@@ -13,10 +13,9 @@ import tiny_run
 import torch
 from torch import Tensor
 
-from bpt_dist.checkpoint import read_tensors
-from bpt_dist.config import Config
-from bpt_dist.files import read_json
-from bpt_dist.mesh import World
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.storage.checkpoint import read_tensors
 from bpt_dist.train import run_all
 
 STEPS = 20
@@ -30,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
-def configured(world: Path, folder: Path, method: dict[str, Any], **sections: Any) -> Config:
+def configured(world: Path, folder: Path, method: dict[str, Any], **sections: Any) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     long = {"steps": STEPS, "checkpoint_every": STEPS, "log_every": STEPS, **sections.pop("source", {})}
     target = {"batch_size": 4, **sections.pop("target", {})}
@@ -38,19 +37,19 @@ def configured(world: Path, folder: Path, method: dict[str, Any], **sections: An
     return tiny_run.load(folder, plain)
 
 
-def trained(world: World, config: Config) -> None:
+def trained(world: World, config: RunConfig) -> None:
     tiny_run.trained(config, world)
 
 
-def posterior(config: Config) -> Tensor:
+def posterior(config: RunConfig) -> Tensor:
     return read_tensors(config.directory / "source" / "posterior" / "posterior.safetensors")[0]["particles"]
 
 
-def adapter(config: Config, task: str) -> Tensor:
+def adapter(config: RunConfig, task: str) -> Tensor:
     return read_tensors(config.directory / "target" / task / "adapter" / "adapter_model.safetensors")[0]["prompt_embeddings"]
 
 
-def predictions(config: Config) -> list[str]:
+def predictions(config: RunConfig) -> list[str]:
     return [
         json.loads(line)["prediction"]
         for task in config.data.target_tasks
@@ -96,17 +95,16 @@ def test_the_same_layout_has_the_same_bits(world: Path, tmp_path: Path) -> None:
     assert torch.equal(adapter(found[0], "count"), adapter(found[1], "count"))
 
 
-def test_a_target_step_with_too_few_texts_is_refused_before_the_source_stage(world: Path, tmp_path: Path) -> None:
-    config = configured(world, tmp_path, {}, target={"batch_size": 3})
+def test_a_row_that_cannot_work_on_the_processes_is_refused_before_any_row_starts(world: Path, tmp_path: Path) -> None:
+    rows = [{"label": "good"}, {"label": "bad", "distribution": {"mesh": {"particle": 2, "data": 1}}}]
+    config = configured(world, tmp_path, {}, rows=rows)
     assert ranks.launch(lambda: run_all(config), 4) == [2] * 4
-    reason = read_json(config.directory / "status.json")["reason"]
-    assert reason.startswith("target.batch_size is 3: a step has 3 sequence(s) for 4 ranks of the data axis; raise it")
-    assert not (config.directory / "source").exists()
+    assert not config.directory.exists()
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 4)])
 def test_a_run_resumes_on_another_number_of_ranks(first: int, then: int, world: Path, tmp_path: Path) -> None:
-    """F17: checkpoints hold all particles, whoever owned them."""
+    """F17: checkpoints hold the particles of all ranks."""
     undisturbed, moved = (configured(world, tmp_path / name, {"num_particles": 4}) for name in ("undisturbed", "moved"))
     tiny_run.trained(undisturbed)
     stopped = ranks.launch(lambda: run_all(moved), first, BPT_FAULT=f"step.after_update,stage=source,step={STEPS // 2},term")

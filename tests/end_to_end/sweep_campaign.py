@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from sweep_process import assert_nothing_left, lines, points_of, start
 
 from bpt_dist import config as configuration
-from bpt_dist.files import read_json
-from bpt_dist.tracking import connect
+from bpt_dist.storage.files import read_json
+from bpt_dist.tracking.store import connect
 
 STEPS, NUM_TRIALS = 24, 12
 LAST_KILL = 0.8  # of all steps: so much is left that no start can end the sweep before it

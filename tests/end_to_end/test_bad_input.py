@@ -27,8 +27,8 @@ import tiny_run
 import tiny_t5
 import yaml
 
-from bpt_dist.files import read_json
-from bpt_dist.run import Run
+from bpt_dist.storage.files import read_json
+from bpt_dist.storage.run_directory import RunDirectory
 
 SCREEN = 25
 REPOSITORY = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_data_that_is_not_there_says_what_to_put_where(world: Path, tmp_path: Pa
     )
 
 
-def test_a_bad_row_is_mended_and_the_same_command_goes_on(world: Path, tmp_path: Path) -> None:
+def test_a_bad_row_is_fixed_and_the_same_command_resumes(world: Path, tmp_path: Path) -> None:
     file = world / "tasks" / "mood" / "train.jsonl"
     good = file.read_text()
     file.write_text(good + "{\n")
@@ -226,7 +226,7 @@ def test_a_posterior_of_another_backbone_or_tokenizer_is_refused(
     )
     assert not list((world / "runs" / "taker").rglob("step-*"))
     assert hashes(world / "runs" / "giver") == before
-    # The same backbone takes it, wherever it lies.
+    # The same backbone takes it, wherever it is stored.
     settings["backbone"]["path"] = str(shutil.copytree(world / "t5", world / "moved"))
     settings["name"] = "moved"
     assert command(tmp_path, settings).code == 0
@@ -244,7 +244,10 @@ def test_a_backbone_that_changed_under_a_run_is_refused_at_resume(
     change(world / "t5")
     answer = command(tmp_path, plain(world))
     assert_refused(
-        answer, 2, rf"backbone\.path: {re.escape(str(world / 't5'))} holds another {what}", "put the old one back to resume"
+        answer,
+        2,
+        rf"backbone\.path: the {what} at {re.escape(str(world / 't5'))} changed since",
+        "restore the original files to resume",
     )
     assert hashes(world / "runs" / "run" / "source") == before
     shutil.rmtree(world / "t5")
@@ -268,7 +271,7 @@ def test_a_directory_that_is_no_run_is_not_touched(world: Path, tmp_path: Path) 
 
 def test_a_run_that_is_alive_is_not_touched(world: Path, tmp_path: Path) -> None:
     folder = world / "runs" / "run"
-    with Run.open("a: 1\n", "f", lambda old: [], folder):
+    with RunDirectory.open("a: 1\n", "f", lambda old: [], folder):
         before = hashes(folder)
         answer = command(tmp_path, plain(world))
         assert_refused(answer, 2, re.escape(str(folder)), rf"pid {os.getpid()}")
@@ -326,4 +329,4 @@ def test_a_full_disk_ends_with_74_loses_nothing_and_the_same_command_goes_on(fau
 def test_a_full_disk_at_a_checkpoint_says_what_is_needed_and_what_to_do(world: Path, tmp_path: Path) -> None:
     answer = command(tmp_path, plain(world), fault="ckpt.before_rename,step=4,enospc")
     place = re.escape(str(world / "runs" / "run" / "source" / "checkpoints" / "step-00000004"))
-    assert_refused(answer, 74, place, r"it needs \d+ bytes, \d+ are free", "free some space .* the same command again: it resumes")
+    assert_refused(answer, 74, place, r"it needs \d+ bytes, \d+ are free", "free some space .* rerun the same command to resume")

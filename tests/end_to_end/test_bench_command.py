@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from bpt_dist.bench import gradients, source_run, target
-from bpt_dist.cli import main
+from bpt_dist.commands.bench import correctness, source_run, target
+from bpt_dist.commands.main import main
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +53,20 @@ def test_the_source_step_is_compared_with_peft(shape, capsys, tmp_path) -> None:
     assert report["rounds"] == 2
     assert all(each["right"] for each in report["correct"].values())
     assert set(report["correct"]) >= {"peft_fp32", "padded_fp32", "grouped_fp32", "ours_fp32"}
-    # Correctness stands before the first time, and progress does not stand in the result.
+    # Correctness comes before the first time, and progress is not in the result.
     assert out.index("relative difference") < out.index("matrix products in this run") < out.index("s/step")
     assert "round 1 of 2: peft_fp32" in err
     assert "round 1 of 2" not in out
 
 
 def test_a_variant_that_is_wrong_has_no_time_and_fails_the_command(shape, capsys, tmp_path, monkeypatch) -> None:
-    right = gradients.packed
+    right = correctness.packed
 
     def bent(*arguments):
         losses, gradient = right(*arguments)
         return losses, gradient * 1.05
 
-    monkeypatch.setattr(gradients, "packed", bent)
+    monkeypatch.setattr(correctness, "packed", bent)
     code, out, _, report = bench(capsys, tmp_path, "--shape", shape, "--particles", 1, "--repeats", 1)
     assert code == 1
     assert "seconds" not in report["variants"]["ours_fp32"]
@@ -156,11 +156,11 @@ def test_passes_writes_the_table_of_the_documentation(shape, capsys, tmp_path) -
         (["--shape", "t5-hug"], "--shape t5-hug: is not known; choose t5-small, t5-base, t5-large"),
         (["--device", "tpu"], "--device tpu: is not known; choose auto, cpu or cuda"),
         (["--threads", "9999"], "--threads 9999: this machine has"),
-        (["svgd", "--particles", "1,5"], "--particles 1,5: is no list of numbers from 2 on"),
-        (["scaling", "--ranks", "1,x"], "--ranks 1,x: is no list of numbers from 1 on"),
+        (["svgd", "--particles", "1,5"], "--particles 1,5: is not a list of numbers of at least 2"),
+        (["scaling", "--ranks", "1,x"], "--ranks 1,x: is not a list of numbers of at least 1"),
         (["scaling", "--dtype", "fp8"], "--dtype fp8: is not known; choose fp32 or bf16"),
-        (["--repeats", "2", "svgd"], "bpt-dist bench svgd: an option stands before the sub-command"),
-        (["exchange", "--ranks", "2", "--particles", "5"], "--particles 5: 2 processes cannot share them"),
+        (["--repeats", "2", "svgd"], "bpt-dist bench svgd: an option before the sub-command"),
+        (["exchange", "--ranks", "2", "--particles", "5"], "--particles 5: 2 processes cannot divide them equally"),
     ],
 )
 def test_errors_name_the_option_and_the_remedy(words, message, capsys, tmp_path) -> None:

@@ -14,12 +14,13 @@ import peft  # noqa: F401 - imported before the forks, because every run exports
 import pytest
 import ranks
 import tiny_run
+from records import repeatable
 
-from bpt_dist import checkpoint
-from bpt_dist.config import Config
-from bpt_dist.files import read_json
-from bpt_dist.run import read_status
-from bpt_dist.settings.method_options import METHODS, method_names
+from bpt_dist.config import RunConfig
+from bpt_dist.config.method_source import METHODS, method_names
+from bpt_dist.storage import checkpoint
+from bpt_dist.storage.files import read_json
+from bpt_dist.storage.run_directory import read_status
 from bpt_dist.train import run_all
 
 TARGETS = ("target/mood", "target/count")
@@ -52,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
-def configured(world: Path, folder: Path, method: str = "bpt", **sections: Any) -> Config:
+def configured(world: Path, folder: Path, method: str = "bpt", **sections: Any) -> RunConfig:
     evaluation = {"batch_size": 3}
     folder.mkdir(exist_ok=True)
     plain = tiny_run.settings(world, {"name": method}, output=str(folder / "runs"), evaluation=evaluation, **sections)
@@ -79,7 +80,7 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-def started(config: Config, fault: str = "", size: int = 1) -> list[int]:
+def started(config: RunConfig, fault: str = "", size: int = 1) -> list[int]:
     return ranks.launch(lambda: run_all(config), size, BPT_FAULT=fault)
 
 
@@ -100,11 +101,11 @@ def left_by(run: Path) -> dict[str, Any]:
         if "/checkpoints/" not in name or file.parent in lasts:
             found[name] = file.read_bytes()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return found | {"metrics": [{key: value for key, value in line.items() if key != "time"} for line in lines]}
+    return found | {"metrics": repeatable(lines)}
 
 
-def assert_finished_as(undisturbed: dict[str, Any], config: Config) -> None:
-    assert read_status(config.directory)["state"] == "finished"
+def assert_finished_as(undisturbed: dict[str, Any], config: RunConfig) -> None:
+    assert read_status(config.directory).state == "finished"
     found = left_by(config.directory)
     assert found.keys() == undisturbed.keys()
     assert [name for name, content in undisturbed.items() if found[name] != content] == []
@@ -117,7 +118,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
     config = configured(world, tmp_path)
     assert started(config, f"{fault},kill") == [-signal.SIGKILL]
     if (config.directory / "status.json").is_file():
-        assert read_status(config.directory)["state"] == "failed"  # nobody is alive there, whatever the file says
+        assert read_status(config.directory).state == "failed"  # nobody is alive there, whatever the file says
     assert not (config.directory / "results.json").is_file() or "finished" in fault
     assert started(config) == [0]
     assert_finished_as(undisturbed, config)
@@ -140,7 +141,7 @@ def test_a_run_asked_to_stop_leaves_a_checkpoint_and_resumes(
     status = read_json(config.directory / "status.json")
     assert status["state"] == "stopped"
     assert status["next"]
-    assert any(checkpoint.newest(folder, fingerprint=None, warn=print) for folder in config.directory.rglob("checkpoints"))
+    assert any(checkpoint.latest(folder, fingerprint=None, warn=print) for folder in config.directory.rglob("checkpoints"))
     assert started(config) == [0]
     assert_finished_as(undisturbed, config)
 
@@ -172,7 +173,7 @@ def test_a_gradient_that_is_not_a_number_stops_before_anything_changes(
     assert [row.split("/")[0] for row in bad["row_ids"]["0"]] == [
         task for task in tasks for _ in range(2 if stage == "source" else 3)
     ]
-    last = checkpoint.newest(config.directory / stage / "checkpoints", fingerprint=None, warn=print)
+    last = checkpoint.latest(config.directory / stage / "checkpoints", fingerprint=None, warn=print)
     assert (last.step if last else 0) == step // 2 * 2  # the last good step that was due
     assert started(config) == [0]
     assert_finished_as(undisturbed, config)
@@ -207,7 +208,7 @@ def test_a_rank_that_dies_takes_the_other_along_and_both_resume(
     codes = started(config, f"{fault},rank={rank},kill", size=2)
     assert codes[rank] == -signal.SIGKILL
     assert codes[1 - rank] == 69
-    assert read_status(config.directory)["state"] == "failed"
+    assert read_status(config.directory).state == "failed"
     assert started(config, size=2) == [0, 0]
     assert_finished_as(undisturbed_pair, config)
 

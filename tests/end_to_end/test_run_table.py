@@ -16,9 +16,9 @@ import pytest
 import tiny_run
 import yaml
 
-from bpt_dist.cli import main
-from bpt_dist.lock import holder_of
-from bpt_dist.run import read_status
+from bpt_dist.commands.main import main
+from bpt_dist.storage.lock import holder_of
+from bpt_dist.storage.run_directory import read_status
 
 COMMAND = [str(Path(sys.executable).with_name("bpt-dist")), "run-table"]
 PROMPT = {"method": {"name": "prompt_tuning", "length": 3}, "target": {"lr": 0.3}}
@@ -99,7 +99,7 @@ def test_a_failed_row_stops_no_other_a_dead_worker_is_replaced_and_nothing_is_tr
     assert main(["run-table", str(file), "--workers", "1"]) == 2
     assert "2 of 6 runs to train, in this process" in capfd.readouterr().out
     assert finished(tmp_path) == before
-    # Without the row that cannot be trained, all is there; had one run met another T5 under that path, the table would say so.
+    # Without the row that cannot be trained, all is there; had one run met another T5 under that path, the table would name it.
     write_config(world, tmp_path, PROMPT, JOINT)
     record = tmp_path / "runs" / "table" / "bpt-joint-s1" / "backbone.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "backbone_hash": "0" * 64}))
@@ -145,7 +145,7 @@ def test_each_run_may_be_a_job_of_the_deepspeed_launcher(world: Path, tmp_path: 
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     folder = tmp_path / "runs" / "table" / "bpt-joint-s0"
-    assert read_status(folder)["state"] == "finished"
+    assert read_status(folder).state == "finished"
     assert json.loads((folder / "run.json").read_text())["openings"][-1]["world_size"] == 2
 
 
@@ -160,7 +160,7 @@ def test_a_killed_command_takes_the_job_it_launched_with_it(world: Path, tmp_pat
     while holder_of(folder) is not None:
         assert time.monotonic() < deadline, "the launched job lives on"
         time.sleep(0.2)
-    assert read_status(folder)["state"] == "stopped"
+    assert read_status(folder).state == "stopped"
     job = started(file, "--processes", "2", "seeds=0")
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from sweep_process import MARK, ROOT, environment, lines, processes_of, wait_for
 
 from bpt_dist import config as configuration
-from bpt_dist.files import read_json
-from bpt_dist.sweep_cluster import LOOPBACK
+from bpt_dist.commands.sweep.cluster import LOOPBACK
+from bpt_dist.storage.files import read_json
 
 BIN = Path(sys.executable).parent
 PORTS = (

@@ -5,32 +5,25 @@ Screenshots stay in $BPT_SCREENSHOTS where that is set, to be looked at.
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import itertools
 import math
-import os
 import re
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import aiohttp
 import pytest
+from browser import BROWSER, seen
 
-from bpt_dist.figures_steps import draw_steps
-from bpt_dist.files import write_json_atomic
-from bpt_dist.journal import MetricsLog, read_records
-from bpt_dist.run import Run
-from bpt_dist.tracking import Request, Sender
-from bpt_dist.tracking_page import Page, ui
+from bpt_dist.artifacts.figures import draw_steps
+from bpt_dist.storage.files import write_json_atomic
+from bpt_dist.storage.metrics_log import MetricsLog, read_records
+from bpt_dist.storage.run_directory import RunDirectory
+from bpt_dist.tracking.request import Request
+from bpt_dist.tracking.sender import Sender
+from bpt_dist.tracking.ui import Page, ui
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine; .ci/run installs it")
 SIGMAS, RATES, STEPS = (0.01, 0.1, 1.0, 10.0), (0.1, 0.3, 1.0), 6
-PATIENCE = 90
 
 
 def trial(folder: Path, number: int, sigma: float, rate: float, uri: str) -> str:
@@ -46,7 +39,7 @@ def trial(folder: Path, number: int, sigma: float, rate: float, uri: str) -> str
         "method.lr_full": f"{rate:g}",
         "target.steps": "6",
     }
-    with Run.open("name: x\n", "f", lambda old: [], folder / f"trial-{number:03d}-s0") as run:
+    with RunDirectory.open("name: x\n", "f", lambda old: [], folder / f"trial-{number:03d}-s0") as run:
         run.status("running")
         write_json_atomic(run.folder / "tags.json", tags)
         log = MetricsLog(run.folder / "metrics.jsonl")
@@ -86,58 +79,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, lis
     page.close()
 
 
-def seen(link: str, folder: Path, name: str, until: str) -> str:
-    """Open a link, wait until the script `until` is true, keep a screenshot, and return the text of the page."""
-    kept = Path(os.environ.get("BPT_SCREENSHOTS", folder))
-    kept.mkdir(parents=True, exist_ok=True)
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1700,2000"]
-    options += [f"--user-data-dir={folder / 'profile'}", "--remote-debugging-port=0", "about:blank"]
-    browser = subprocess.Popen([str(BROWSER), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        assert browser.stderr is not None
-        port = next(found[1] for line in browser.stderr if (found := re.search(r"DevTools listening on ws://[^:]+:(\d+)/", line)))
-        text, picture = asyncio.run(_visit(int(port), link, until))
-    finally:
-        browser.kill()
-        browser.communicate()
-    (kept / f"{name}.png").write_bytes(picture)
-    return text
-
-
-async def _visit(port: int, link: str, until: str) -> tuple[str, bytes]:
-    async with aiohttp.ClientSession() as client:
-        async with client.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            tab = next(one for one in await answer.json() if one["type"] == "page")
-        async with client.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=1 << 26) as socket:
-            numbers = itertools.count()
-
-            async def call(method: str, **parameters: object) -> dict:
-                number = next(numbers)
-                await socket.send_json({"id": number, "method": method, "params": parameters})
-                while (message := await socket.receive_json()).get("id") != number:
-                    pass
-                return message["result"]
-
-            async def value(script: str) -> object:
-                return (await call("Runtime.evaluate", expression=script))["result"].get("value")
-
-            await call("Page.navigate", url=link)
-            deadline = time.monotonic() + PATIENCE
-            while not await value(until):
-                text = await value("document.body ? document.body.innerText : ''")
-                assert time.monotonic() < deadline, f"{until} is not true of the page: {text}"
-                await asyncio.sleep(0.5)
-            await asyncio.sleep(2)  # for what is drawn after that
-            picture = await call("Page.captureScreenshot", format="png")
-            return str(await value("document.body.innerText")), base64.b64decode(picture["data"])
-
-
 def test_the_link_opens_on_the_comparison(served: tuple[Page, list[str]], tmp_path: Path) -> None:
     page, runs = served
     (link,) = page.links.values()
     lines = "document.querySelectorAll('.parcoords, g.parcoords, .parcoords-line-layers, .js-plotly-plot').length > 0"
     text = seen(link, tmp_path, "comparison", lines)
-    for name in ("log10_sigma_relative", "lr_full", "sweep/score", "sigma=0.01 lr=0.1", "sigma=10 lr=1"):
+    for name in ("log10 sigma_rel", "lr_full", "sweep/score", "sigma=0.01 lr=0.1", "sigma=10 lr=1"):
         assert name in text, name
     assert re.findall(r"^(\w+)\s+\(1\)$", text, re.MULTILINE)[0] == "Comparison"
     assert f"{len(runs)} matching runs" in text

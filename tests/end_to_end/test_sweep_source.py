@@ -13,7 +13,7 @@ import tiny_sweep
 from safetensors.torch import load_file
 from sweep_process import ROOT, assert_nothing_left, environment
 
-from bpt_dist.files import read_json
+from bpt_dist.storage.files import read_json
 
 
 @pytest.mark.timeout(900)

@@ -29,7 +29,7 @@ def test_an_untrained_prompt_is_evaluated_without_a_learning_rate(tmp_path: Path
     assert abs(float(prompt.std()) - 1) < 0.3
 
 
-def test_a_mistyped_backbone_is_mended_under_the_same_name(tmp_path: Path) -> None:
+def test_a_mistyped_backbone_is_fixed_under_the_same_name(tmp_path: Path) -> None:
     world = tiny_run.world(tmp_path / "world")
     plain = tiny_run.settings(world, {"name": "prompt_tuning"}, output=str(tmp_path / "runs"))
     wrong = tiny_run.load(tmp_path, {**plain, "backbone": {"path": str(tmp_path / "nowhere")}})

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bpt_dist.files import OsFiles
+from bpt_dist.storage.files import Content, OsFiles, pieces_of
 
 
 class Crash(BaseException):
@@ -60,11 +60,11 @@ class CrashingFiles(OsFiles):
     def mkdir(self, path: Path) -> None:
         self._call(super().mkdir, path, lambda: self._parent(path).change(**{path.name: DirNode()}))
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: Content) -> None:
         self._call(
             lambda p: OsFiles.write(self, p, data),
             path,
-            lambda: self._parent(path).change(**{path.name: FileNode(data)}),
+            lambda: self._parent(path).change(**{path.name: FileNode(b"".join(pieces_of(data)))}),
         )
 
     def fsync(self, path: Path) -> None:

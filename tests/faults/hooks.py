@@ -12,14 +12,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bpt_dist import faults, peers
+from bpt_dist.distributed import failure_detection
+from bpt_dist.storage import fault_injection
 
 RESERVE = 4096
 
 
-def quick_roll_call(rank: int) -> None:
+def quick_failure_detection(rank: int) -> None:
     """Let ranks ask each other in a third of a second: a campaign loses hundreds of peers."""
-    peers.POLL_SECONDS, peers.ANSWER_SECONDS = 0.05, 0.3
+    failure_detection.POLL_SECONDS, failure_detection.ANSWER_SECONDS = 0.05, 0.3
 
 
 class Filling:
@@ -99,7 +100,7 @@ def say_when() -> None:
 
 def add_action(name: str, act: Any) -> None:
     """Teach `BPT_FAULT` one more action; `act` takes what follows the colon."""
-    known = faults._act
+    known = fault_injection._act
 
     def also(fault: str, point: str) -> bool:
         action, _, amount = fault.rpartition(",")[2].partition(":")
@@ -108,8 +109,8 @@ def add_action(name: str, act: Any) -> None:
         act(amount)
         return False
 
-    faults.ACTIONS += (name,)
-    faults._act = also
+    fault_injection.ACTIONS += (name,)
+    fault_injection._act = also
 
 
 class Clock:
@@ -119,7 +120,7 @@ class Clock:
         self.hours, self.zone = hours, zone
 
     def __call__(self, rank: int) -> None:
-        from bpt_dist import journal, lock, run
+        from bpt_dist.storage import lock, metrics_log, run_directory
 
         shift, true_time = self.hours * 3600, time.time
         os.environ["TZ"] = self.zone
@@ -131,7 +132,7 @@ class Clock:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(seconds=shift)
 
-        journal.datetime = run.datetime = Shifted  # type: ignore[attr-defined]
+        metrics_log.datetime = run_directory.datetime = Shifted  # type: ignore[attr-defined]
         assert lock.time is time
 
 

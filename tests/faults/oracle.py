@@ -1,4 +1,4 @@
-"""What every trial of the fault table is judged by: one run ended as if nothing had happened, one directory tells the truth."""
+"""What every trial of the fault table is judged by: a run ends as if undisturbed, and its directory describes it correctly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import repeatable
 from safetensors.torch import load_file
 from server import Ended
 
-from bpt_dist import checkpoint
-from bpt_dist.run import read_status
+from bpt_dist.storage import checkpoint
+from bpt_dist.storage.run_directory import read_status
 
 # What describes the starts of a run and not its result.
 OF_STARTS = (
@@ -39,7 +40,7 @@ def states(run: Path) -> dict[str, torch.Tensor]:
     """Return particles, other trained tensors and optimizer state of every stage, and what the posterior holds."""
     found = {}
     for folder in stage_folders(run):
-        last = checkpoint.newest(folder, fingerprint=None, warn=print)
+        last = checkpoint.latest(folder, fingerprint=None, warn=print)
         assert last is not None, folder
         tensors, _ = checkpoint.load(last)
         found |= {f"{folder.parent.relative_to(run)}/{last.step}/{name}": tensor for name, tensor in tensors.items()}
@@ -59,10 +60,10 @@ def final_hash(run: Path) -> str:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without their times; a line that is not JSON raises."""
+    """Return the lines of metrics.jsonl without times and costs; a line that is not JSON raises."""
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    return repeatable(lines)
 
 
 def other_files(run: Path) -> dict[str, bytes]:
@@ -78,7 +79,7 @@ def other_files(run: Path) -> dict[str, bytes]:
 def assert_same_run(found: Path, expected: Path) -> None:
     """Assert that two finished runs are the same but for times: particles, optimizer state, metrics, results, exports."""
     for run in (found, expected):
-        assert read_status(run)["state"] == "finished", read_status(run)
+        assert read_status(run).state == "finished", read_status(run)
     ours, theirs = states(found), states(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
@@ -92,7 +93,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def assert_close_run(found: Path, expected: Path, relative: float = 1e-5) -> float:
     """Assert that two finished runs agree to `relative` in every tensor of `states`; return the largest difference."""
     for run in (found, expected):
-        assert read_status(run)["state"] == "finished", read_status(run)
+        assert read_status(run).state == "finished", read_status(run)
     ours, theirs = states(found), states(expected)
     assert ours.keys() == theirs.keys()
     worst = 0.0
@@ -119,23 +120,23 @@ def assert_sound(run: Path, ended: Ended) -> None:
     assert_metrics_in_order(run)
     for folder in stage_folders(run):
         warnings: list[str] = []
-        assert checkpoint.newest(folder, fingerprint=None, warn=warnings.append) is not None, warnings
+        assert checkpoint.latest(folder, fingerprint=None, warn=warnings.append) is not None, warnings
 
 
 def assert_true_status(run: Path, ended: Ended) -> None:
     """The status names what happened; one that failed or stopped says why and what to do next."""
     status = read_status(run)
-    assert status["state"] in STATES
+    assert status.state in STATES
     if all(code == 0 for code in ended.codes):
-        assert status["state"] == "finished", status
-    if status["state"] in ("failed", "stopped"):
-        assert status["reason"], status
-        assert status["next"], status
+        assert status.state == "finished", status
+    if status.state in ("failed", "stopped"):
+        assert status.reason, status
+        assert status.next, status
     if set(ended.codes) == {75}:
-        assert status["state"] == "stopped", status
+        assert status.state == "stopped", status
     if any(0 < code < 128 and code != 75 for code in ended.codes):
-        assert status["state"] != "finished" or 0 in ended.codes, (status, ended.codes)
-    if status["state"] == "finished":
+        assert status.state != "finished" or 0 in ended.codes, (status, ended.codes)
+    if status.state == "finished":
         assert (run / "results.json").is_file()
 
 

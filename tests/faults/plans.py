@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hooks import quick_roll_call
+from hooks import quick_failure_detection
 from server import Ended
 from trials import Job, Trials
 
-from bpt_dist import checkpoint
+from bpt_dist.storage import checkpoint
 
 MAX_FAULTS, MAX_STARTS = 3, 6  # the first start and five restarts
 CODES = {"kill": -9, "stop": -9, "term": 75, "raise": 70, "enospc": 74, "nan": 77}
@@ -141,7 +141,7 @@ def _carry_out(plan: Plan, trials: Trials, job: Job, sections: dict[str, Any]) -
                 _flip(job.directory, float(fault.partition(":")[2]))
         if number > last:
             raise Wrong("unfinished", f"an undisturbed start ended with {ended.codes}:\n{ended.screen[-2000:]}")
-    if job.status["state"] != "finished":
+    if job.status.state != "finished":
         raise Wrong("false success", str(job.status))
     try:
         trials.assert_as_undisturbed(job, 1 if plan.exact else plan.sizes[0], **sections)
@@ -152,7 +152,7 @@ def _carry_out(plan: Plan, trials: Trials, job: Job, sections: dict[str, Any]) -
 
 def _start(job: Job, fault: str, size: int) -> Ended:
     try:
-        return job.start(fault, size, prepare=quick_roll_call)
+        return job.start(fault, size, prepare=quick_failure_detection)
     except AssertionError as error:
         text = str(error)
         kind = "unsound"
@@ -181,7 +181,7 @@ def _flip(run: Path, share: float) -> None:
     if not folders:
         return
     folder = max(folders, key=lambda path: path.stat().st_mtime_ns)
-    newest = checkpoint.newest(folder, fingerprint=None, warn=print)
+    newest = checkpoint.latest(folder, fingerprint=None, warn=print)
     assert newest is not None
     files = sorted(newest.path.iterdir())
     file = files[int(share * len(files))]
@@ -189,7 +189,7 @@ def _flip(run: Path, share: float) -> None:
     place = int(share * 1e6) % len(data)
     data[place] ^= 1 << (place % 8)
     file.write_bytes(data)
-    found = checkpoint.newest(folder, fingerprint=None, warn=lambda _: None)
+    found = checkpoint.latest(folder, fingerprint=None, warn=lambda _: None)
     if found is not None and found.step == newest.step:
         raise Wrong("torn accepted", f"{file}: bit {place % 8} of byte {place}")
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 REPOSITORY = Path(__file__).parents[2]
-PATHS = [REPOSITORY / "tests", REPOSITORY / "tests" / "distributed", REPOSITORY / "tests" / "faults"]
+# The repository itself: a class of a test that is sent here is known by its place below it, `tests.faults.test_worlds`.
+PATHS = [REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "distributed", REPOSITORY / "tests" / "faults", REPOSITORY]
 START_SECONDS = 120
 GONE_SECONDS = 10.0  # after the end of a job no process of it may live longer
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
@@ -163,11 +164,12 @@ def _imported() -> Callable[[Sequence[str]], int]:
     import torch
 
     import bpt_dist.train  # noqa: F401
-    from bpt_dist import backbone, mini
+    from bpt_dist.backbones import loading
+    from bpt_dist.tasks import mini
 
     torch.set_num_threads(1)
     # transformers compiles a thousand regular expressions at the first load.
-    backbone.load(str(mini.BACKBONE), name="mini", revision=None, dtype="fp32", attention="auto")
+    loading.load(str(mini.BACKBONE), name="mini", revision=None, dtype="fp32", attention="auto")
     door = runpy.run_path(str(REPOSITORY / "launcher" / "train.py"))["main"]
     gc.collect()
     gc.freeze()  # pages that a collection in a fork would write to, and so copy

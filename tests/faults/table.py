@@ -1,7 +1,6 @@
 """Write docs/faults.md, the fault table with measured figures: `make fault-table`.
 
-Figures come from build/faults, where the tests leave them, and are kept in docs/faults.json: a run of some tests renews their rows
-and no others.
+The tests write their figures to build/faults; docs/faults.json keeps them. Running some of the tests updates only their rows.
 """
 
 from __future__ import annotations
@@ -16,30 +15,30 @@ from fault_figures import FOLDER
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT, PAGE = DOCS / "faults.json", DOCS / "faults.md"
-# Fault, what is promised, the bar.
+# Row -> fault, what has to happen, bar.
 # ruff: noqa: E501 - a table reads line by line
 ROWS: dict[str, tuple[str, str, str]] = {
-    "F1": ("a rank is killed", "the others leave with 69; the same command ends with the bits of an undisturbed run", "all; gone <= 3 s, with the launcher <= 35 s"),
-    "F2": ("kill or power loss while a checkpoint is written", "the previous checkpoint stays; nothing torn is ever loaded", "100 % of >= 250"),
-    "F3": ("disk full", "74; nothing valid is deleted; goes on once there is space", "12 of 12"),
-    "F4": ("checkpoint cut, flipped, swapped", "noticed before use; the step before takes over; none valid: 74", "100 %; 0 wrong loads"),
+    "F1": ("a rank is killed", "the others exit with 69; the same command ends with the bits of an undisturbed run", "all; gone <= 3 s, with the launcher <= 35 s"),
+    "F2": ("kill or power loss while a checkpoint is written", "the previous checkpoint stays; nothing incomplete is ever loaded", "100 % of >= 250"),
+    "F3": ("disk full", "74; nothing valid is deleted; resumes once there is space", "12 of 12"),
+    "F4": ("checkpoint cut, flipped, swapped", "detected before use; the checkpoint before it is used; none valid: 74", "100 %; 0 wrong loads"),
     "F5": ("NaN or infinity", "agreed before the kernel; no particle moves; rows named; 77, or the step is skipped", "18 of 18"),
-    "F6": ("host unreachable", "missing ranks named; 69; goes on on the rest", "<= time-out + 2 s, 20 of 20"),
+    "F6": ("host unreachable", "missing ranks named; 69; resumes on the others", "<= time-out + 2 s, 20 of 20"),
     "F7": ("a host of the hostfile does not answer", "refused, named; nothing left elsewhere", "5 of 5, <= 30 s"),
-    "F8": ("hostfile missing, or fewer slots", "refused with 2 before the T5 is loaded", "<= 20 s"),
-    "F9": ("slow rank", "alarm with rank and factor; same result; no false alarm", "<= 25 steps; 0 in 500"),
-    "F10": ("hung rank", "stacks written; everyone leaves with 69", "10 of 10, <= time-out + 2 s"),
+    "F8": ("hostfile missing, or fewer slots", "refused with 2 before the backbone is loaded", "<= 20 s"),
+    "F9": ("slow rank", "warning with rank and factor; same result; no false warning", "<= 25 steps; 0 in 500"),
+    "F10": ("hung rank", "stacks written; all ranks exit with 69", "10 of 10, <= time-out + 2 s"),
     "F11": ("tracking server down, silent, broken", "no step is slower; history complete later, nothing twice", "p99 <= 1 ms; end <= 5 s"),
     "F12": ("a trial of a sweep crashes", "resumes from its own run directory; no orphan", "4 of 4"),
     "F13": ("SIGTERM and its relatives", "all ranks stop after the same step; checkpoint; 75", "20 of 20; 0 steps lost; <= 25 s"),
     "F14": ("bad configuration", "all problems at once with file:line and the nearest key; 2", "60 of 60; <= 2 s; no torch"),
     "F15": ("bad row", "file:line: field; 65; nothing trained", "40 of 40"),
     "F16": ("another backbone or tokenizer", "refused before the first forward pass", "6 of 6"),
-    "F17": ("another number of ranks", "the same bits with `exact: true`, close without", "10 of 10; <= 1e-5"),
-    "F18": ("two runs in one directory", "exactly one wins; a dead holder is succeeded", "100 of 100; <= 70 s"),
-    "F19": ("resumed with another configuration, data or code", "refused with what changed; other code is recorded and said", "every field classified"),
+    "F17": ("another number of ranks", "the same bits with `exact: true`; without, as close as rounding in so few steps ([whole runs](distributed.md#whole-runs))", "10 of 10; <= 1e-5"),
+    "F18": ("two runs in one directory", "exactly one wins; the lock of a dead process is taken over", "100 of 100; <= 70 s"),
+    "F19": ("resumed with another configuration, data or code", "refused with what changed; other code is recorded and reported", "every field classified"),
     "F20": ("clocks jump", "the newest checkpoint is the highest step", "10 of 10"),
-    "F21": ("port in use, stale rendezvous", "named; never works for a foreign job", "10 of 10"),
+    "F21": ("port in use, stale rendezvous", "named; never joins another job", "10 of 10"),
     "F22": ("out of memory on one rank", "rank, step and shape of the batch named; 70; no hang", "5 of 5, <= 10 s"),
     "F23": ("degenerate particles", "finite direction, or refused", "0 of 1,000 not finite"),
     "F24": ("export interrupted or read meanwhile", "old or new, never half", "100 %"),
@@ -48,9 +47,9 @@ ROWS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 HEAD = """# Faults
 
-What was done to runs on purpose, what has to happen, and what was measured. This page is written by `make fault-table` from what
-`make test-faults`, `make test-hosts`, `make campaign`, `make sweep-campaign` and tests/end_to_end/test_sweep.py leave; `FAULTS=full make test-faults` runs every trial of every row. Times are the worst seen, in seconds, on two shared CPU cores with other work running, gloo, the tiny T5 of the tests:
-bounds, not benchmarks. "Passed" also means: no process survived, `status.json` told the truth, `metrics.jsonl` held each step once
+Faults that were caused on purpose, what has to happen, and what was measured. `make fault-table` writes this page from the figures of
+`make test-faults`, `make test-hosts`, `make campaign`, `make sweep-campaign` and tests/end_to_end/test_sweep.py; `FAULTS=full make test-faults` runs every trial of every row. Times are the worst seen, in seconds, on two shared CPU cores, with gloo and the tiny T5 of the tests:
+they are bounds, not benchmarks. "Passed" also means: no process survived, `status.json` was right, `metrics.jsonl` held each step once
 and in order, and the newest checkpoint verified.
 
 | row | fault | what has to happen | bar | measured |

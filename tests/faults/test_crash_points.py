@@ -9,8 +9,8 @@ import torch
 from crashing_fs import Crash, CrashingFiles
 from fault_figures import record_figure
 
-from bpt_dist import checkpoint
-from bpt_dist.files import read_json, write_json_atomic
+from bpt_dist.storage import checkpoint
+from bpt_dist.storage.files import read_json, write_json_atomic
 
 
 def state(step):
@@ -26,7 +26,7 @@ def loaded_step(folder):
 
     Nothing torn may ever carry the name of a published checkpoint.
     """
-    found = checkpoint.newest(folder, fingerprint="f", warn=lambda text: None)
+    found = checkpoint.latest(folder, fingerprint="f", warn=lambda text: None)
     if found is None:
         return None
     published = [path for path in folder.glob("step-*") if ".tmp-" not in path.name]

@@ -15,8 +15,8 @@ from safetensors.torch import load
 from server import ForkServer
 from trials import Trials
 
-from bpt_dist.export import WEIGHTS, export_prompt
-from bpt_dist.model_card import CardFacts
+from bpt_dist.artifacts.model_card import CardFacts
+from bpt_dist.artifacts.peft_export import WEIGHTS, export_prompt
 
 FACTS = {"d_model": 8, "num_layers": 2, "num_heads": 2}
 COMPLETE = {"README.md", "adapter_config.json", WEIGHTS}
@@ -72,7 +72,7 @@ def all_crashes(root: Path) -> tuple[int, list[str]]:
                 wrong.append(f"call {number}: {found}")
             export(3.0, folder / "adapter")
             if value_of(folder / "adapter") != 3.0 or list(folder.glob("*.tmp-*")):
-                wrong.append(f"call {number}: not mended by the next export")
+                wrong.append(f"call {number}: not repaired by the next export")
             if not crashed:
                 break
             crashes += 1

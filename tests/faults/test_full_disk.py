@@ -1,4 +1,4 @@
-"""F3: a full disk ends a run with 74 and loses nothing; with space again the same command goes on to the undisturbed bits."""
+"""F3: a full disk ends a run with 74 and loses nothing; with space again the same command resumes to the undisturbed bits."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def test_a_file_that_may_not_grow_is_a_full_disk(num_bytes: int, trials: Trials)
         job = trials.job()
         ended = job.start(prepare=FileSizeLimit(num_bytes))
         assert ended.codes == [74], ended.screen
-        assert "the same command again" in ended.screen
+        assert "rerun the same command to resume" in ended.screen
         job.finish()
         trials.assert_as_undisturbed(job)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from fault_figures import measured, record_figure
 
-from bpt_dist import lock as locks
 from bpt_dist.errors import ConfigError, StorageError
-from bpt_dist.files import read_json
-from bpt_dist.journal import MetricsLog
-from bpt_dist.lock import STALE, RunLock
-from bpt_dist.run import Run
+from bpt_dist.storage import lock as locks
+from bpt_dist.storage.files import read_json
+from bpt_dist.storage.lock import STALE, RunLock
+from bpt_dist.storage.metrics_log import MetricsLog
+from bpt_dist.storage.run_directory import RunDirectory
 
 
 def open_and_write(folder: Path, barrier, results, done) -> None:  # type: ignore[no-untyped-def]
@@ -26,7 +26,7 @@ def open_and_write(folder: Path, barrier, results, done) -> None:  # type: ignor
     barrier.wait(30)
     at = time.monotonic()
     try:
-        run = Run.open("name: x\n", "f", lambda old: [], folder)
+        run = RunDirectory.open("name: x\n", "f", lambda old: [], folder)
     except ConfigError as error:
         results.put((at, str(error)))
         return
@@ -123,5 +123,5 @@ def test_the_record_of_a_run_names_whom_it_was_taken_from(tmp_path: Path) -> Non
     assert results.get(timeout=30)[1] is None
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    Run.open("name: x\n", "f", lambda old: [], tmp_path / "run").close()
+    RunDirectory.open("name: x\n", "f", lambda old: [], tmp_path / "run").close()
     assert f"pid {process.pid}" in read_json(tmp_path / "run" / "run.json")["openings"][-1]["taken_from"]

@@ -1,4 +1,4 @@
-"""F22: a rank without memory says so - rank, step, shape of the batch - and nobody waits for it."""
+"""F22: a rank without memory names itself, the step and the shape of the batch, and no rank waits for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fault_figures import measured
 from hooks import memory
 from trials import Trials
 
-from bpt_dist.files import read_json
+from bpt_dist.storage.files import read_json
 
 # Attention over 200 positions takes some MB a pass; the reserve is for Python, which has to say what happened.
 METHOD = {"length": 200, "init": "normal"}

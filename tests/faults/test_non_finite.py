@@ -9,7 +9,7 @@ import pytest
 from fault_figures import measured
 from trials import Trials
 
-from bpt_dist.files import read_json
+from bpt_dist.storage.files import read_json
 
 FULL = os.environ.get("FAULTS") == "full"
 SIZE = 3
@@ -46,12 +46,12 @@ def spoil(what: str, value: float) -> None:
 
     stage = sys._getframe(2).f_locals["stage"]
     if what == "particle":
-        next(iter(stage.updater.names)).data.view(-1)[0] = value
+        next(iter(stage.optimizer.names)).data.view(-1)[0] = value
     elif what == "loss":
         known = stage.method.loss
         stage.method.loss = lambda forward, batch: spoiled_loss(stage, known, forward, batch)
     else:
-        parameter = next(iter(stage.updater.names))
+        parameter = next(iter(stage.optimizer.names))
         handle = parameter.register_hook(lambda gradient: gradient.index_fill(0, gradient.new_zeros(1).long(), value))
         parameter.spoiled = handle  # kept for the life of the process: the run ends with this step
 

@@ -56,7 +56,7 @@ def test_a_killed_rank_ends_the_job(point: str, trials: Trials) -> None:
             launched.wait_for(lambda: len(launched.ranks) < SIZE)
             figures["worst_seconds"] = round(launched.wait_until_gone(35), 1)
             assert launched.top.wait(5) != 0
-        assert job.status["state"] == "failed"
+        assert job.status.state == "failed"
         finish_and_compare(job, trials)
 
 
@@ -77,7 +77,7 @@ def test_a_signal_to_the_launcher_stops_the_ranks_with_a_checkpoint(case: str, t
             launched.wait_for(reached(job))
             send(launched)
             figures["worst_seconds"] = round(launched.wait_until_gone(25), 1)
-        assert job.status["state"] == "stopped", job.status
+        assert job.status.state == "stopped", job.status
         figures["worst_lost_steps"] = lost_steps(job)
         assert figures["worst_lost_steps"] == 0
         finish_and_compare(job, trials)
@@ -93,7 +93,7 @@ def test_a_launcher_killed_outright_leaves_no_orphan_and_no_false_success(who: s
             os.kill(launched.launch_py if who == "launch.py" else launched.top.pid, signal.SIGKILL)
             figures["worst_seconds"] = round(launched.wait_until_gone(25), 1)
             figures["exit_code"] = str(launched.top.wait(5))
-        assert job.status["state"] == "stopped", job.status
+        assert job.status.state == "stopped", job.status
         finish_and_compare(job, trials)
 
 

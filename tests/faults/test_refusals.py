@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -23,11 +24,12 @@ from server import REPOSITORY, Start
 from trials import Trials
 
 from bpt_dist import config as configuration
-from bpt_dist.config import Data
-from bpt_dist.data import rows, tasks
+from bpt_dist.config import DataConfig
+from bpt_dist.config.keys import leaves
+from bpt_dist.data import rows
 from bpt_dist.errors import ConfigError, DataError
-from bpt_dist.files import read_json
-from bpt_dist.settings.keys import leaves
+from bpt_dist.storage.files import read_json
+from bpt_dist.tasks.user_tasks import load_user_tasks
 
 # --- F14: the configuration ---
 
@@ -154,7 +156,8 @@ BAD_ROWS: dict[str, bytes] = {
 
 def mood(trials: Trials, folder: Path) -> tuple[Any, Path]:
     shutil.copytree(trials.world / "tasks", folder)
-    return tasks.load_user_tasks([folder / "tasks.yaml"])["mood"], folder / "mood" / "train.jsonl"
+    spec = load_user_tasks([folder / "tasks.yaml"])["mood"]
+    return dataclasses.replace(spec, id_column="id"), folder / "mood" / "train.jsonl"
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
@@ -164,7 +167,7 @@ def test_a_bad_row_is_refused_with_its_line(case: str, trials: Trials, tmp_path:
         with file.open("ab") as lines:
             lines.write(BAD_ROWS[case] + b"\n")
         with pytest.raises(DataError, match=re.escape(f"{file}:33")) as refusal:
-            rows.load(spec, Data())
+            rows.load(spec, DataConfig())
         assert refusal.value.exit_code == 65
 
 
@@ -182,7 +185,7 @@ def test_a_harmless_row_is_accepted(case: str, trials: Trials, tmp_path: Path) -
         spec, file = mood(trials, tmp_path / "tasks")
         with file.open("ab") as lines:
             lines.write(GOOD_ROWS[case])
-        assert len(rows.load(spec, Data())["train"]) == 33
+        assert len(rows.load(spec, DataConfig())["train"]) == 33
 
 
 # --- F16: backbone and tokenizer ---
@@ -225,7 +228,7 @@ def test_another_backbone_or_tokenizer_is_refused(
             job = trials.job(backbone={"path": str(mine)}, source={"posterior": str(trials.reference())})
         ended = trials.server.start(Start(job.config))
         assert ended.codes == [2], ended.screen
-        assert f"another {what}" in ended.screen
+        assert (f"the {what} at" if moment == "at resume" else f"another {what}") in ended.screen
         assert not list(job.directory.glob("target/*/checkpoints"))
 
 
@@ -249,7 +252,9 @@ def test_every_field_is_classified(trials: Trials) -> None:
     """A field shapes the result, and is in the fingerprint, or is listed as changeable."""
     config = configuration.load(trials.job().config)
     before = leaves(config.model_dump(mode="json"))
-    changeable = sorted(key for key in before if key in configuration.CHANGEABLE)
+    # Inputs may move, for their contents are compared; only whether there is a posterior shapes the result.
+    may_change = configuration.CHANGEABLE | configuration.MOVABLE - {"source.posterior"}
+    changeable = sorted(key for key in before if key in may_change)
     silent = []
     for key in before:
         tree = config.model_dump(mode="json")
@@ -263,7 +268,7 @@ def test_every_field_is_classified(trials: Trials) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             shapes = configuration.fingerprint(other) != configuration.fingerprint(config)
-        if shapes == (key in configuration.CHANGEABLE):
+        if shapes == (key in may_change):
             silent.append(key)
     record_figure(
         "F19", "fields of the configuration", trials=len(before), passed=len(before) - len(silent), changeable=len(changeable)
@@ -307,7 +312,8 @@ def test_other_rows_are_refused_at_resume(trials: Trials, tmp_path: Path) -> Non
         file.write_text(kept.replace("cat", "dog", 1))
         ended = trials.server.start(Start(job.config))
         assert ended.codes == [65], ended.screen
-        assert "source/truth/train (task and split) has other rows" in ended.screen
+        assert "data: the rows of source/truth/train (stage, task and split) changed since" in ended.screen
+        assert re.search(r"was started \(hash [0-9a-f]+ -> [0-9a-f]+\); restore the original files", ended.screen)
         file.write_text(kept)
         job.finish()
 

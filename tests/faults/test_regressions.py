@@ -10,11 +10,20 @@ from plans import Plan, Wrong, carry_out, shrink
 from trials import Trials
 
 CASES = sorted(REGRESSIONS.glob("*.json"))
+SAME = [
+    (Plan((2,) * 6, ((0, "step.before_update,stage=source,step=2,rank=1,kill"),)), 2),
+    (Plan((1,) * 6, ((0, "ckpt.after_rename,step=2,rank=0,kill"), (0, "flip:0.5"))), 2),
+]
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_a_failure_of_the_campaign_stays_mended(path: Path, trials: Trials) -> None:
-    carry_out(Plan.load(path), trials)
+def test_a_failure_of_the_campaign_stays_fixed(path: Path, trials: Trials) -> None:
+    assert carry_out(Plan.load(path), trials).starts > 1  # a wrong end is raised
+
+
+@pytest.mark.parametrize(("plan", "starts"), SAME, ids=lambda value: "" if isinstance(value, int) else str(value.faults))
+def test_a_trial_of_the_campaign_takes_its_starts_and_ends_as_undisturbed(plan: Plan, starts: int, trials: Trials) -> None:
+    assert carry_out(plan, trials).starts == starts
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

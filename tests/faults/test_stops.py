@@ -1,4 +1,4 @@
-"""F13: a signal stops all ranks after the same step, with a checkpoint and 75; the same command goes on to the undisturbed bits."""
+"""F13: a signal stops all ranks after the same step, with a checkpoint and 75; the same command resumes to the undisturbed bits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from oracle import records, stage_folders
 from server import Ended
 from trials import Job, Trials
 
-from bpt_dist import checkpoint
-from bpt_dist.files import read_json
+from bpt_dist.storage import checkpoint
+from bpt_dist.storage.files import read_json
 
 SIZE = 2
 CASES = {
@@ -39,7 +39,7 @@ def lost_steps(job: Job) -> int:
     taken = {record["stage"]: record["step"] for record in records(job.directory)}
     saved = dict.fromkeys(taken, 0)
     for folder in stage_folders(job.directory):
-        newest = checkpoint.newest(folder, fingerprint=None, warn=print)
+        newest = checkpoint.latest(folder, fingerprint=None, warn=print)
         assert newest is not None
         saved[str(folder.parent.relative_to(job.directory))] = newest.step
     return sum(step - saved[stage] for stage, step in taken.items() if stage in saved)
@@ -50,7 +50,7 @@ def assert_stopped(job: Job, ended: Ended, figures: dict[str, Any], lost: int = 
     assert ended.codes == [75] * len(ended.codes), ended.screen
     status = read_json(job.directory / "status.json")
     assert status["state"] == "stopped"
-    assert "the same command resumes" in status["reason"] or "SIGTERM" in status["reason"]
+    assert "rerun the same command to resume" in status["reason"] or "SIGTERM" in status["reason"]
     figures["worst_lost_steps"] = lost_steps(job)
     assert figures["worst_lost_steps"] <= lost
 
@@ -82,14 +82,23 @@ def test_a_second_signal_means_now(trials: Trials) -> None:
 
 def test_a_rank_that_cannot_stop_in_time_leaves_when_the_grace_is_over(trials: Trials) -> None:
     with measured("F13", "fork server, 2 ranks", "grace over") as figures:
-        job = trials.job()
+        job = trials.job(distribution={"grace": 3})
         fault = "step.before_forward,stage=source,step=3,rank=1,term;step.before_forward,stage=source,step=3,rank=1,sleep:60"
         ended = job.start(fault, SIZE)
         assert ended.codes == [69, 75], ended.screen
-        assert "still at 'source step 3' when the grace was over" in (job.directory / "logs" / "rank-1.stuck").read_text()
+        assert "still at 'source step 3' after the grace period" in (job.directory / "logs" / "rank-1.stuck").read_text()
         figures["worst_seconds"] = round(max(ended.seconds), 2)
-        assert max(ended.seconds) <= 25
+        assert max(ended.seconds) <= 15
         figures["worst_lost_steps"] = lost_steps(job)
         assert figures["worst_lost_steps"] <= 1
         job.finish(SIZE)
         trials.assert_as_undisturbed(job, SIZE)
+
+
+def test_a_request_in_a_long_step_loses_no_step(trials: Trials) -> None:
+    """By default a stop waits as long as a step may take; 20 s were not enough for large backbones."""
+    with measured("F13", "fork server, 2 ranks", "a step of 24 s") as figures:
+        job = trials.job(distribution={"step_timeout": 60})
+        where = "step.before_forward,stage=source,step=3,rank=0,hit=1"
+        fault = f"{where},term;{where},sleep:24"
+        assert_stopped(job, job.start(fault, SIZE), figures)

@@ -12,8 +12,8 @@ from fault_figures import measured, record_figure
 from server import Start
 from trials import Trials
 
-from bpt_dist import checkpoint
 from bpt_dist.errors import StorageError
+from bpt_dist.storage import checkpoint
 
 FILES = ("state.safetensors", "meta.json", "MANIFEST.json")
 
@@ -72,7 +72,7 @@ def test_every_damage_is_detected_and_the_step_before_is_taken(stopped: Path, tm
     for what, damage in [*cuts(newest, rng), *flips(newest, rng), *swaps(newest, older)]:
         damage()
         warnings: list[str] = []
-        found = checkpoint.newest(disk, fingerprint=None, warn=warnings.append)
+        found = checkpoint.latest(disk, fingerprint=None, warn=warnings.append)
         total += 1
         if found is None or found.step != 2 or "step-00000004" not in warnings[0]:
             accepted.append(what)
@@ -89,7 +89,7 @@ def test_none_valid_is_never_a_fresh_start(stopped: Path, tmp_path: Path) -> Non
     for step in disk.iterdir():
         flip(step / "state.safetensors", 200, 3)
     with pytest.raises(StorageError, match="none of its 2 checkpoints is intact"):
-        checkpoint.newest(disk, fingerprint=None, warn=print)
+        checkpoint.latest(disk, fingerprint=None, warn=print)
 
 
 @pytest.mark.parametrize("size", [1, 2])

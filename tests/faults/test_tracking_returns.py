@@ -16,9 +16,9 @@ from server import REPOSITORY, ForkServer
 from test_tracking_outages import assert_history_is_the_truth
 from trials import Job, Trials
 
-from bpt_dist.files import read_json
-from bpt_dist.tracking import sync
-from bpt_dist.tracking_page import Page, ui
+from bpt_dist.storage.files import read_json
+from bpt_dist.tracking.sender import sync
+from bpt_dist.tracking.ui import Page, ui
 
 STEPS = 40
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fault_figures import record_figure
 
-from bpt_dist.tracking_store import connect
+from bpt_dist.tracking.store import connect
 
-CONNECT = "import sys; from bpt_dist.tracking_store import connect; connect(sys.argv[1])"
+CONNECT = "import sys; from bpt_dist.tracking.store import connect; connect(sys.argv[1])"
 
 
 def killed_while_making(folder: Path, num_bytes: int) -> int:

@@ -10,8 +10,8 @@ import yaml
 from oracle import assert_same_run, assert_sound
 from server import Ended, ForkServer, Start
 
-from bpt_dist.files import read_json
-from bpt_dist.run import read_status
+from bpt_dist.storage.files import read_json
+from bpt_dist.storage.run_directory import RunStatus, read_status
 
 STAGES = ("source", "target/mood", "target/count")
 EVALUATION = {"batch_size": 3}
@@ -47,7 +47,7 @@ class Job:
         assert ended.codes == [0] * size, ended.screen
 
     @property
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RunStatus | None:
         """The status as it is true now."""
         return read_status(self.directory)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bpt_dist import hosts
+from bpt_dist.commands.check import hostfile
 from bpt_dist.errors import ConfigError
 
 CANARY = "executed"
@@ -73,15 +73,15 @@ def side_effect(folder: Path, command: str) -> bool:
 
 
 def as_configuration(text: str) -> str:
-    return hosts.command(Path("hostfile"), Path(text), [], 2)
+    return hostfile.command(Path("hostfile"), Path(text), [], 2)
 
 
 def as_override(text: str) -> str:
-    return hosts.command(Path("hostfile"), Path("c.yaml"), [f"name={text}"], 2)
+    return hostfile.command(Path("hostfile"), Path("c.yaml"), [f"name={text}"], 2)
 
 
 def as_variable(text: str) -> None:
-    if list(hosts.problems_with_variables({"MLFLOW_X": text})):
+    if list(hostfile.problems_with_variables({"MLFLOW_X": text})):
         raise ConfigError("refused")
 
 
@@ -97,9 +97,9 @@ def test_every_string_is_refused_before_the_launcher_sees_it(use):
 def test_no_string_is_a_host_or_a_line_of_the_environment_file(tmp_path, text):
     (tmp_path / "hostfile").write_text(f"{text} slots=1\n")
     with pytest.raises(ConfigError):
-        hosts.read_hostfile(tmp_path / "hostfile")
+        hostfile.read_hostfile(tmp_path / "hostfile")
     (tmp_path / ".deepspeed_env").write_text(f"MLFLOW_X={text}\n")
-    assert hosts.read_environment_file(tmp_path / ".deepspeed_env")[1]
+    assert hostfile.read_environment_file(tmp_path / ".deepspeed_env")[1]
 
 
 def test_without_the_checks_they_are_executed(folder):

@@ -61,14 +61,14 @@ def test_own_name_on_loopback(hosts: TwoHosts):
         try:
             code, output = check(hosts, "--hostfile", "hostfile")
             with job_environment(hosts, JOB_ENVIRONMENT):
-                mended = check(hosts, "--hostfile", "hostfile")
+                fixed = check(hosts, "--hostfile", "hostfile")
         finally:
             hosts.name_hosts(1)
     assert code == 2
     assert failures(output)[0].startswith("node1: its own name node1 resolves to 127.0.1.1")
     assert "GLOO_SOCKET_IFNAME" in failures(output)[0]
     assert any(line.startswith("node0: cannot reach node1 at 127.0.1.1") for line in failures(output))
-    assert mended[0] == 0, mended[1]
+    assert fixed[0] == 0, fixed[1]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_another_program_in_the_place_of_the_project(hosts: TwoHosts):
     """A host that runs another version: its shell puts a changed copy of the package in front."""
     copy = hosts.folder / "changed"
     shutil.copytree(
-        Path(tiny_run.__file__).parents[1] / "bpt_dist", copy / "bpt_dist", ignore=shutil.ignore_patterns("__pycache__", "mini")
+        Path(tiny_run.__file__).parents[2] / "bpt_dist", copy / "bpt_dist", ignore=shutil.ignore_patterns("__pycache__", "mini")
     )
     with (copy / "bpt_dist" / "svgd.py").open("a") as source:
         source.write("# changed\n")

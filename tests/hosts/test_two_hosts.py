@@ -94,7 +94,7 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_goes_on_without_it(hosts: T
             ended = job.ended(30)
             nothing_is_left(hosts)
         finally:
-            hosts.mend(1)
+            hosts.repair(1)
     assert rank_ends > STEP_TIMEOUT / 2, "the ranks left before they could know"
     assert ended.returncode not in (0, None), ended.output
     assert "69" in re.findall(r"exits with return code = (\d+)", ended.output), ended.output
@@ -141,7 +141,7 @@ def test_a_hostfile_that_is_not_there_does_not_become_a_small_job(hosts: TwoHost
     ended = hosts.run(hosts.train(config, "distribution.expect_world_size=2", hostfile="nosuch"), seconds=120)
     assert ended.returncode == 2, ended.output
     assert ended.output.count("distribution.expect_world_size is 2, but 1 process(es) were started") == 1
-    assert "is the hostfile found" in ended.output
+    assert "check that the hostfile is found" in ended.output
     assert ended.seconds <= 60, "10 s on an idle machine, most of them the launcher's own imports"
     assert not (hosts.folder / "runs" / "small").exists()
     nothing_is_left(hosts)

@@ -187,7 +187,7 @@ class TwoHosts:
         """Pull the cable of a host."""
         subprocess.run(["ip", "-n", self.bridge, "link", "set", f"port{index}", "down"], check=True)
 
-    def mend(self, index: int) -> None:
+    def repair(self, index: int) -> None:
         """Put the cable back."""
         subprocess.run(["ip", "-n", self.bridge, "link", "set", f"port{index}", "up"], check=True)
 

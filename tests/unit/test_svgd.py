@@ -12,8 +12,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpt_dist import svgd
-from bpt_dist.svgd import Rule, combine, initial_particles, squared_distances, stein_direction, stein_rows, weigh
-from bpt_dist.svgd_diagnostics import Totals, diagnostics, diagnostics_of, totals
+from bpt_dist.svgd import (
+    KernelOptions,
+    PartialSums,
+    direction,
+    direction_terms,
+    initial_particles,
+    kernel_matrices,
+    partial_sums,
+    squared_distances,
+    stein_direction,
+    summarize,
+    summarize_partial_sums,
+)
 
 KERNELS, SCOPES, FORMS = ("rbf", "imq"), ("prompt", "token"), ("svgd", "repulsive_ensemble")
 
@@ -23,6 +34,12 @@ def cloud(num_particles: int, length: int, width: int, seed: int = 0, dtype=torc
     shape = (2, num_particles, length, width)
     particles, score = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     return particles, score
+
+
+def phi_of_rows(x: Tensor, s: Tensor, rows: slice, **options) -> Tensor:
+    """Some rows of phi as a rank of the source stage computes them."""
+    rule = KernelOptions(**options)
+    return direction(x, s, kernel_matrices(squared_distances(x, rule.scope), rule), rule, rows)
 
 
 # ---- the definition -------------------------------------------------------------------------------------------------
@@ -77,7 +94,7 @@ def test_direction_equals_its_definition(num_particles, kernel, scope, form, ban
 
 
 def test_bandwidth_is_the_median_over_pairs_by_numpys_rule_and_other_libraries_differ():
-    """One fixed set whose even number of pairs has 9 and 16 in the middle; nobody may "mend" ours to another convention."""
+    """One fixed set whose even number of pairs has 9 and 16 in the middle; our convention must stay as it is."""
     x = torch.tensor([0.0, 1.0, -3.0, -4.0], dtype=torch.float64)[:, None, None]
     pairs = sorted(float((x[i] - x[j]) ** 2) for i in range(4) for j in range(i))
     assert pairs == [1.0, 1.0, 9.0, 16.0, 16.0, 25.0]
@@ -209,7 +226,19 @@ def test_a_thousand_degenerate_sets_have_a_finite_direction():
         }
         direction = stein_direction(x, s, **options)
         assert torch.isfinite(direction.phi).all(), (trial, options, x)
-        assert all(map(math.isfinite, diagnostics(direction, x).values())), (trial, options)
+        assert all(map(math.isfinite, summarize(direction, x).values())), (trial, options)
+
+
+@pytest.mark.parametrize("num_particles", [5, 40])
+def test_the_four_lines_of_the_docstring_are_the_direction(num_particles):
+    particles, score = cloud(num_particles, 4, 6)
+    lines = [line.strip() for line in svgd.direction.__doc__.splitlines() if line.startswith("        ")]
+    x, s, num = particles.flatten(1), score.flatten(1), num_particles
+    names = {"torch": torch, "x": x, "s": s, "M": num, "h": numpy_bandwidth(x)}
+    exec("\n".join(lines), names)
+    assert len(lines) == 4
+    found = phi_of_rows(particles, score, slice(None)).flatten(1)
+    torch.testing.assert_close(found, names["phi"], rtol=1e-10, atol=1e-12)
 
 
 # ---- rows of a rank -------------------------------------------------------------------------------------------------
@@ -225,7 +254,7 @@ def test_rows_do_not_depend_on_the_split_over_ranks(length, width, kernel, scope
     whole = stein_direction(x, s, **options).phi
     for num_ranks in (1, 2, 3, 6):
         share = 6 // num_ranks
-        rows = [stein_rows(x, s, slice(a * share, (a + 1) * share), **options) for a in range(num_ranks)]
+        rows = [phi_of_rows(x, s, slice(a * share, (a + 1) * share), **options) for a in range(num_ranks)]
         assert torch.equal(torch.cat(rows), whole)
 
 
@@ -236,7 +265,7 @@ def test_rows_of_many_particles_do_not_depend_on_the_split_either(length, width,
     x, s = cloud(num_particles, length, width, dtype=torch.float32)
     whole = stein_direction(x, s, scope=scope).phi
     for share in (divisor for divisor in range(1, num_particles + 1) if num_particles % divisor == 0):
-        rows = [stein_rows(x, s, slice(a, a + share), scope=scope) for a in range(0, num_particles, share)]
+        rows = [phi_of_rows(x, s, slice(a, a + share), scope=scope) for a in range(0, num_particles, share)]
         assert torch.equal(torch.cat(rows), whole), share
 
 
@@ -280,17 +309,17 @@ def test_pieces_of_any_size_make_up_the_dense_formula(num_particles, scope, form
 @pytest.mark.parametrize("num_particles", [1, 5, 40])
 def test_slices_of_the_positions_make_up_the_whole(num_particles, kernel, scope, form):
     x, s = cloud(num_particles, 7, 24, dtype=torch.float32)
-    rule, bounds = Rule(kernel, scope, "median", form), (0, 3, 5, 7)
+    rule, bounds = KernelOptions(kernel, scope, "median", form), (0, 3, 5, 7)
     parts = [(x[:, a:b].contiguous(), s[:, a:b].contiguous()) for a, b in itertools.pairwise(bounds)]
     squared = [squared_distances(part, scope) for part, _ in parts]
     squared = [sum(squared)] * 3 if scope == "prompt" else squared
-    of_slice = [combine(*part, weigh(d2, rule), rule) for part, d2 in zip(parts, squared, strict=True)]
+    of_slice = [direction_terms(*part, kernel_matrices(d2, rule), rule) for part, d2 in zip(parts, squared, strict=True)]
     whole = stein_direction(x, s, **rule._asdict())
     phi = torch.cat([direction.phi for direction in of_slice], dim=1)
     assert (phi - whole.phi).norm() <= 4e-7 * whole.phi.norm()
-    shares = [totals(direction, part, 7) for direction, (part, _) in zip(of_slice, parts, strict=True)]
-    added = Totals(*(sum(share) for share in zip(*shares, strict=True)))
-    assert diagnostics_of(added, 7 * 24) == pytest.approx(diagnostics(whole, x), rel=1e-6, abs=1e-12)
+    shares = [partial_sums(direction, part, 7) for direction, (part, _) in zip(of_slice, parts, strict=True)]
+    added = PartialSums(*(sum(share) for share in zip(*shares, strict=True)))
+    assert summarize_partial_sums(added, 7 * 24) == pytest.approx(summarize(whole, x), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -298,7 +327,7 @@ def test_slices_of_the_positions_make_up_the_whole(num_particles, kernel, scope,
 def test_phi_alone_has_the_bits_of_its_two_terms(num_particles, form):
     x, s = cloud(num_particles, 10, 768, dtype=torch.float32)
     for rows in (slice(None), slice(2, 4)):
-        assert torch.equal(stein_rows(x, s, rows, form=form), stein_direction(x, s, form=form, rows=rows).phi)
+        assert torch.equal(phi_of_rows(x, s, rows, form=form), stein_direction(x, s, form=form, rows=rows).phi)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -370,7 +399,7 @@ def test_repulsion_at_prompt_size_is_as_small_as_the_analysis_says():
     """Equidistant particles: k_off = 1/(M+1) and |repulsive| = 0.378 / distance for M = 5 (0.293 for M = 10)."""
     for num_particles, constant in ((5, 0.378), (10, 0.293)):
         x, s = cloud(num_particles, 100, 768, dtype=torch.float32)
-        logged = diagnostics(stein_direction(x, s), x)
+        logged = summarize(stein_direction(x, s), x)
         assert logged["kernel_off_diagonal"] == pytest.approx(1 / (num_particles + 1), rel=0.02)
         assert logged["repulsive_norm"] == pytest.approx(constant / logged["distance_median"], rel=0.02)
 
@@ -382,7 +411,7 @@ def test_repulsion_at_prompt_size_is_as_small_as_the_analysis_says():
 def test_diagnostics_equal_numpy(scope):
     x, s = cloud(5, 3, 4)
     direction = stein_direction(x, s, scope=scope)
-    logged, flat = diagnostics(direction, x), x.flatten(1).numpy()
+    logged, flat = summarize(direction, x), x.flatten(1).numpy()
     distances = [numpy.linalg.norm(flat[i] - flat[j]) for i in range(5) for j in range(i)]
     kernel = direction.kernel.reshape(-1, 5, 5).numpy()
     assert logged == pytest.approx(

@@ -156,5 +156,5 @@ def test_impossible_batches_are_refused() -> None:
     for settings in ({"batch_size": 0}, {"tasks_per_step": 4}, {"tasks_per_step": 0}, {"task_weight": (1.0,)}):
         with pytest.raises(ConfigError):
             Batches(TASKS, **{"batch_size": 1, "seed": 0, **settings})
-    with pytest.raises(ConfigError, match="task stands twice"):
+    with pytest.raises(ConfigError, match="names a task twice"):
         Batches([TASKS[0], TASKS[0]], batch_size=1, seed=0)

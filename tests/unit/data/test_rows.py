@@ -1,4 +1,4 @@
-"""Splits are those behind the published tables, whatever file or hub the rows come from."""
+"""Rows are those behind the published tables, whatever file or hub they come from."""
 
 from __future__ import annotations
 
@@ -8,72 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bpt_dist.data import rows
-from bpt_dist.data.spec import TaskSpec
-from bpt_dist.data.tasks import TASKS
-from bpt_dist.data.text_to_text import ROW_ID
+from bpt_dist.data.splits import shuffled
 from bpt_dist.errors import DataError
+from bpt_dist.tasks.catalogue import TASKS
+from bpt_dist.tasks.spec import TaskSpec
+from bpt_dist.tasks.text_to_text import ROW_ID
 
-# Sizes of the published train and validation splits, and of the splits DePT reports to have made of them.
-PUBLISHED = (
-    ("cola", 8_551, 1_043, (8_551, 521, 522)),
-    ("rte", 2_490, 277, (2_490, 138, 139)),
-    ("mrpc", 3_668, 408, (3_668, 204, 204)),
-    ("stsb", 5_749, 1_500, (5_749, 750, 750)),
-    ("boolq", 9_427, 3_270, (9_427, 1_635, 1_635)),
-    ("wic", 5_428, 638, (5_428, 319, 319)),
-    ("wsc", 554, 104, (554, 52, 52)),
-    ("cb", 250, 56, (250, 28, 28)),
-    ("multirc", 27_243, 4_848, (27_243, 2_424, 2_424)),
-    ("sst2", 67_349, 872, (66_349, 1_000, 872)),
-    ("qnli", 104_743, 5_463, (103_743, 1_000, 5_463)),
-    ("qqp", 363_846, 40_430, (362_846, 1_000, 40_430)),
-)
+PUBLISHED_TESTS = {"rte": (138, 139), "mrpc": (204, 204), "wic": (319, 319), "cb": (28, 28), "wsc": (52, 52), "sst2": (1000, 872)}
 
 
-@pytest.mark.parametrize(("task", "train", "validation", "sizes"), PUBLISHED)
-def test_split_sizes_are_the_published_ones(task: str, train: int, validation: int, sizes: tuple[int, int, int]) -> None:
-    rule = TASKS[task].splits
-    published = {"train": train, "validation": validation, "test": validation}
-    plan = rows.split_indices(rule.kind, published, 42, task)
-    assert tuple(len(indices) for _, indices in plan.values()) == sizes
-
-
-def test_mnli_validates_on_mismatched_and_tests_on_matched() -> None:
-    rule = TASKS["mnli"].splits
-    assert (rule.kind, rule.validation, rule.test) == ("official", ("validation_mismatched",), ("validation_matched",))
-    sizes = {"train": 392_702, "validation": 9_832, "test": 9_815}
-    plan = rows.split_indices(rule.kind, sizes, 42, "mnli")
-    assert {split: len(indices) for split, (_, indices) in plan.items()} == sizes
-
-
-def test_halves_are_disjoint_cover_the_split_and_use_the_published_shuffle() -> None:
-    plan = rows.split_indices("halves", {"train": 10, "validation": 277}, 42, "rte")
-    validation, test = plan["validation"][1], plan["test"][1]
-    order = torch.randperm(277, generator=torch.Generator().manual_seed(42)).tolist()
-    assert validation + test == order
-    assert sorted(order) == list(range(277))
-
-
-def test_carved_rows_leave_train() -> None:
-    plan = rows.split_indices("carve", {"train": 20_000, "test": 5}, 42, "qnli")
-    assert (plan["validation"][0], plan["test"]) == ("train", ("test", [0, 1, 2, 3, 4]))
-    assert sorted(plan["train"][1] + plan["validation"][1]) == list(range(20_000))
-
-
-def test_a_split_without_rows_is_refused() -> None:
-    with pytest.raises(DataError, match=r"task 'x': the published train split \(5 rows\) leaves no validation row"):
-        rows.split_indices("carve", {"train": 5, "test": 5}, 42, "x")
-
-
-@pytest.mark.parametrize("task", ["rte", "mrpc", "wic", "cb", "wsc", "sst2"])
+@pytest.mark.parametrize("task", PUBLISHED_TESTS)
 def test_the_whole_validation_splits_of_the_pack_give_the_published_sizes(task: str, data_root: Path, options: Any) -> None:
     splits = rows.load(TASKS[task], options(root=data_root))
-    sizes = next(sizes for name, _, _, sizes in PUBLISHED if name == task)
-    assert len(splits["test"]) == sizes[2]
-    assert task == "sst2" or len(splits["validation"]) == sizes[1]  # the pack has 4,000 of its training rows
+    validation, test = PUBLISHED_TESTS[task]
+    assert len(splits["test"]) == test
+    assert task == "sst2" or len(splits["validation"]) == validation  # the pack has 4,000 of its training rows
 
 
 def test_the_wsc_halves_hold_the_rows_behind_the_published_majority(data_root: Path, options: Any) -> None:
@@ -101,7 +52,7 @@ def own_task(folder: Path) -> TaskSpec:
 def test_a_missing_test_split_is_carved_and_said(rte_folder: Path, options: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         splits = rows.load(own_task(rte_folder), options())
-    assert {split: len(found) for split, found in splits.items()} == {"train": 36, "validation": 4, "test": 11}
+    assert {split: len(kept) for split, kept in splits.items()} == {"train": 36, "validation": 4, "test": 11}
     assert splits.notes == tuple(record.message for record in caplog.records)
     assert "no test.jsonl: a tenth of train" in splits.notes[0]
 
@@ -116,7 +67,7 @@ def test_official_splits_are_taken_as_they_are(rte_folder: Path, options: Any) -
 
 def test_caps_take_the_first_of_a_shuffle(rte: TaskSpec, options: Any) -> None:
     capped = rows.load(rte, options(max_train_rows=5, max_eval_rows=2))
-    assert [row["idx"] for row in capped["train"]] == rows.shuffled(40, 42)[:5]
+    assert [row["idx"] for row in capped["train"]] == shuffled(40, 42)[:5]
     whole = rows.load(rte, options())
     assert all(capped[split] == whole[split][:2] for split in ("validation", "test"))  # halves are shuffled already
     assert rows.load(rte, options(max_train_rows=1000))["train"] == rows.load(rte, options())["train"]
@@ -133,8 +84,13 @@ def test_shots_are_drawn_for_every_class_by_the_seed(rte: TaskSpec, options: Any
 def test_a_missing_folder_says_what_to_download_and_where_it_goes(tmp_path: Path, options: Any) -> None:
     with pytest.raises(DataError) as error:
         rows.load(TASKS["arc"], options(root=tmp_path))
-    for said in (f"{tmp_path}/ai2_arc/ARC-Easy", "huggingface.co/datasets/allenai/ai2_arc", "train.jsonl", "ai2_arc/ARC-Challenge"):
-        assert said in str(error.value)
+    for message in (
+        f"{tmp_path}/ai2_arc/ARC-Easy",
+        "huggingface.co/datasets/allenai/ai2_arc",
+        "train.jsonl",
+        "ai2_arc/ARC-Challenge",
+    ):
+        assert message in str(error.value)
 
 
 def test_a_missing_file_is_named(rte: TaskSpec, rte_folder: Path, options: Any) -> None:
@@ -159,8 +115,8 @@ def test_hub_and_local_rows_are_split_alike(rte: TaskSpec, rte_folder: Path, opt
 
     def hub(name: str, config: str, *, split: str, cache_dir: str | None) -> Any:
         asked.append((name, config))
-        found = [json.loads(line) for line in (rte_folder / f"{split}.jsonl").read_text().splitlines()]
-        return datasets.Dataset.from_list(found)
+        lines = [json.loads(line) for line in (rte_folder / f"{split}.jsonl").read_text().splitlines()]
+        return datasets.Dataset.from_list(lines)
 
     monkeypatch.setattr("datasets.load_dataset", hub)
     assert rows.load(TASKS["rte"], options()) == rows.load(rte, options())
@@ -171,11 +127,11 @@ def test_bad_rows_of_the_hub_are_named_and_empty_texts_noted(options: Any, monke
     import datasets
 
     good = [{"sentence1": "a", "sentence2": "b", "label": i % 2, "idx": i} for i in range(20)]
-    for change, said in (({"label": -1}, "nyu-mll/glue:train:4: field 'label' is -1"), ({"sentence1": ""}, None)):
-        found = [{**row, **change} if i == 3 else row for i, row in enumerate(good)]
-        monkeypatch.setattr("datasets.load_dataset", lambda *a, found=found, **k: datasets.Dataset.from_list(found))
-        if said:
-            with pytest.raises(DataError, match=said):
+    for change, message in (({"label": 7}, "nyu-mll/glue:train:4: field 'label' is 7"), ({"sentence1": ""}, None)):
+        lines = [{**row, **change} if i == 3 else row for i, row in enumerate(good)]
+        monkeypatch.setattr("datasets.load_dataset", lambda *a, lines=lines, **k: datasets.Dataset.from_list(lines))
+        if message:
+            with pytest.raises(DataError, match=message):
                 rows.load(TASKS["rte"], options())
         else:
             assert "empty text fields" in rows.load(TASKS["rte"], options()).notes[0]
@@ -184,4 +140,4 @@ def test_bad_rows_of_the_hub_are_named_and_empty_texts_noted(options: Any, monke
 def test_options_are_what_the_configuration_has() -> None:
     config = pytest.importorskip("bpt_dist.config")
     wanted = set(rows.DataOptions.__annotations__)
-    assert wanted <= set(config.Data.model_fields)
+    assert wanted <= set(config.DataConfig.model_fields)

@@ -52,17 +52,17 @@ def counts(sampling: Sampling, num_steps: int, num_texts: int = 12) -> np.ndarra
     return np.array([mixture.at(step)[1] for step in range(num_steps)])
 
 
-@pytest.mark.parametrize("sampling", KINDS, ids=lambda each: f"{each.kind}-{each.cap}")
+@pytest.mark.parametrize("sampling", KINDS, ids=lambda sampling: f"{sampling.kind}-{sampling.cap}")
 def test_tasks_come_as_often_as_the_closed_form_says(sampling: Sampling) -> None:
-    found = counts(sampling, 6000)
-    assert set(found.sum(axis=1)) == {12}  # the texts of a step are as many at every step
-    share = found.sum(axis=0) / found.sum()
+    drawn_counts = counts(sampling, 6000)
+    assert set(drawn_counts.sum(axis=1)) == {12}  # the texts of a step are as many at every step
+    share = drawn_counts.sum(axis=0) / drawn_counts.sum()
     # Steps are independent: the mean over them has a known standard error.
-    error = found.std(axis=0) / 12 / 6000**0.5
+    error = drawn_counts.std(axis=0) / 12 / 6000**0.5
     assert (abs(share - expected(sampling)) < 4 * error).all()
 
 
-@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda each: f"{each.kind}-{each.cap}")
+@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda sampling: f"{sampling.kind}-{sampling.cap}")
 def test_the_share_of_a_task_is_the_expected_weight_of_its_texts(sampling: Sampling) -> None:
     batches = Batches(TASKS, 4, 1, task_weight=[1 / 3] * 3, sampling=sampling)
     weight = np.zeros(3)
@@ -73,13 +73,13 @@ def test_the_share_of_a_task_is_the_expected_weight_of_its_texts(sampling: Sampl
     assert sum(sampling.shares(SIZES)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda each: f"{each.kind}-{each.cap}")
+@pytest.mark.parametrize("sampling", [*KINDS, Sampling()], ids=lambda sampling: f"{sampling.kind}-{sampling.cap}")
 def test_a_stage_goes_on_behind_the_texts_of_its_preludes(sampling: Sampling) -> None:
     """Preludes of 5 and 2 steps take 4 rows of every task at every step; all stages together read each task's rows in order."""
     batches, read = Batches(TASKS, 4, 1, sampling=sampling), {task.name: list[str]() for task in TASKS}
 
-    def take(found: Batches, steps: int) -> None:
-        for row in (row for step in range(steps) for row in found.at(step).row_ids):
+    def take(drawn_counts: Batches, steps: int) -> None:
+        for row in (row for step in range(steps) for row in drawn_counts.at(step).row_ids):
             read[row[0]].append(row)
 
     for steps in (5, 2):
@@ -95,8 +95,8 @@ def test_a_stage_goes_on_behind_the_texts_of_its_preludes(sampling: Sampling) ->
 
 def test_texts_of_a_proportional_step_are_drawn_one_by_one() -> None:
     """The number of texts of a task is binomial: no step is forced to its expectation."""
-    found, share = counts(Sampling("proportional"), 6000)[:, 1], expected(KINDS[0])[1]
-    seen = [int((found == n).sum()) for n in range(8)] + [int((found >= 8).sum())]
+    drawn_counts, share = counts(Sampling("proportional"), 6000)[:, 1], expected(KINDS[0])[1]
+    seen = [int((drawn_counts == n).sum()) for n in range(8)] + [int((drawn_counts >= 8).sum())]
     law = [6000 * stats.binom.pmf(n, 12, share) for n in range(8)] + [6000 * stats.binom.sf(7, 12, share)]
     assert stats.chisquare(seen, law).pvalue > 1e-3
 
@@ -126,7 +126,7 @@ def test_stochastic_steps_have_the_law_of_mpt() -> None:
     assert stats.chisquare(frequencies, chances).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("sampling", KINDS, ids=lambda each: f"{each.kind}-{each.cap}")
+@pytest.mark.parametrize("sampling", KINDS, ids=lambda sampling: f"{sampling.kind}-{sampling.cap}")
 def test_any_step_can_be_asked_for_alone(sampling: Sampling) -> None:
     forward = Batches(TASKS, batch_size=4, seed=1, sampling=sampling)
     for step in (0, 1, 2, BLOCK - 1, BLOCK, 3 * BLOCK + 5):
@@ -137,7 +137,7 @@ def test_any_step_can_be_asked_for_alone(sampling: Sampling) -> None:
     assert forward.at(1).row_ids != Batches(TASKS, batch_size=4, seed=2, sampling=sampling).at(1).row_ids
 
 
-@pytest.mark.parametrize("sampling", KINDS, ids=lambda each: f"{each.kind}-{each.cap}")
+@pytest.mark.parametrize("sampling", KINDS, ids=lambda sampling: f"{sampling.kind}-{sampling.cap}")
 def test_every_row_of_a_task_comes_once_an_epoch(sampling: Sampling) -> None:
     batches = Batches(TASKS, batch_size=4, seed=0, sampling=sampling)
     seen: dict[str, list[str]] = {each.name: [] for each in TASKS}
@@ -169,8 +169,8 @@ def test_a_single_task_is_the_whole_mixture() -> None:
 
 def test_the_draws_are_pinned_for_ever() -> None:
     """A change of these numbers breaks the resuming of every run with a mixture."""
-    found = {sampling.kind: Mixture(sampling, SIZES, 12, seed=0).at(BLOCK + 1)[0].tolist() for sampling in KINDS}
-    assert found == PINNED
+    drawn_counts = {sampling.kind: Mixture(sampling, SIZES, 12, seed=0).at(BLOCK + 1)[0].tolist() for sampling in KINDS}
+    assert drawn_counts == PINNED
 
 
 PINNED = {"proportional": [3064, 4670, 4566], "temperature": [2568, 3660, 6072], "stochastic": [1270, 3020, 8010]}

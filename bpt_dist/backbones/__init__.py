@@ -1,0 +1,1 @@
+"""Frozen models behind one interface, one folder a family."""

@@ -1,0 +1,190 @@
+"""The interface of a frozen model: what methods, training and evaluation may ask of any family, and what a pass returns."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.errors import BackboneChanged
+from bpt_dist.objective import Reduction
+
+EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The results of one pass for m particles and N texts."""
+
+    log_likelihood: Float[Tensor, "m N"]
+    make_logits: Callable[[], Float[Tensor, "m N U V"]]
+    # On request, the last hidden states of encoder [m, N, L, D] and decoder [m, N, U, D].
+    states: tuple[Float[Tensor, "m N L D"], Float[Tensor, "m N U D"]] | None = None
+
+    @property
+    def logits(self) -> Float[Tensor, "m N U V"]:
+        """Return the logits of every target position; where a target has none (padding) they mean nothing."""
+        return self.make_logits()
+
+
+class Backbone(InsertionPoints, ABC):
+    """A checkpoint with its tokenizer: frozen, in eval mode, never written to by a frozen-model method.
+
+    A family (a folder beside `t5/`) fills in what is abstract here. Files outside `backbones/` know this class only.
+    """
+
+    core: nn.Module  # one forward for everything a rank computes, so that a partitioned model is gathered alike on every rank
+    call: Callable[..., Any]  # `core`, or the partitioned module that training put in its place
+
+    def __init__(
+        self, core: nn.Module, tokenizer: Any, *, name: str, path: str, identity: str, revision: str | None = None
+    ) -> None:
+        super().__init__()
+        self.core = self.call = core
+        self.tokenizer, self.name, self.path, self.revision = tokenizer, name, path, revision
+        self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
+        self.tokenizer_hash = _hash_tokenizer(tokenizer)
+        self.synced = False  # whether generation must keep the ranks in step
+        self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
+        self.attention: str | None = None  # how the family's own pass computes attention, where it is used
+        self.partition: Any = None  # how training partitioned the model, for a method that trains it
+        self._loaded_hash = _hash_tensors(core)
+
+    # --- what it is -------------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def model(self) -> Any:
+        """The stock model, whose parameters are the weights; partitioned ones are empty outside a forward."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Mapping[str, Any]:
+        """The configuration of the model as an export records it."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Model width D."""
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """Rows of the word-embedding table; a tokenizer may have fewer pieces."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+
+    @property
+    @abstractmethod
+    def block_class(self) -> type[nn.Module]:
+        """The class of the blocks: the unit a partitioned model is gathered by."""
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> dict[str, int]:
+        """How many blocks each stack has, by the stack's name."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks of all stacks."""
+        return [module for module in self.model.modules() if isinstance(module, self.block_class)]
+
+    # --- which pass reads the texts ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def use_packed_pass(self, attention: str) -> None:
+        """Read texts by the family's own pass without padding wherever it applies; `attention` is `sdpa` or `eager`."""
+
+    @abstractmethod
+    def use_stock_pass(self) -> None:
+        """Read texts by the modules of the model, padded."""
+
+    @abstractmethod
+    def padding_overhead(self, num_targets: int) -> float:
+        """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not.
+
+        `num_targets` is the length of the longest target.
+        """
+
+    # --- what it computes -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
+        """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
+
+    @abstractmethod
+    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
+
+    @abstractmethod
+    def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
+        """Return the greedily decoded targets, one list of N strings a particle.
+
+        With `average` there is one list: each next token is the likeliest under the mean distribution of all particles.
+        """
+
+    @abstractmethod
+    def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return rows of the word-embedding table in float32."""
+
+    def matmul_weights(self) -> tuple[int, int] | None:
+        """Return how many weights multiply the state of a source token, and of a target token; None where nobody has counted."""
+        return None
+
+    # --- frozen -----------------------------------------------------------------------------------------------------------------
+
+    def verify_unchanged(self) -> None:
+        """Raise BackboneChanged unless every weight of this rank is as it was loaded, bit for bit."""
+        if _hash_tensors(self.core) != self._loaded_hash:
+            raise BackboneChanged(
+                "backbone: a weight of the frozen model changed during training; fix the method, which may write to its own "
+                "tensors only, and rerun in an empty output folder"
+            )
+
+    def remember_partition(self) -> None:
+        """Take this rank's share of the weights as it is now as the state `verify_unchanged` compares with."""
+        self._loaded_hash = _hash_tensors(self.core)
+
+
+def average_distributions(logits: Float[Tensor, "rows V"], num_particles: int) -> Float[Tensor, "rows V"]:
+    """Return for each row the logarithm of the mean next-token distribution over the particles of its text.
+
+    Rows are particle-major: those of one text are `rows / num_particles` apart, and all of them get the same mean.
+    """
+    of_particles = logits.float().log_softmax(-1).unflatten(0, (num_particles, -1))
+    mean = of_particles.logsumexp(0) - math.log(num_particles)
+    return mean.repeat(num_particles, 1)
+
+
+def local_shard(weight: Tensor) -> Tensor:
+    """Return what this rank holds of a weight, not copied: all of it, or its shard where the model is partitioned."""
+    part: Any = getattr(weight, "ds_tensor", weight).detach()  # ZeRO's; outside a forward the weight itself is empty
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2's
+
+
+def _hash_tensors(model: nn.Module) -> str:
+    """Return the SHA-256 over names and bytes of all parameters; of this rank's shard where the model is partitioned."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        tensor = local_shard(parameter)
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    """Return the SHA-256 over the vocabulary: two pieces swapped is another tokenizer."""
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()

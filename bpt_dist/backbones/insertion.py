@@ -1,0 +1,134 @@
+"""Removable insertion points on the stock modules: a method changes the backbone from outside and leaves it without trace.
+
+Every insertion is a forward hook that holds the method's own tensors only. The backbone's weights are never read, so an insertion
+works alike while they are whole, partitioned by DeepSpeed (blocks as leaves) or by FSDP2, and in scoring, ranking and generation
+with a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bpt_dist.errors import ConfigError
+
+SUBLAYERS = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "feed_forward": "DenseReluDense"}
+Change = Callable[[Tensor, Tensor], Tensor]  # input x and output y of a module -> what takes the place of y
+
+
+class Site(NamedTuple):
+    """A module of the backbone that something is inserted at."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def stack(self) -> str:
+        """`encoder`, `decoder` or `lm_head`."""
+        return self.name.split(".")[0]
+
+    @property
+    def block(self) -> int:
+        """Number of the block within its stack, from 0; only a module of a block has one."""
+        return int(self.name.split(".")[2])
+
+    @property
+    def key(self) -> str:
+        """The name as torch accepts it for a parameter: without dots."""
+        return self.name.replace(".", "/")
+
+
+MakeChange = Callable[[Site], Change]
+
+
+class InsertionPoints:
+    """The backbone as methods may change it; every function returns how many modules matched and raises ConfigError for none.
+
+    Rows of x and y are particle-major [m*N, ...] in both stacks, as `of_rows` lays out what belongs to each text.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The stock model."""
+        raise NotImplementedError
+
+    def wrap_sublayer(self, make: MakeChange, where: Sequence[str], *, stack: str | None = None, residual: bool = False) -> int:
+        """Replace the output of each sub-layer of `where` (self_attention, cross_attention, feed_forward) by `make(place)(x, y)`.
+
+        x is normed, y without the residual; with `residual`, x is the hidden state before the norm and y after the residual.
+        `stack` picks one of encoder and decoder.
+        """
+        wanted = {SUBLAYERS.get(kind, kind) for kind in where}
+
+        def matches(place: Site) -> str | None:
+            of_stack = stack is None or place.stack == stack
+            last = place.name.rsplit(".", 1)[-1]
+            inner = {name for name, _ in place.module.named_children()} if residual else {last}
+            return next(iter(wanted & inner), None) if of_stack else None
+
+        return self._attach(make, matches, wanted)
+
+    def wrap_linear(self, make: MakeChange, which: Sequence[str] | None) -> int:
+        """Replace the output of each linear layer called as in `which` (q, k, v, o, wi, wo, lm_head; None for all)."""
+
+        def matches(place: Site) -> str | None:
+            last = place.name.rsplit(".", 1)[-1]
+            return last if isinstance(place.module, nn.Linear) and (which is None or last in which) else None
+
+        return self._attach(make, matches, set(which or ()))
+
+    def wrap_norm(self, make: MakeChange) -> int:
+        """Replace the output of every layer norm, in the blocks and after each stack."""
+        return self._attach(make, lambda place: "norm" if place.name.endswith("layer_norm") else None, {"norm"})
+
+    def after_encoder(self, observe: Callable[[Float[Tensor, "rows L D"], Int[Tensor, "rows L"]], None]) -> None:
+        """Call `observe` with the encoder's last hidden states and attention mask, once a pass and before the decoder."""
+
+        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            observe(output[0], kwargs["attention_mask"])
+
+        self._handles.append(self.model.get_submodule("encoder").register_forward_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove everything the insertion points added; the backbone is the stock one again, bit for bit."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _attach(self, make: MakeChange, matches: Callable[[Site], str | None], wanted: set[str]) -> int:
+        places = [Site(name, module) for name, module in self.model.named_modules()]
+        matching = [(place, matched) for place in places if (matched := matches(place)) is not None]
+        missing = wanted - {matched for _, matched in matching}
+        if missing or not matching:
+            names = sorted({place.name.rsplit(".", 1)[-1] for place in places})
+            raise ConfigError(
+                f"{self.name}: no layer of this T5 matches {', '.join(sorted(missing))}; its layers are called {', '.join(names)}"
+            )
+        self._handles += [place.module.register_forward_hook(_hook(make(place))) for place, _ in matching]
+        return len(matching)
+
+
+def _hook(change: Change) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_module: nn.Module, args: Any, output: Any) -> Any:
+        return (change(args[0], output[0]), *output[1:]) if isinstance(output, tuple) else change(args[0], output)
+
+    return hook
+
+
+def of_rows(values: Float[Tensor, "N ..."], num_rows: int) -> Float[Tensor, "rows ..."]:
+    """Return the value of each text for every row of a pass: every particle sees the texts in their order."""
+    return values if len(values) == num_rows else values.repeat(num_rows // len(values), *[1] * (values.dim() - 1))
+
+
+def rms_normalised(states: Float[Tensor, "*rows D"], epsilon: float) -> Float[Tensor, "*rows D"]:
+    """Return what a T5 layer norm multiplies by its gain: no mean is subtracted (Zhang & Sennrich 2019), float32 throughout."""
+    states = states.to(torch.float32)
+    return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)

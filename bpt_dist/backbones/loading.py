@@ -1,0 +1,80 @@
+"""From a folder or hub id to a frozen backbone with its tokenizer and hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from bpt_dist.backbones.base import DTYPES, Backbone
+from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
+from bpt_dist.backbones.t5.config import complete_tokens, read_config
+from bpt_dist.backbones.t5.model import T5Backbone
+from bpt_dist.backbones.t5.weights import build_t5
+from bpt_dist.distributed.hub import reach_hub
+from bpt_dist.errors import ConfigError
+
+
+def identity_of(weights: Weights) -> str:
+    """Return the hash over the files of the weights, which are read for it."""
+    return weights.identity
+
+
+def load(
+    path: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "fp32",
+    attention: str = "auto",
+    mapped: bool = False,
+    identify: Callable[[Weights], str] = identity_of,
+) -> Backbone:
+    """Load a T5-family checkpoint from a folder or the hub: safetensors only, no remote code, tokenizer from the same place.
+
+    Every weight comes from the files, none is initialised at random; `identity` is the hash over exactly these files. Adapters and
+    generation settings beside the weights are never used. `name` is what reports call it. `mapped` weights stay in the file, shared
+    by the processes of a host, until they are moved. `identify` returns the hash; ranks of a host need not each read the files.
+
+    Raises ConfigError when the folder is not such a checkpoint.
+    """
+    checkpoint = Checkpoint(path, revision)
+    if not checkpoint.is_folder and not checkpoint.may_be_on_hub:
+        raise ConfigError(f"backbone.path: there is no folder {path}; give one made by `save_pretrained`, or a hub id")
+    if not checkpoint.is_folder:
+        reach_hub()
+    logging.disable_progress_bar()  # transformers': a bar for files that load in a moment, on every rank
+    try:
+        config = read_config(checkpoint)
+        weights = checkpoint.weights()
+        tokenizer = _load_tokenizer(checkpoint, config.vocab_size)
+        complete_tokens(config, tokenizer, checkpoint)
+        if attention != "auto":
+            config._attn_implementation = attention
+        model = build_t5(config, checkpoint, weights, DTYPES[dtype], mapped=mapped)
+        identity = identify(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise checkpoint.cannot_load(error) from error
+    return T5Backbone(model, tokenizer, name=name or path, path=path, identity=identity, revision=revision)
+
+
+def _load_tokenizer(checkpoint: Checkpoint, num_rows: int) -> Any:
+    path = checkpoint.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=checkpoint.revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a file it cannot read, the hub's client what it likes
+        if not checkpoint.is_folder:
+            raise OSError(f"its tokenizer: {first_line(error)}") from error
+        raise checkpoint.error(f"has no usable tokenizer ({first_line(error)}); copy its tokenizer files again") from error
+    # Without its files transformers makes an empty tokenizer, to which every text is a row of unknown pieces.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise checkpoint.error("has no tokenizer with a vocabulary; put its tokenizer.json beside the weights")
+    if len(tokenizer) > num_rows:
+        raise ConfigError(
+            f"backbone.path: the tokenizer in {path} has {len(tokenizer)} pieces, the model only {num_rows} rows; "
+            "they do not belong together; give the tokenizer that was saved with the weights"
+        )
+    return tokenizer

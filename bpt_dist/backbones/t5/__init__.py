@@ -1,0 +1,1 @@
+"""T5: the stock modules, and a packed pass without padding."""

@@ -1,0 +1,240 @@
+"""The frozen T5: the only place that knows T5's insides (and, with `mini.pretrain`, the only import of transformers).
+
+Prompts enter as `inputs_embeds` with a mask of ones before the text's own mask. Everything a rank does with the T5 goes through ONE
+forward of `PromptedT5`, so that a partitioned T5 gathers and releases its weights in the same places on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from bpt_dist.backbones.base import Backbone, EncoderInputs, Forward, average_distributions
+from bpt_dist.backbones.t5.attention import ATTENTIONS
+from bpt_dist.backbones.t5.config import end_tokens
+from bpt_dist.backbones.t5.packed import PackedT5
+from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
+
+# FLOPs lost by the host time of a pass (1.1 ms a block) at the rate of one core or one GPU, over the 48 D^2 FLOPs that a token
+# costs in a block, forward and backward.
+PASS_FLOPS = {"cpu": 1.1e-3 * 5e10 / 48, "cuda": 1.1e-3 * 3e14 / 48}
+
+
+class PromptedT5(nn.Module):
+    """T5 whose encoder inputs a method may extend; log-likelihood, ranking and generation in one forward.
+
+    Rows of the results are particle-major [m*N, ...]: a partitioned module must not return views, so callers cut them.
+    """
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
+        """Run `log_likelihood`, `rank`, `generate` or `embed`."""
+        run: dict[str, Callable[..., Any]] = {
+            "log_likelihood": self._log_likelihood,
+            "rank": self._rank,
+            "generate": self._generate,
+            "embed": self.model.shared,
+        }
+        return run[task](*args, **kwargs)
+
+    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
+        """Return inputs [m*N, L, D] and their mask [m*N, L]."""
+        inputs = encoder_inputs(self.model.shared(ids))
+        num_particles, _, length, _ = inputs.shape
+        ones = mask.new_ones(mask.shape[0], length - mask.shape[1])
+        full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
+        return inputs.flatten(0, 1).to(self.model.dtype), full_mask
+
+    def _log_likelihood(
+        self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction, states: bool
+    ) -> tuple[Tensor, ...]:
+        """Return log-likelihoods [rows] and logits [rows, U, V]; with `states`, also the last states of encoder and decoder."""
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        targets = target_ids.repeat(len(inputs) // len(ids), 1)
+        start = self.model._shift_right(targets)
+        decoded: list[Tensor] = []
+        # `output_hidden_states` would keep the states of all layers.
+        handle = self.model.decoder.register_forward_hook(lambda _module, _args, output: decoded.append(output[0]))
+        try:
+            output = self.model(inputs_embeds=inputs, attention_mask=full_mask, decoder_input_ids=start, use_cache=False)
+        finally:
+            handle.remove()
+        last = (output.encoder_last_hidden_state, *decoded) if states else ()
+        return sequence_log_likelihood(output.logits, targets, reduction), output.logits, *last
+
+    def _rank(
+        self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+    ) -> Float[Tensor, "rows C"]:
+        """Return the log-likelihood (summed over tokens) of every candidate for every text; the encoder runs once."""
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        encoded = BaseModelOutput(last_hidden_state=self.model.encoder(inputs_embeds=inputs, attention_mask=full_mask)[0])
+        columns = []
+        for candidate in candidates:
+            targets = candidate[candidate != IGNORED].expand(len(inputs), -1)
+            start = self.model._shift_right(targets)
+            logits = self.model(encoder_outputs=encoded, attention_mask=full_mask, decoder_input_ids=start, use_cache=False).logits
+            columns.append(sequence_log_likelihood(logits, targets, "token_sum"))
+        return torch.stack(columns, dim=-1)
+
+    def _generate(
+        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, max_new_tokens: int, synced: bool, average: bool
+    ) -> Int[Tensor, "rows U"]:
+        """Decode greedily; `synced` keeps partitioned ranks in lock-step until the last of them is done.
+
+        With `average` the particles of a text write one target together, by the mean of their next-token distributions.
+        """
+        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        num_particles = len(inputs) // len(ids)
+        processors = [lambda _written, logits: average_distributions(logits, num_particles)] if average else []
+        generate: Any = self.model.generate  # type: ignore[misc]  # its signature is not that of a method
+        tokens: Tensor = generate(
+            inputs_embeds=inputs,
+            attention_mask=full_mask,
+            max_new_tokens=max_new_tokens,
+            synced_gpus=synced,
+            logits_processor=processors,
+        )
+        return tokens
+
+
+def greedy_decoding(config: T5Config) -> GenerationConfig:
+    """Return the settings of the decoding this project measures with: the likeliest token at each step, until an end token.
+
+    They replace the checkpoint's (beams, penalties, forced or banned tokens, least lengths), which the packed pass does not have.
+    """
+    return GenerationConfig(
+        num_beams=1,
+        do_sample=False,
+        pad_token_id=config.pad_token_id,
+        eos_token_id=end_tokens(config),
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+
+
+class T5Backbone(Backbone):
+    """A checkpoint of the T5 family."""
+
+    core: PromptedT5
+
+    def __init__(
+        self, model: T5ForConditionalGeneration, tokenizer: Any, *, name: str, path: str, identity: str, revision: str | None = None
+    ) -> None:
+        core = PromptedT5(model.requires_grad_(False).eval())
+        model.generation_config = greedy_decoding(model.config)
+        super().__init__(core, tokenizer, name=name, path=path, identity=identity, revision=revision)
+        self.packed: PackedT5 | None = None  # our own pass, where it is allowed
+
+    @property
+    def model(self) -> T5ForConditionalGeneration:
+        """The stock transformers model; partitioned weights are empty outside a forward."""
+        return self.core.model
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The configuration as transformers writes it."""
+        facts: dict[str, Any] = self.model.config.to_dict()
+        return facts
+
+    @property
+    def width(self) -> int:
+        """Model width D."""
+        return int(self.model.config.d_model)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the word-embedding table."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.dtype
+
+    @property
+    def block_class(self) -> type[nn.Module]:
+        """The class of T5's blocks."""
+        return type(self.model.encoder.block[0])
+
+    @property
+    def num_blocks(self) -> dict[str, int]:
+        """How many blocks each stack has."""
+        return {"encoder": len(self.model.encoder.block), "decoder": len(self.model.decoder.block)}
+
+    def matmul_weights(self) -> tuple[int, int]:
+        """Return the weights of linear layers that a source token and a target token pass; keys and values of both count."""
+        config = self.model.config
+        attention, layers = config.d_model * config.num_heads * config.d_kv, self.num_blocks
+        feed_forward = (3 if config.is_gated_act else 2) * config.d_model * config.d_ff
+        source = layers["encoder"] * (4 * attention + feed_forward) + layers["decoder"] * 2 * attention
+        return source, layers["decoder"] * (6 * attention + feed_forward) + config.vocab_size * config.d_model
+
+    def use_packed_pass(self, attention: str) -> None:
+        """Read texts by our own pass wherever it applies; for a whole T5 only. `attention` is `sdpa` or `eager`."""
+        self.attention, self.packed = attention, PackedT5(self.model, ATTENTIONS[attention])
+
+    def use_stock_pass(self) -> None:
+        """Read texts by transformers' modules, padded."""
+        self.attention = self.packed = None
+
+    def padding_overhead(self, num_targets: int) -> float:
+        """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not.
+
+        `num_targets` is the length of the longest target.
+        """
+        if self.packed_pass_for(num_targets) is not None:
+            return 0.0
+        return PASS_FLOPS[self.device.type] / self.width**2
+
+    def packed_pass_for(self, num_targets: int) -> PackedT5 | None:
+        """Return our own pass where it applies to targets of that length: the T5 is whole, not trained, nothing is inserted.
+
+        It reads the encoder's states without keys and values, which pays while the decoder has fewer positions than a head is wide.
+        """
+        if self.packed is None or self._handles or num_targets > self.model.config.d_kv:
+            return None
+        return None if self.model.shared.weight.requires_grad else self.packed
+
+    def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
+        """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
+        ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
+        if (packed := self.packed_pass_for(targets.shape[1])) is not None:
+            return packed.log_likelihood(ids, mask, targets, encoder_inputs, reduction, states)
+        log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, encoder_inputs, reduction, states)
+        logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
+        return Forward(log_likelihood.view(-1, len(ids)), lambda: logits, (last[0], last[1]) if last else None)
+
+    @torch.no_grad()
+    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        if (packed := self.packed_pass_for(candidates.shape[1])) is not None:
+            return packed.rank(ids, mask, candidates.to(self.device), encoder_inputs)
+        rows: Tensor = self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
+        return rows.view(-1, len(ids), len(candidates))
+
+    @torch.no_grad()
+    def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
+        """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        if (packed := self.packed_pass_for(max_new_tokens)) is not None:
+            tokens = packed.generate(ids, mask, encoder_inputs, max_new_tokens, average)
+        else:
+            tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced, average)
+            tokens = tokens.view(-1, len(ids), tokens.shape[-1])
+        written = tokens[:1] if average else tokens  # on average all particles write the same
+        return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]
+
+    @torch.no_grad()
+    def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return rows of the word-embedding table in float32 (through the forward, so that a partitioned table is gathered)."""
+        rows: Tensor = self.call("embed", ids.to(self.device))
+        return rows.float()

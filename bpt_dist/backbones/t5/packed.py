@@ -1,0 +1,232 @@
+"""Our own pass through a whole frozen T5: no padding, no masks, no keys and values over encoder tokens; exact.
+
+It replaces transformers' modules where a rank holds the whole T5, nothing of it is trained and nothing is inserted into it
+(`T5Backbone.packed_pass_for`). Weights stay those of the stock model, of which it holds no second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from bpt_dist.backbones.base import EncoderInputs, Forward, average_distributions
+from bpt_dist.backbones.t5.attention import Attention, plain_attention
+from bpt_dist.backbones.t5.blocks import Decoder, Encoder
+from bpt_dist.backbones.t5.config import end_tokens
+from bpt_dist.backbones.t5.layout import Layout
+from bpt_dist.objective import IGNORED, Reduction
+
+MOST_LOGITS = 1 << 26  # numbers, 256 MB: what ranking holds at once of an output as large as the vocabulary
+
+
+class PackedT5:
+    """Log-likelihood, ranking and generation as `PromptedT5` does them; results are the stock pass's to rounding."""
+
+    def __init__(self, model: Any, attention: Attention) -> None:
+        self.model = model
+        self.encoder, self.decoder = Encoder(model.encoder, attention), Decoder(model.decoder, plain_attention)
+
+    def log_likelihood(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        target_ids: Int[Tensor, "N U"],
+        encoder_inputs: EncoderInputs,
+        reduction: Reduction,
+        states: bool,
+    ) -> Forward:
+        """Return the log-likelihood of each target; logits are made for positions that have a target only."""
+        num_targets = (target_ids != IGNORED).sum(1)
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, num_targets.tolist())
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        start = layout.decoder_tokens(self.model._shift_right(target_ids))
+        decoded = self.decoder(self._embed(start), _memory(encoded, layout), layout.decoder_rows)
+        logits = self._logits(decoded)
+        losses = functional.cross_entropy(logits, layout.decoder_tokens(target_ids), reduction="none")
+        total = -layout.sums(losses)
+        if reduction == "token_mean":
+            total = total / num_targets.clamp_min(1)
+        length = target_ids.shape[1]
+        last = None
+        if states:
+            last = (layout.unpacked_encoder(encoded, inputs.shape[2]), layout.unpacked_decoder(decoded, length))
+        return Forward(total, lambda: layout.unpacked_decoder(logits, length), last)
+
+    def rank(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+    ) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood (summed over tokens) of every candidate, read by one pass of the decoder.
+
+        Candidates that begin alike share the positions of their common beginning: the decoder reads a tree.
+        """
+        tree = Tree.of(candidates.tolist(), self.model.config.decoder_start_token_id)
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [len(tree.tokens)] * len(ids))
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        bias = self._bias_of(tree)
+        nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
+        decoded = self.decoder(self._embed(nodes), _memory(encoded, layout), layout.decoder_rows, bias)
+        rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
+        sums = [self._along(tree, rows) for rows in decoded.split(rows_at_once * len(tree.tokens))]
+        return layout.in_order(torch.cat(sums))
+
+    def generate(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        encoder_inputs: EncoderInputs,
+        max_new_tokens: int,
+        average: bool = False,
+    ) -> Int[Tensor, "m N U"]:
+        """Return greedily decoded ids; a sequence that has ended costs nothing more.
+
+        With `average` the particles of a text write one target together, by the mean of their next-token distributions.
+        """
+        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [1] * len(ids))
+        encoded = self.encoder(layout.encoder_tokens(inputs), layout)
+        memory, averaged = _memory(encoded, layout), layout.num_particles if average else 1
+        tokens = greedy(self.decoder, self._embed, self._logits, memory, self.model.config, max_new_tokens, averaged)
+        return layout.in_order(tokens)
+
+    def _lay_out(
+        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, decoder_lengths: list[int]
+    ) -> tuple[Float[Tensor, "m N L D"], Layout]:
+        inputs = encoder_inputs(self._embed(ids))
+        num_added = inputs.shape[2] - ids.shape[1]
+        return inputs, Layout(len(inputs), (mask.sum(1) + num_added).tolist(), decoder_lengths)
+
+    def _embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """Return the word embeddings in float32, the type of hidden states, so that prompts before them are not rounded."""
+        rows: Tensor = self.model.shared(ids)
+        return rows.float()
+
+    def _logits(self, decoded: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """Return the logits in float32."""
+        if self.model.config.scale_decoder_outputs:
+            decoded = decoded * self.model.config.d_model**-0.5
+        logits: Tensor = self.model.lm_head(decoded)
+        return logits.float()
+
+    def _along(self, tree: Tree, decoded: Float[Tensor, "nodes D"]) -> Float[Tensor, "rows C"]:
+        """Return the log-likelihood of each candidate from the states of all nodes of some sequences."""
+        of_nodes = self._logits(decoded).log_softmax(-1).unflatten(0, (-1, len(tree.tokens)))
+        paths = [torch.tensor(path, device=decoded.device) for path in tree.paths]
+        return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)
+
+    def _bias_of(self, tree: Tree) -> Float[Tensor, "1 H n n"]:
+        """Return the position bias between nodes: by their depths, -inf unless one is on the other's way to the root."""
+        depths = torch.tensor(tree.depths)
+        bias = self.decoder.bias(int(depths.max()) + 1)
+        between = bias[:, :, depths][..., depths]
+        return between.masked_fill(~tree.visible().to(between.device), -torch.inf)
+
+
+class Tree(NamedTuple):
+    """The beginnings of all candidates: what the decoder has read at a node is the way to it from the root, the start token.
+
+    `paths` holds for each candidate the (node, next token) pairs whose log-probabilities make up its own.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: list[list[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, candidates: list[list[int]], start: int) -> Tree:
+        """Return the tree of candidates, each padded by -100."""
+        tree = cls([start], [0], [0], [])
+        nodes: dict[tuple[int, ...], int] = {(): 0}
+        for candidate in candidates:
+            ids = [token for token in candidate if token != IGNORED]
+            path = []
+            for place, token in enumerate(ids):
+                before = tuple(ids[:place])
+                if before not in nodes:
+                    nodes[before] = len(tree.tokens)
+                    tree.tokens.append(before[-1])
+                    tree.parents.append(nodes[before[:-1]])
+                    tree.depths.append(place)
+                path.append((nodes[before], token))
+            tree.paths.append(path)
+        return tree
+
+    def visible(self) -> Bool[Tensor, "n n"]:
+        """Return which nodes [query, key] are on the way from the root to each node."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node in range(1, len(self.tokens)):
+            seen[node] |= seen[self.parents[node]]
+        return seen
+
+
+def _memory(encoded: Float[Tensor, "tokens D"], layout: Layout) -> list[Float[Tensor, "r S D"]]:
+    parts = encoded.split([rows * length for rows, length in layout.encoder_rows])
+    return [part.view(*shape, -1) for part, shape in zip(parts, layout.encoder_rows, strict=True)]
+
+
+def greedy(
+    decoder: Decoder,
+    embed: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor],
+    memory: Sequence[Float[Tensor, "r S D"]],
+    config: Any,
+    max_new_tokens: int,
+    averaged: int = 1,
+) -> Int[Tensor, "rows U"]:
+    """Return the start token and what follows, at most `max_new_tokens`, for the sequences of each group in `memory`.
+
+    A group is particle-major; with `averaged` > 1 so many particles of each text write the same tokens and end together.
+    What comes after the end token is padding, as transformers' `generate` fills it.
+    """
+    num_rows, device = sum(map(len, memory)), memory[0].device
+    tokens = torch.full((num_rows, max_new_tokens + 1), config.pad_token_id, device=device)
+    tokens[:, 0] = config.decoder_start_token_id
+    ends = torch.tensor(end_tokens(config), device=device)
+    alive, states = torch.arange(num_rows, device=device), list(memory)
+    cache = Cache(decoder)
+    steps = 0
+    while steps < max_new_tokens and len(alive):
+        decoded = cache.step(embed(tokens[alive, steps]), states)
+        steps += 1
+        scores = logits(decoded)
+        if averaged > 1:
+            groups = scores.split([len(group) for group in states])
+            scores = torch.cat([average_distributions(group, averaged) for group in groups])
+        tokens[alive, steps] = scores.argmax(-1)
+        continues = ~torch.isin(tokens[alive, steps], ends)
+        if not continues.all():
+            parts = continues.split([len(part) for part in states])
+            states = [part[keep] for part, keep in zip(states, parts, strict=True) if keep.any()]
+            alive = alive[continues]
+            cache.keep(continues)
+    return tokens[:, : steps + 1]
+
+
+class Cache:
+    """The decoder with the keys and values of what it has read, one token a sequence and step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.kept: list[Tensor | None] = [None] * len(decoder.stack.block)  # of each block, [2, rows, H, t, d]
+
+    def step(self, tokens: Float[Tensor, "rows D"], memory: Sequence[Float[Tensor, "r S D"]]) -> Float[Tensor, "rows D"]:
+        """Return the last hidden state of each sequence's next token."""
+        decoder, hidden = self.decoder, tokens
+        rows = [(len(states), 1) for states in memory]
+        for number, before in enumerate(self.kept):
+            projected = decoder.project(number, hidden)
+            new = projected[:, 1:].permute(1, 0, 2, 3)[:, :, :, None]
+            kept = new if before is None else torch.cat([before, new], dim=3)
+            self.kept[number] = kept
+            bias = decoder.bias(kept.shape[3])[:, :, -1:]
+            read = plain_attention(projected[:, 0, :, None], kept[0], kept[1], bias).flatten(1)
+            hidden = decoder.feed_forward(number, decoder.attend_memory(number, decoder.out(number, hidden, read), memory, rows))
+        return decoder.last(hidden)
+
+    def keep(self, continues: Tensor) -> None:
+        """Forget the sequences that have ended."""
+        self.kept = [None if kept is None else kept[:, continues] for kept in self.kept]

@@ -1,0 +1,1 @@
+"""What a user starts beside training; one file or folder a command."""

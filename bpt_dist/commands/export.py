@@ -1,0 +1,132 @@
+"""`bpt-dist export`: what a finished run trained, as PEFT folders where PEFT knows it, from the files the run keeps."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from bpt_dist.artifacts.stored_run import StoredRun
+from bpt_dist.errors import ConfigError, StorageError
+from bpt_dist.storage import layout
+
+if TYPE_CHECKING:
+    from bpt_dist.methods.base import SharedPrompt
+
+log = logging.getLogger(__name__)
+ROUNDING = 1e-6  # of a product computed for one task or for all at once
+
+
+def export_run(folder: Path, task: str | None, out: Path | None, *, particles: bool) -> None:
+    """Export what `folder` holds and print the places.
+
+    Raises ConfigError for a run that is not finished or has no such task, StorageError.
+    """
+    run = StoredRun.open(folder)
+    written = list(dict.fromkeys(_single(run, name, out) for name in ([task] if task else run.targets)))
+    destination = out or folder / "export"
+    prompts = run.weights(run.targets[0]) is None
+    factors = _joint_factors(run) if prompts and run.config.target.joint and task is None else None
+    if factors is not None:
+        written.append(_joint(run, factors, destination / "joint"))
+    if particles:
+        written.append(_particles(run, destination / "particles"))
+    for place in written:
+        typer.echo(place)
+    typer.echo(_how_to_load(run, written[0]))
+
+
+def _single(run: StoredRun, task: str, out: Path | None) -> Path:
+    """Return the export of one task, copied below `out` if that is given: the run checked and wrote it already."""
+    exported = run.exported(task)
+    if out is None:
+        return exported
+    place = out / task
+    if place.exists() and not any((place / name).is_file() for name in (layout.ADAPTER_CONFIG, layout.WEIGHTS_FACTS)):
+        raise StorageError(f"{place}: exists and is not an export; remove it or choose another --out")
+    # Copied beside it and renamed: an interrupted export leaves the old one, never a mixture of two.
+    copy, old = (place.with_name(f".{place.name}.{kind}") for kind in ("new", "old"))
+    try:
+        if old.exists() and not place.exists():
+            old.rename(place)  # a kill between the two renames below
+        for leftover in (copy, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(exported, copy)
+        if place.exists():
+            place.rename(old)
+        copy.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise StorageError(f"{place}: cannot be written ({error}); fix this and export again") from error
+    return place
+
+
+def _joint(run: StoredRun, shared: SharedPrompt, place: Path) -> Path:
+    from bpt_dist.artifacts.peft_export import export_multitask
+
+    card = run.card(f"Soft prompts for {', '.join(run.targets)}", run.targets, run.particles())
+    return export_multitask(shared.full, shared.u.mT, shared.v, place, tasks=run.targets, card=card, **run.base())
+
+
+def _joint_factors(run: StoredRun) -> SharedPrompt | None:
+    """Return what the prompts of a joint stage share and own, from its newest checkpoint; None where the method has no such parts.
+
+    Raises StorageError unless their products are the prompts the run selected.
+    """
+    import torch
+
+    from bpt_dist.backbones.prompts import read_prompt
+    from bpt_dist.methods.base import method_class
+    from bpt_dist.objective import low_rank_product
+    from bpt_dist.storage import checkpoint
+
+    newest = checkpoint.latest(run.folder / layout.TARGET / layout.JOINT / layout.CHECKPOINTS, fingerprint=None, warn=log.warning)
+    if newest is None:
+        raise StorageError(
+            f"{run.folder}/target/joint: has no checkpoint left; the prompts of single tasks can be exported with --task"
+        )
+    state, _ = checkpoint.load(newest)
+    parts = [key.removeprefix("trained/").removesuffix("/value") for key in state if key.endswith("/value")]
+    factors = method_class(run.config.method.name).shared_prompt(
+        {name: state.get(f"best/{name}", state[f"trained/{name}/value"]) for name in parts}
+    )
+    if factors is None:
+        return None
+    prompts = low_rank_product(*factors)
+    stored = [read_prompt(run.adapter(task), prompts.shape[-1]) for task in run.targets]
+    if not torch.allclose(prompts, torch.stack(stored), rtol=ROUNDING):
+        raise StorageError(
+            f"{newest.path}: is older than the prompts the run selected (the stage ended between two checkpoints); "
+            "export single tasks with --task"
+        )
+    return factors
+
+
+def _particles(run: StoredRun, place: Path) -> Path:
+    particles = run.particles()
+    if particles is None:
+        raise ConfigError(f"--particles: {run.folder} has no source posterior with particles; leave the option out")
+    from bpt_dist.artifacts.peft_export import export_particles
+
+    return export_particles(particles, place, card=run.card("Particles of the source posterior", (), particles), **run.base())
+
+
+def _how_to_load(run: StoredRun, place: Path) -> str:
+    from bpt_dist.tasks import mini
+
+    if (place / layout.WEIGHTS_FACTS).is_file():
+        words = ["bpt-dist", "eval", str(place), "--task", run.targets[0], "-c", str(run.folder / layout.CONFIG)]
+        return f"\n{shlex.join(words)}"
+    settings = run.config.backbone
+    base = mini.backbone_path(settings.path)
+    at = "" if settings.revision is None else f", revision={settings.revision!r}"
+    return (
+        "\nfrom peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
+        f"base = AutoModelForSeq2SeqLM.from_pretrained({base!r}{at})\n"
+        f"model = PeftModel.from_pretrained(base, {str(place.resolve())!r}).eval()"
+    )

@@ -1,0 +1,311 @@
+"""What one stage of a planned run computes, sends and stores; sizes are those of the method's own tensors, made without a T5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bpt_dist.backbones.base import DTYPES
+from bpt_dist.backbones.t5.attention import default_attention
+from bpt_dist.backbones.t5.shapes import T5Shape
+from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
+from bpt_dist.data.batches import Batch
+from bpt_dist.distributed.exchange import slices
+from bpt_dist.distributed.mesh import Axis, Mesh, World
+from bpt_dist.methods.base import Method
+from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
+from bpt_dist.tasks.spec import TaskSpec
+from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
+from bpt_dist.training.optimizer import OPTIMIZERS
+
+ASSUMED_EVAL_ROWS = 1000  # the published split rule carves so many; data.max_eval_rows says otherwise
+CHARACTERS_A_TOKEN = 3  # of label words; a T5 piece is longer on average
+PROJECTED = 64  # numbers by which a picture places a particle
+WORD = 8  # bytes of the float64 numbers that ranks agree on
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication: how often in a step, and how many bytes a rank receives in the step."""
+
+    name: str
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage in numbers: texts and rows of a step, `flops` of a step over all ranks, bytes of one rank.
+
+    `exact_passes_per_step` are the passes with `distribution.exact`, `activation_bytes` those of a pass of training,
+    `evaluation_bytes` those of a pass that predicts; `warning` tells of ranks that have no texts.
+    """
+
+    name: str
+    steps: int
+    mesh: tuple[int, int]
+    num_particles: int
+    particles_per_rank: int
+    texts: int
+    rows: int
+    rows_per_rank: int
+    rows_at_once: int
+    passes_per_step: int
+    exact_passes_per_step: int
+    flops: int
+    activation_bytes: int
+    trainable_parameters: int
+    trained_bytes: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int  # written by the whole stage; the newest two stay
+    left_bytes: int  # on disk, besides checkpoints
+    evaluation_bytes: int
+    collectives: tuple[Collective, ...]
+    evaluation_passes: int = 0
+    evaluation_flops: int = 0
+    warning: str | None = None
+
+
+class PlannedWorld(World):
+    """A world of which only the size is known; its meshes have no process groups."""
+
+    def _make_axes(self, particle: int, data: int) -> tuple[Axis, Axis]:
+        return Axis(0, particle), Axis(0, data)
+
+
+def stage_plan(
+    name: str,
+    config: RunConfig,
+    settings: StageConfig,
+    method: Method,
+    mesh: Mesh,
+    specs: Sequence[TaskSpec],
+    shape: T5Shape,
+    *,
+    evaluated: bool = True,
+    carried: Mapping[str, Tensor] | None = None,
+) -> StagePlan:
+    """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would.
+
+    A prelude is not `evaluated`. `carried` is what the source stage has handed over to a target.
+    """
+    drawn = settings.tasks_per_step if isinstance(settings, SourceStageConfig) and settings.tasks_per_step else len(specs)
+    texts = drawn * settings.batch_size
+    copies, positions = _added(method)
+    is_source = isinstance(settings, SourceStageConfig)
+    if mesh.exchange == "coordinates":
+        slices(positions, mesh.particle.size)
+    own = copies // mesh.particle.size if is_source else copies
+    sharing = own if config.particles_share_texts(settings) else 1
+    shape_of_mesh = (mesh.particle.size, mesh.data.size)
+    trains_weights = config.method.TRAINS_BACKBONE
+    again = config.distribution.activation_checkpointing
+    costs = [shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again) for spec in specs]
+    in_parts = trains_weights and config.distribution.shard != "none"
+    sharers = mesh.world.size if in_parts else 1
+    trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
+    # Values, which a trained backbone holds itself unless they are copied in float32, and beside it the pretrained weights.
+    values = trained
+    if trains_weights:
+        has_copies = config.backbone.dtype != "fp32" or config.distribution.shard == "deepspeed"
+        values = has_copies * trained + shape.weight_bytes // sharers
+    states = num_optimizer_states(settings)
+    keeps_best = isinstance(settings, TargetStageConfig) and evaluated
+    passes, evaluation_flops = (
+        evaluation(config, settings, mesh, copies, [cost.forward_flops for cost in costs])
+        if isinstance(settings, TargetStageConfig) and evaluated
+        else (0, 0)
+    )
+    longest = max(positions + sum(lengths(spec, config)) for spec in specs)
+    work = work_of_a_rank(config, settings, own, texts, mesh.data.size, longest)
+    return StagePlan(
+        name=name,
+        steps=settings.steps,
+        mesh=shape_of_mesh,
+        num_particles=copies,
+        particles_per_rank=own,
+        texts=texts,
+        rows=texts * copies,
+        rows_per_rank=work.rows,
+        rows_at_once=work.rows_at_once,
+        passes_per_step=work.passes,
+        exact_passes_per_step=own * -(-texts // mesh.data.size),
+        flops=round(copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)),
+        activation_bytes=work.rows_at_once * max(cost.activation_bytes for cost in costs),
+        trainable_parameters=method.num_trainable(),
+        trained_bytes=values + trained * (1 + keeps_best),
+        optimizer_bytes=trained * states,
+        checkpoint_bytes=whole * (1 + states + keeps_best),
+        checkpoints=math.ceil(settings.steps / settings.checkpoint_every),
+        left_bytes=left_behind(method, settings, whole, carried) if evaluated else 0,
+        evaluation_bytes=predicting_bytes(config, shape, specs, positions, copies, mesh) if keeps_best else 0,
+        collectives=tuple(_collectives(method, mesh, len(specs), copies, work.passes, config, shape)) if settings.steps else (),
+        evaluation_passes=passes,
+        evaluation_flops=evaluation_flops,
+        warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
+    )
+
+
+def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec], num_prompt: int, copies: int, mesh: Mesh) -> int:
+    """Return the bytes of a pass that predicts: all hypotheses of a prediction read all texts of an evaluation batch at once."""
+    at_once = 1 if config.distribution.exact else config.evaluation.batch_size
+    hypotheses = num_hypotheses(config, copies)
+    rows = config.data.max_eval_rows or ASSUMED_EVAL_ROWS
+    texts = min(at_once, -(-rows // mesh.world.size))
+    packs = config.distribution.shard == "none" and config.backbone.forward != "stock"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    usual, given = default_attention(torch.device(kind), DTYPES[config.backbone.dtype]), config.backbone.attention
+    attention = usual if given == "auto" else given
+    longest = max(lengths(spec, config)[0] for spec in specs)
+    return texts * max(1, hypotheses) * shape.prediction_bytes(num_prompt + longest, attention if packs else "eager", kind)
+
+
+def num_hypotheses(config: RunConfig, copies: int) -> int:
+    """Return how many hypotheses an ensemble averages over, 0 where there is no ensemble; `copies` counts the MAP prompt."""
+    if config.evaluation.predict != "ensemble":
+        return 0
+    return config.evaluation.num_samples or copies - 1
+
+
+def left_behind(method: Method, settings: StageConfig, trained: int, carried: Mapping[str, Tensor] | None) -> int:
+    """Return the bytes of tensors that a finished stage leaves besides its checkpoints, of `trained` bytes of weights."""
+    if isinstance(settings, SourceStageConfig):
+        return sum(tensor.nbytes for tensor in method.end_source(Mesh()).values()) + _snapshot_bytes(method, settings)
+    prompts = method.prompts()
+    if prompts is not None:
+        return sum(prompt.nbytes for prompt in prompts.values())
+    pairs = method.low_rank_pairs()
+    folders = 0 if pairs is None else sum(tensor.nbytes for pair in pairs.pairs.values() for tensor in pair)
+    return folders + trained + sum(tensor.nbytes for tensor in (carried or {}).values())
+
+
+def _snapshot_bytes(method: Method, settings: StageConfig) -> int:
+    """Return the bytes of the files that show where many particles are, of which no more than MOST_FILES are kept."""
+    num_particles = method.num_particles
+    if num_particles <= MOST_INLINE:
+        return 0
+    files = min(MOST_FILES, math.ceil(settings.steps / settings.log_every))
+    return files * num_particles * (PROJECTED + num_particles) * torch.float32.itemsize
+
+
+class RankWork(NamedTuple):
+    """What the rank with the most work does in a step: sequences in all, the most in one pass, passes."""
+
+    rows: int
+    rows_at_once: int
+    passes: int
+
+
+def work_of_a_rank(
+    config: RunConfig, settings: StageConfig, particles: int, texts: int, num_sharers: int, longest: int
+) -> RankWork:
+    """Return the work of a rank that owns `particles` and shares `texts` with other ranks, all texts `longest` tokens long."""
+    of_rank = -(-texts // num_sharers)
+    if config.distribution.exact:
+        return RankWork(particles * of_rank, 1, particles * of_rank)
+    limits = MicroBatchLimits(size=settings.pass_size, together=config.distribution.shard != "none")
+    own_texts = isinstance(settings, SourceStageConfig) and not settings.shared_texts
+    if limits.together and not own_texts:
+        sizes = [[(some.stop - some.start) * len(share) for some, share in of_each] for of_each in
+                 assign([longest] * texts, particles, num_sharers, limits)]  # fmt: skip
+        return RankWork(max(map(sum, sizes)), max(max(each, default=0) for each in sizes), max(map(len, sizes)))
+    together = 1 if own_texts else particles
+    particles_at_once, texts_at_once = sequences_at_once(together, of_rank, longest, limits)
+    passes = -(-particles // particles_at_once) * -(-of_rank // texts_at_once)
+    return RankWork(particles * of_rank, particles_at_once * texts_at_once, passes)
+
+
+def lengths(spec: TaskSpec, config: RunConfig) -> tuple[int, int]:
+    """Return the longest source and target of a task in tokens, end token included; label words count by their characters."""
+    source = config.data.max_source_length or spec.max_source_length
+    words = spec.words(config.data.protocol)
+    return source, max((-(-len(word) // CHARACTERS_A_TOKEN) + 1 for word in words), default=spec.max_target_length)
+
+
+def flops_of_a_text(flops: Sequence[int], settings: StageConfig) -> float:
+    """Return the FLOPs of a text: the mean over the tasks, or of a mixture, whose shares only the data know, the most."""
+    return sum(flops) / len(flops) if settings.sampling == "all" else max(flops)
+
+
+def num_optimizer_states(stage: StageConfig) -> int:
+    """Return how many numbers the optimizer of a stage keeps for each trained one."""
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.zeros(2)
+    optimizer = OPTIMIZERS[stage.optimizer]([{"params": [weight], "lr": 1.0}], stage)
+    optimizer.step()
+    return sum(value.shape == weight.shape for value in optimizer.state[weight].values())
+
+
+def evaluation(
+    config: RunConfig, settings: TargetStageConfig, mesh: Mesh, copies: int, forward_flops: Sequence[int]
+) -> tuple[int, int]:
+    """Return the passes of a rank, and the FLOPs of all ranks, in the validations and final evaluations of a target stage."""
+    every, rows = settings.eval_every or settings.steps, config.data.max_eval_rows or ASSUMED_EVAL_ROWS
+    validations = math.ceil(settings.steps / every) if settings.steps else 0
+    ensemble, hypotheses = config.evaluation.predict == "ensemble", num_hypotheses(config, copies)
+    num_splits = len(config.evaluation.splits)
+    at_once = 1 if config.distribution.exact else config.evaluation.batch_size
+    passes = -(-rows // (mesh.world.size * at_once)) * (validations + num_splits * (1 + ensemble))
+    rows_forward = rows * (validations + num_splits * (1 + hypotheses))
+    return passes * len(forward_flops), rows_forward * sum(forward_flops)
+
+
+def _added(method: Method) -> tuple[int, int]:
+    """Return how many particles a method puts before a text, and how many positions each adds."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    batch = Batch(0, ids, ids, ids, torch.zeros(1, dtype=torch.long), ("plan",), torch.ones(1))
+    with torch.no_grad():
+        inputs = method.encoder_inputs(torch.zeros(1, 1, method.backbone.width), batch)
+    return inputs.shape[0], inputs.shape[2] - 1
+
+
+def _bytes(method: Method, mesh: Mesh, particles: int | None = None) -> int:
+    """Return the bytes of one copy of what a rank of `mesh` trains, or of so many of its particles; float32 in every backbone."""
+    total = 0
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            split = mesh.particle.size if name in method.particle_tensors else 1
+            if name in method.particle_tensors and particles is not None:
+                split = len(parameter) // particles
+            total += parameter.numel() * torch.float32.itemsize // split
+    return total
+
+
+def _collectives(
+    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: RunConfig, shape: T5Shape
+) -> list[Collective]:
+    """Return what the ranks send one another in every step."""
+    if mesh.world.size == 1:
+        return []
+    exact = config.distribution.exact
+    # Calls made, step, seconds, stop, not finite, whose rows; and for each task (with `exact` of each particle) a sum and a count.
+    kept = num_tasks * (copies if exact else 1)
+    collectives = [Collective("all-gather of flags and losses", 1, mesh.world.size * WORD * (6 + 2 * kept))]
+    if mesh.data.size > 1 and exact:
+        sent = _bytes(method, mesh, particles=1) + 4  # the gradient of one particle, and its loss
+        collectives.append(
+            Collective("all-gather of gradients over data, pass by pass", num_passes, num_passes * mesh.data.size * sent)
+        )
+    elif mesh.data.size > 1:
+        collectives.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
+    if mesh.particle.size > 1 and mesh.exchange == "coordinates":
+        num_positions = _added(method)[1]
+        of_position = _bytes(method, Mesh()) // num_positions
+        widest = max(part.stop - part.start for part in slices(num_positions, mesh.particle.size))
+        received = 2 * widest * of_position + _bytes(method, mesh)
+        collectives.append(Collective("all-to-all of particles, of scores and of directions", 3, received))
+        if getattr(config.method, "scope", "prompt") == "prompt":
+            collectives.append(Collective("all-reduce of squared distances", 1, WORD * copies**2))
+    elif mesh.particle.size > 1:
+        collectives.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
+    if config.distribution.shard != "none":
+        gathers = (2 + method.extra_forwards) * num_passes
+        name = "all-gather of T5 blocks, forward and backward"
+        collectives.append(Collective(name, gathers * sum(shape.num_blocks), gathers * shape.weight_bytes))
+    return collectives

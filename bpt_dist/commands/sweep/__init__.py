@@ -1,0 +1,1 @@
+"""`bpt-dist sweep`."""

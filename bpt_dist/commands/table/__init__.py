@@ -1,0 +1,1 @@
+"""`bpt-dist run-table` and `bpt-dist table`."""

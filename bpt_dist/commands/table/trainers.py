@@ -1,0 +1,174 @@
+"""Who trains the runs of a table: this process, a worker process beside others, or the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from bpt_dist import config as configuration
+from bpt_dist.artifacts.stored_run import is_finished
+from bpt_dist.commands.table.jobs import Outcome
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.environment import child_environment, free_port, num_gpus
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, PeerLost, Stopped
+from bpt_dist.storage.files import write_atomic
+
+SCRIPT = Path(__file__).parents[3] / "launcher" / "train.py"
+# Ends a process group when its input does, which is when the process that holds the other end is gone, however it went.
+WATCH = 'read -r _; kill -TERM -"$0"'
+
+
+def write_config(run: RunConfig, folder: Path) -> Path:
+    """Write the resolved configuration of a run, which reads back to the same value, and return the file."""
+    file = folder / f"{run.name}.yaml"
+    write_atomic(file, configuration.resolved_yaml(run).encode())
+    return file
+
+
+class InProcessTrainer:
+    """Trains in this process."""
+
+    def train(self, run: RunConfig) -> Outcome:
+        """Train one run; its guard has the signals meanwhile."""
+        environment = child_environment(1)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        from bpt_dist.commands.table.worker import train_here
+
+        began = time.monotonic()
+        code, reason = train_here(run)
+        return Outcome(code, reason, time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Do nothing: between two runs there is nothing to stop, and a run hears the signal itself."""
+
+    def close(self) -> None:
+        """Wait until the runs are in the tracking store."""
+        from bpt_dist.commands.table.worker import close
+
+        close()
+
+
+class WorkerTrainer:
+    """Trains in a process of its own, started for the first run and again after a death; it writes `folder/worker-N.log`."""
+
+    def __init__(self, number: int, num_workers: int, folder: Path) -> None:
+        self.number, self.folder = number, folder
+        self.environment = child_environment(num_workers)
+        # A worker counts as launched: its guard stops the run when this process is gone. With GPUs it takes its own.
+        self.environment["LOCAL_RANK"] = str(number % max(1, num_gpus()))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.answers: IO[bytes]
+
+    def train(self, run: RunConfig) -> Outcome:
+        """Hand one run to the process and wait for its answer."""
+        process = self.process or self._start()
+        assert process.stdin is not None
+        began = time.monotonic()
+        line = b""
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{write_config(run, self.folder).resolve()}\n".encode())
+            process.stdin.flush()
+            line = self.answers.readline()
+        if not line:
+            return self._dead(process, time.monotonic() - began)
+        answer = json.loads(line)
+        return Outcome(answer["code"], answer["reason"], time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Pass the request on to the guard of the run."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.answers.close()
+            self.process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        reader, writer = os.pipe()
+        command = [sys.executable, "-m", "bpt_dist.commands.table.worker", str(writer), *sys.argv]
+        with (self.folder / f"worker-{self.number}.log").open("ab") as log:
+            # A session of its own: Ctrl-C is for the command, which passes it on once.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, pass_fds=[writer],
+                start_new_session=True,
+            )  # fmt: skip
+        os.close(writer)
+        self.answers = os.fdopen(reader, "rb")
+        self.answers.readline()  # it is ready, or already dead, which the first run finds out
+        return self.process
+
+    def _dead(self, process: subprocess.Popen[bytes], seconds: float) -> Outcome:
+        code = process.wait()
+        self.answers.close()
+        self.process = None
+        if code in (Stopped.exit_code, -signal.SIGTERM):
+            return Outcome(Stopped.exit_code, "stopped before the run wrote its final status", seconds)
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        reason = f"worker {self.number} {how}; see {self.folder / f'worker-{self.number}.log'}"
+        return Outcome(code if code > 0 else INTERNAL_ERROR, reason, seconds, died=True)
+
+
+class DeepSpeedTrainer:
+    """Trains every run as a job of the deepspeed launcher with several processes; they write `folder/launcher.log`."""
+
+    def __init__(self, num_processes: int, folder: Path) -> None:
+        if not SCRIPT.is_file():
+            raise ConfigError(f"--processes: the launcher needs {SCRIPT}, which is not there; run from a checkout of the project")
+        self.num_processes, self.folder = num_processes, folder
+        self.environment = child_environment(num_processes)
+        self.job: subprocess.Popen[bytes] | None = None
+
+    def train(self, run: RunConfig) -> Outcome:
+        """Launch one run and wait for it; its status file decides, not the launcher's exit code."""
+        began = time.monotonic()
+        with (self.folder / "launcher.log").open("ab") as log:
+            self.job = subprocess.Popen(
+                self.command(write_config(run, self.folder)), stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+        watch = subprocess.Popen(
+            ["sh", "-c", WATCH, str(self.job.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        code = self.job.wait()
+        watch.kill()
+        watch.communicate()
+        seconds = time.monotonic() - began
+        if is_finished(run):
+            return Outcome(0, None, seconds)
+        died = code <= 0 or code == PeerLost.exit_code
+        return Outcome(code if code > 0 else INTERNAL_ERROR, self._reason(run), seconds, died=died)
+
+    def command(self, config: Path) -> Sequence[str]:
+        """Return the command that launches one run."""
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_processes)]
+        return [*launcher, "--master_port", str(free_port()), str(SCRIPT), "--config", str(config)]
+
+    def stop(self) -> None:
+        """Tell all processes of the job: the launcher would end alone."""
+        if self.job is not None and self.job.poll() is None:
+            os.killpg(self.job.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+    def _reason(self, run: RunConfig) -> str:
+        from bpt_dist.storage.run_directory import read_status
+
+        if (status := read_status(run.directory)) is not None and status.reason:
+            return status.reason
+        return f"see {self.folder / 'launcher.log'}"

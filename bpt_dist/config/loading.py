@@ -1,0 +1,137 @@
+"""A run as one frozen value: YAML read by OmegaConf, checked by pydantic, every problem named at once. Never imports torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bpt_dist.config.method_source import METHODS
+from bpt_dist.config.mlflow_environment import experiment_of_environment
+from bpt_dist.config.overrides import Overridden, apply, drop_idle_source
+from bpt_dist.config.sections import (
+    RunConfig,
+)
+from bpt_dist.config.strict_yaml import Document, Key, Problem, read
+from bpt_dist.config.validation import validate
+from bpt_dist.errors import ConfigError
+
+OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "tracking")
+"""Keys that belong to the whole file and may not be in a row."""
+
+
+def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS) -> RunConfig:
+    """Return the configuration at `path` with `key=value` overrides applied.
+
+    Raises ConfigError whose lines name every problem: `file:line: key: what is wrong (got VALUE); remedy`.
+    """
+    document = read(path)
+    overridden = apply(document.data, overrides, methods)
+    problems = document.problems + overridden.problems
+    try:
+        data = _plain(overridden.data)
+    except OmegaConfBaseException as error:
+        key: Key = tuple((error.full_key or "").split("."))
+        problems.append(Problem(key, f"refers to nothing: {str(error.msg).splitlines()[0]}"))
+        raise _refusal(document, overridden, problems) from error
+    config, invalid = validate(data, methods)
+    problems += invalid
+    if config is not None:
+        problems += _expansion(config, methods)[1]
+    if config is None or problems:
+        raise _refusal(document, overridden, problems)
+    return config
+
+
+def expand(config: RunConfig, methods: Path = METHODS) -> list[RunConfig]:
+    """Return one configuration for each run: rows by seeds, or the single run itself.
+
+    A run is named `<label or method>-s<seed>` and lives in that folder below the folder of `config`. A row that names
+    another method starts with an empty section; source settings are dropped where its method has no source stage.
+    """
+    runs, problems = _expansion(config, methods)
+    if problems:
+        raise ConfigError("\n".join(f"{problem.dotted}: {problem.text}" for problem in problems))
+    return runs
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Return the configuration with every default written out; `load` reads it back to an equal value."""
+    return OmegaConf.to_yaml(OmegaConf.create(_dump(config)))
+
+
+def _dump(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _plain(data: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[Problem]]:
+    if config.rows is None and config.seeds is None:
+        return [config], []
+    runs: list[RunConfig] = []
+    problems: list[Problem] = []
+    for position, row in enumerate(config.rows or ({},)):
+        problems += [
+            Problem(("rows", position, key), "belongs to the whole file, not to a row; move it up or remove it")
+            for key in OF_THE_FILE
+            if key in row
+        ]
+        for seed in config.seeds or (config.seed,):
+            run, invalid = validate(_row_data(config, row, seed, methods), methods)
+            problems += [Problem(_key_in_row(row, position, problem.key), problem.text) for problem in invalid]
+            runs += [run] if run is not None else []
+    names = [run.name for run in runs]
+    problems += [
+        Problem(("rows",), f"several rows are named {name!r}; give each a label of its own")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    return runs, list(dict.fromkeys(problems))
+
+
+def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) -> dict[str, Any]:
+    """Return the plain data of the run of one row and seed; the row wins over the rest of the file."""
+    base = {key: value for key, value in _dump(config).items() if key not in ("rows", "seeds")}
+    row = {key: value for key, value in row.items() if key not in OF_THE_FILE}
+    label = row.pop("label", None)
+    if isinstance(row.get("method"), str):
+        row["method"] = {"name": row["method"]}
+    if isinstance(row.get("method"), dict) and row["method"].get("name") not in (None, config.method.name):
+        base["method"] = {"name": row["method"]["name"]}
+        drop_idle_source(base, methods)
+    data = _plain(OmegaConf.merge(base, row))
+    name = f"{label or data['method']['name']}-s{seed}"
+    data |= {"name": name, "seed": seed, "run_dir": str(config.directory / name)}
+    if config.tracking.mlflow and config.tracking.experiment is None:
+        data["tracking"]["experiment"] = experiment_of_environment() or config.name
+    return data
+
+
+def _key_in_row(row: dict[str, Any], position: int, key: Key) -> Key:
+    if key == ("name",):
+        return ("rows", position, "label")
+    return ("rows", position, *key) if key and key[0] in row else key
+
+
+def _refusal(document: Document, overridden: Overridden, problems: list[Problem]) -> ConfigError:
+    """Return the error that lists `problems` in the order of the file, the command line last."""
+    lines: list[tuple[int, str]] = []
+    for problem in dict.fromkeys(problems):
+        of_command_line = problem in overridden.problems or any(problem.key[: len(key)] == key for key in overridden.keys)
+        text = f"{problem.dotted}: {problem.text}" if problem.key else problem.text
+        line = problem.line or document.line_of(problem.key)
+        place = "command line" if of_command_line else f"{document.path}:{line}"
+        lines.append((2**31 if of_command_line else line, f"{place}: {text}"))
+    return ConfigError("\n".join(text for _, text in sorted(lines, key=lambda pair: pair[0])))
+
+
+def row_label(run: RunConfig) -> str:
+    """Return the name of the row a run belongs to: its own without the seed."""
+    return re.sub(rf"-s{run.seed}$", "", run.name)

@@ -1,0 +1,1 @@
+"""What a task is: fields, text form, label words, splits and metrics."""

@@ -1,0 +1,1 @@
+"""The run directory mirrored to MLflow."""

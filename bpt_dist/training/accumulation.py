@@ -1,0 +1,162 @@
+"""Sum one step's gradients over its texts: by one all-reduce, or in an order that does not depend on the world size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bpt_dist.distributed.mesh import Mesh
+from bpt_dist.training.microbatches import MicroBatch
+
+
+@dataclass
+class Losses:
+    """Minus log-likelihoods of one step, summed by task over this rank's texts and particles.
+
+    `bad_rows` are the ids of its texts whose loss or gradient was not finite; a sum over ranks would blame them all.
+    """
+
+    sums: list[float]
+    counts: list[float]
+    bad_rows: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, num_tasks: int) -> Losses:
+        """Return zeros for `num_tasks` tasks."""
+        return cls([0.0] * num_tasks, [0.0] * num_tasks)
+
+    def add(self, task: int, value: float, count: float) -> None:
+        """Count `count` sequences of a task whose minus log-likelihoods sum to `value`."""
+        self.sums[task] += value
+        self.counts[task] += count
+
+    def by_task(self, num_tasks: int) -> Losses:
+        """Add up what was kept for each particle apart, in the order of the particles."""
+        folded = Losses.of(num_tasks)
+        for index, (value, count) in enumerate(zip(self.sums, self.counts, strict=True)):
+            folded.add(index % num_tasks, value, count)
+        return folded
+
+
+class GradientAccumulator(Protocol):
+    """Collects the gradient that each pass leaves in `.grad`; `close` leaves the sum of all passes there, on every replica."""
+
+    def add(self, unit: MicroBatch, log_likelihood: Float[Tensor, "m N"]) -> None:
+        """Take the gradient of one pass."""
+
+    def close(self) -> Losses:
+        """Leave the sum in `.grad` and return the losses (collective: every rank)."""
+
+
+class AllReduceAccumulator:
+    """Gradients add up in `.grad`; one all-reduce over `data` ends the step."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh, num_tasks: int) -> None:
+        self.parameters, self.mesh, self.losses = parameters, mesh, Losses.of(num_tasks)
+        # The passes with texts, and for each text minus its log-likelihood over the particles, left on the device until `close`.
+        self.passes: list[tuple[MicroBatch, int, Float[Tensor, " n"]]] = []
+
+    def add(self, unit: MicroBatch, log_likelihood: Float[Tensor, "m N"]) -> None:
+        """Keep the losses; autograd has already added the gradient."""
+        if not unit.is_filler:
+            self.passes.append((unit, len(log_likelihood), -log_likelihood.detach().double().sum(dim=0)))
+
+    def close(self) -> Losses:
+        """Sum over the replicas, and count the losses, for which the device is waited for once a step.
+
+        Where the sum over replicas would hide whose gradients are not finite, it is noted here; else `TrainingStage.agree` sees it.
+        """
+        is_finite = self._sum_over_replicas() if self.mesh.data.size > 1 and self.parameters else None
+        flags = [] if is_finite is None else [is_finite.double().reshape(1)]
+        values = torch.cat([*flags, *(of_text for _, _, of_text in self.passes)]).tolist() if flags or self.passes else []
+        own_is_finite = not flags or bool(values[0])
+        of_texts = iter(values[len(flags) :])
+        for unit, num_particles, _ in self.passes:
+            for task, row in zip(unit.batch.task_index.tolist(), unit.batch.row_ids, strict=True):
+                value = next(of_texts)
+                self.losses.add(task, value, num_particles)
+                if not math.isfinite(value):
+                    self.losses.bad_rows.add(row)
+        if not own_is_finite and not self.losses.bad_rows:
+            self.losses.bad_rows.update(row for unit, _, _ in self.passes for row in unit.batch.row_ids)
+        return self.losses
+
+    def _sum_over_replicas(self) -> Bool[Tensor, ""]:
+        """Sum the gradients and return whether this rank's own were finite; a replica without a task's texts brings zeros.
+
+        A parameter that no replica has a gradient for keeps none, as in one process: the optimizer must not move it.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        is_finite = all_finite(gradients)
+        present = gradients[0].new_tensor([float(parameter.grad is not None) for parameter in self.parameters])
+        self.mesh.sum_over_data_([*gradients, present])
+        for parameter, gradient, count in zip(self.parameters, gradients, present.tolist(), strict=True):
+            parameter.grad = gradient if count else None
+        return is_finite
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Bool[Tensor, ""]:
+    """Return, on the device of the tensors, whether all their numbers are finite: the largest magnitude is, and NaN stays NaN."""
+    largest: Tensor = nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()], norm_type=math.inf)
+    return largest.isfinite()
+
+
+class OrderedAccumulator:
+    """Gradients of single passes are gathered over `data` and added in the order of the texts: the same bits on every world size.
+
+    `sharded` are the parameters whose first axis counts this rank's particles. Losses are kept for each of all M particles apart.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], sharded: Sequence[nn.Parameter], mesh: Mesh, num_tasks: int, num_particles: int
+    ) -> None:
+        self.parameters, self.mesh, self.num_tasks = parameters, mesh, num_tasks
+        self.sharded = {id(parameter) for parameter in sharded}
+        self.sums = [torch.zeros_like(parameter) for parameter in parameters]
+        self.losses = Losses.of(num_tasks * num_particles)
+        self.first_particle = mesh.rows(num_particles).start
+        # What the passes have left on the device until `close`: whether a pass was finite, and the losses of all replicas.
+        self.flags: list[tuple[MicroBatch, Bool[Tensor, ""]]] = []
+        self.gathered: list[tuple[int, Float[Tensor, ""]]] = []
+
+    def add(self, unit: MicroBatch, log_likelihood: Float[Tensor, "1 1"]) -> None:
+        """Gather this round's gradients and losses and add those of real texts (collective: every rank)."""
+        rows = [self._row(tensor, parameter, unit) for tensor, parameter in zip(self._gradients(), self.parameters, strict=True)]
+        own = torch.cat([-log_likelihood.detach().float().reshape(1), *[row.reshape(-1) for row in rows]])
+        if not unit.is_filler:
+            self.flags.append((unit, all_finite([own])))
+        targets = [self._row(total, parameter, unit) for total, parameter in zip(self.sums, self.parameters, strict=True)]
+        for replica, task in zip(self.mesh.gather_over_data(own), unit.round_tasks, strict=False):
+            if self.mesh.data.index == 0:  # all replicas know the same losses; the first one counts them
+                place = (self.first_particle + unit.particles.start) * self.num_tasks + task
+                self.gathered.append((place, replica[0]))
+            parts = replica[1:].split([target.numel() for target in targets])
+            for target, part in zip(targets, parts, strict=True):
+                target.add_(part.view_as(target))
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def close(self) -> Losses:
+        """Leave the sums in `.grad`, and count the losses of all passes, for which the device is waited for once a step."""
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
+            parameter.grad = total
+        kept = [value.float() for _, value in (*self.flags, *self.gathered)]
+        values = torch.stack(kept).tolist() if kept else []
+        for (unit, _), is_finite in zip(self.flags, values, strict=False):
+            if not is_finite:
+                self.losses.bad_rows.update(unit.batch.row_ids)
+        for (place, _), value in zip(self.gathered, values[len(self.flags) :], strict=True):
+            self.losses.add(place, value, 1)
+        return self.losses
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters]
+
+    def _row(self, tensor: Tensor, parameter: nn.Parameter, unit: MicroBatch) -> Tensor:
+        return tensor[unit.particles] if id(parameter) in self.sharded else tensor

@@ -1,0 +1,112 @@
+"""What a finished target stage writes: result entries, predictions, PEFT folders, trained tensors (rank 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bpt_dist.artifacts.model_card import CardFacts, PosteriorFacts
+from bpt_dist.artifacts.peft_export import export_low_rank, export_prompt
+from bpt_dist.artifacts.posterior import Posterior
+from bpt_dist.artifacts.results import Result
+from bpt_dist.artifacts.weights import write_weights
+from bpt_dist.backbones.base import Backbone
+from bpt_dist.config import RunConfig
+from bpt_dist.data.prepare import TaskData
+from bpt_dist.methods.base import Method
+from bpt_dist.storage import layout
+from bpt_dist.storage.fault_injection import fault_point
+from bpt_dist.storage.files import encode_json, write_atomic
+from bpt_dist.storage.run_directory import RunDirectory
+from bpt_dist.tasks import metrics
+from bpt_dist.training.evaluation import Evaluated
+from bpt_dist.training.stage import TrainingStage
+
+
+@dataclass(frozen=True)
+class TargetOutputs:
+    """Writes what target stages leave below the run directory."""
+
+    config: RunConfig
+    directory: RunDirectory
+    backbone: Backbone
+    method: Method
+    posterior: Posterior | None
+    inputs: Mapping[str, str]
+
+    def entries(
+        self, task: TaskData, split: str, predict: str, evaluated: Evaluated, stage: TrainingStage, num_tasks: int
+    ) -> list[Result]:
+        """Return one entry of results.json for each metric: percent, but for `nll` (nats)."""
+        spec, examples = task.spec, tuple(task.splits[split].examples)
+        majority = metrics.majority(spec, task.train.targets, examples, task.protocol)
+        return [
+            Result(
+                method=self.config.method.name,
+                backbone=self.backbone.name,
+                task=spec.name,
+                split=split,
+                n=len(examples),
+                metric=name,
+                value=value,
+                seed=self.config.seed,
+                steps=stage.step,
+                selected_step=stage.best.step,
+                trainable_parameters=self.method.num_trainable() // num_tasks,
+                joint=self.config.target.joint,
+                stage=stage.name,
+                run=self.config.name,
+                predict=predict,
+                decode=evaluated.decode,
+                protocol=task.protocol,
+                headline=name == spec.headline,
+                majority=majority.get(name),
+                folder=self.directory.folder,
+                inputs=dict(self.inputs),
+            )
+            for name, value in evaluated.metrics.items()
+        ]
+
+    def write_predictions(self, task: TaskData, split: str, predict: str, predictions: Iterable[Mapping[str, Any]]) -> None:
+        """Write what was predicted for each row of a split."""
+        folder = self.directory.path(layout.TARGET, task.spec.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / layout.predictions(split, predict), b"".join(map(encode_json, predictions)))
+
+    def export(self, tasks: Sequence[TaskData], entries: Sequence[Result]) -> None:
+        """Write each finished prompt, or the low-rank changes of the backbone, as a PEFT folder."""
+        prompts, pairs = self.method.prompts() or {}, self.method.low_rank_pairs()
+        for name in prompts if pairs is None else [task.spec.name for task in tasks]:
+            fault_point("export.before_write", task=name)
+            card = CardFacts(
+                title=f"Soft prompt for {name}" if pairs is None else f"Low-rank adapter for {name}",
+                method=self.config.method.name,
+                backbone_hash=self.backbone.identity,
+                tokenizer_hash=self.backbone.tokenizer_hash,
+                protocol=self.config.data.protocol,
+                target_tasks=[name],
+                source_tasks=self.method.source_tasks,
+                results=[entry.as_json() for entry in entries if entry.task == name],
+                posterior=self._posterior_facts(),
+            )
+            folder = self.directory.path(layout.TARGET, name) / layout.ADAPTER
+            path, revision = self.backbone.path, self.backbone.revision
+            if pairs is None:
+                facts = self.backbone.facts
+                export_prompt(prompts[name], folder, base_model=path, revision=revision, config_facts=facts, card=card)
+            else:
+                export_low_rank(pairs.pairs, pairs.alpha, folder, base_model=path, revision=revision, card=card)
+
+    def export_weights(self, tasks: Sequence[TaskData], trained: Mapping[str, Tensor], stage: str) -> None:
+        """Write the trained tensors of a method that is no soft prompt."""
+        source = self.posterior.tensors if self.posterior is not None else None
+        names, sizes = [task.spec.name for task in tasks], [len(task.train.tokens) for task in tasks]
+        write_weights(self.method, trained, source, names, sizes, self.directory.path(stage, layout.WEIGHTS))
+
+    def _posterior_facts(self) -> PosteriorFacts | None:
+        if self.posterior is None or "particles" not in self.posterior.tensors:
+            return None
+        return PosteriorFacts.of(self.posterior.tensors["particles"], self.posterior.facts["steps"])

@@ -1,0 +1,1 @@
+"""The backbone on this rank: whole, ZeRO-3 or FSDP2."""
