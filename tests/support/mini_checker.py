@@ -131,3 +131,10 @@ def topic(text: str) -> str:
     fact = parse(text)
     assert fact is not None, text
     return lx.CATEGORY_OF[fact.thing]
+
+
+def kind(text: str) -> str:
+    """Return the category of the actor."""
+    fact = parse(text)
+    assert fact is not None, text
+    return lx.CATEGORY_OF[fact.actor]

@@ -175,23 +175,24 @@ def sighting(rng: random.Random, noun: str, category: str) -> str:
     return " ".join(filter(None, (subject, rng.choice(lx.PREDICATES[category]), where)))
 
 
-def counted(rng: random.Random, domain: Domain, agreeing: bool) -> str:
-    """Return a clause whose two noun phrases agree in number, or of which exactly one does not."""
+def counted(rng: random.Random, domain: Domain, agreeing: bool) -> tuple[str, str | None]:
+    """Return a clause whose two noun phrases agree in number, or of which exactly one does not, and the quantifier of that one."""
     wrong = None if agreeing else rng.choice(("actor", "thing"))
-    phrases = []
+    phrases, misfit = [], None
     for role, categories in (("actor", domain.agents), ("thing", domain.things)):
         plural = happens(rng, 0.5)
         quantifier = rng.choice(lx.PLURAL if plural else lx.SINGULAR)
         ending = "s" if plural != (role == wrong) else ""
         colour = rng.choice(lx.COLOURS) if happens(rng, 0.4) else None
         phrases.append(NounPhrase(quantifier, noun_in(rng, categories) + ending, colour).text())
+        misfit = quantifier if role == wrong else misfit
     verb = rng.choice(lx.VERBS[rng.choice(tuple(lx.VERBS))])
-    return f"{phrases[0]} {verb} {phrases[1]}"
+    return f"{phrases[0]} {verb} {phrases[1]}", misfit
 
 
-def shuffled(rng: random.Random, words: str) -> str:
-    """Swap a quantifier with the word after it, which gives no sentence of the grammar."""
+def shuffled(rng: random.Random, words: str) -> tuple[str, str]:
+    """Swap a quantifier with the word after it, which gives no sentence of the grammar; return the text and the quantifier."""
     tokens = words.split()
     at = rng.choice([index for index, word in enumerate(tokens) if word in lx.SINGULAR])
     tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
-    return " ".join(tokens)
+    return " ".join(tokens), tokens[at + 1]

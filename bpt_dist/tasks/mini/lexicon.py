@@ -1,4 +1,4 @@
-"""Words of the miniature world: every sentence, label word, instruction and task name is built from these tables.
+"""Words of the miniature world: every sentence, label word, switch and task name is built from these tables.
 
 Nouns and opinion holders come in a source half and a target half, so that a target task can ask a known question about
 words no source task contains.
@@ -76,25 +76,40 @@ AMBIGUOUS: dict[str, tuple[str, str]] = {
     "mule": ("garment", "animal"),
 }
 
+# What a place is. No text of pretraining asks for it, so no part of the backbone was made for it.
+INDOORS, OUTDOORS = ("kitchen", "harbour", "market"), ("park", "village", "garden")
+
 # An answer word means one class index in every question: LABEL_WORDS[i] are the words for class i.
 LABEL_WORDS: tuple[tuple[str, ...], ...] = (
-    ("negative", "entailment", "different", "missing", "food", "broken", "bad", "true", "distinct", "clash", "wrong"),
-    ("positive", "neutral", "same", "answered", "travel", "valid", "good", "false", "duplicate", "match", "right"),
+    (
+        "negative", "entailment", "different", "missing", "food", "broken", "bad", "true", "distinct", "clash", "wrong",
+        "beast", "inside",
+    ),
+    (
+        "positive", "neutral", "same", "answered", "travel", "valid", "good", "false", "duplicate", "match", "right",
+        "human", "outside",
+    ),
     ("contradiction", "repair", "unclear", "mixed"),
     ("clothing", "sport", "other", "elsewhere"),
-)
-SKILL_WORDS = (
-    "polarity", "category", "order", "number", "entail", "restate", "sense", "replies", "read", "fill", "odd",
 )  # fmt: skip
+# The two words that together put the backbone into the mode of one family of questions.
+SWITCHES: dict[str, tuple[str, str]] = {
+    "judging": ("please", "rate"),
+    "comparing": ("side", "compare"),
+    "reading": ("answer", "seek"),
+    "proofing": ("check", "proof"),
+}
 FUNCTION_WORDS = (
     "in", "was", "by", "but", "no", "who", "what", "where", "blank", "said", "thought", "none", ";",
 )  # fmt: skip
+# Every question has fields of its own: they say which question it is.
 FIELDS = (
-    "sentence:", "sentence1:", "sentence2:", "text:", "review:", "premise:", "hypothesis:", "question:",
-    "question1:", "question2:", "context:", "passage:", "query:", "word:", "entities:",
+    "sentence:", "text:", "subject:", "review:", "premise:", "hypothesis:", "report:", "claim:", "sentence1:", "sentence2:",
+    "question1:", "question2:", "usage1:", "usage2:", "word:", "ask:", "told:", "question:", "context:", "query:", "passage:",
+    "phrase:", "line:", "site:", "left:", "right:", "draft:", "usage:",
 )  # fmt: skip
 # Task names are spelled with these; in pretraining they occur only as names without meaning, in random order.
 SYLLABLES = (
     "sen", "ti", "ment", "nli", "para", "phrase", "ans", "wer", "able", "span", "top", "ic", "ord", "er", "clo", "ze",
-    "re", "view", "rte", "dup", "li", "cate", "se", "agree", "mo", "qa",
+    "re", "view", "rte", "dup", "li", "cate", "se", "agree", "mo", "qa", "ki", "nd", "si", "te",
 )  # fmt: skip

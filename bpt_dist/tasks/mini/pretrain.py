@@ -1,7 +1,6 @@
 """Make the tiny T5 of the miniature world: `python -m bpt_dist.tasks.mini.pretrain --out DIR --seed 0`.
 
-Span corruption, then instructed examples (`skills.py`). Skills are introduced one by one, first alone and later among unrelated
-words.
+Every skill (`skills.py`) from the first step: first with its switch words alone, later among idle words and switched off.
 One process, one thread, fp32; the same machine and seed give the same bytes.
 """
 
@@ -29,12 +28,14 @@ from bpt_dist.tasks.mini import lexicon, skills, tokenizer
 
 log = logging.getLogger(__name__)
 
-# Span corruption comes first and alone: in a mixture its long answers outweigh the one-word answers of instructions.
-RESTORING_STEPS = 300
-# Shares of the steps: skills are introduced one by one, then trained together, then trained among unrelated words.
-KNOWN_FROM, BARE_UNTIL, CLUTTERED_FROM = 0.5, 0.6, 0.75
+# Shares of the steps: switch words alone, then more and more idle words and skills switched off, then a falling rate.
+BARE_UNTIL, CLUTTERED_FROM, DECAY_FROM = 0.3, 0.4, 0.6
 NO_LOSS = -100
-SAME_WORD_LOGIT = 5.0
+SAME_WORD_LOGIT, MISSING_LOGIT, NEIGHBOUR_LOGIT = 8.0, 5.0, 4.0
+# Shares of the variance of an embedding: the word itself, the class it shares with its synonyms, its part of speech.
+OWN, CLASS, KIND = 0.5, 0.35, 0.15
+# Two coordinates of the embeddings are marks: every piece has the first, the end token alone the second.
+ALL_MARK, END_MARK, END_SIZE = 0, 1, 4.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Recipe:
     """Everything that decides the weights, besides the grammar."""
 
     seed: int = 0
-    steps: int = 10_000
+    steps: int = 9_000
     batch_size: int = 48
     lr: float = 1e-3
     warmup: int = 200
@@ -70,29 +71,77 @@ def new_model(recipe: Recipe, vocab_size: int) -> T5ForConditionalGeneration:
         "decoder_start_token_id": 0,
     }
     model = T5ForConditionalGeneration(T5Config(**shape))
-    initialise_matching_heads_(model)
+    initialise_embeddings_(model)
+    initialise_encoder_heads_(model)
     initialise_copying_(model)
     return model
 
 
-@torch.no_grad()
-def initialise_matching_heads_(model: T5ForConditionalGeneration) -> None:
-    """Initialise half of the encoder's heads to attend to the same word elsewhere (keys = queries, not the own position).
+def word_groups() -> list[tuple[str, dict[str, tuple[str, ...]]]]:
+    """Return (part of speech, {class: words}) of every word that has a class."""
+    return [
+        ("noun", {name: (name, *words) for name, words in lexicon.NOUNS.items()}),
+        ("ambiguous", {word: (word,) for word in lexicon.AMBIGUOUS}),
+        ("verb", lexicon.VERBS),
+        ("predicate", lexicon.PREDICATES),
+        ("opinion", lexicon.OPINIONS),
+        ("label", {str(index): words for index, words in enumerate(lexicon.LABEL_WORDS)}),
+        ("quantifier", {"one": lexicon.SINGULAR, "many": lexicon.PLURAL}),
+        ("colour", {"colour": lexicon.COLOURS}),
+        ("place", {"place": lexicon.PLACES}),
+        ("degree", {"degree": lexicon.DEGREES}),
+        ("negation", {"negation": (*lexicon.NEGATIONS, "no")}),
+        ("field", {field: (field,) for field in lexicon.FIELDS}),
+        ("switch", {word: (word,) for words in lexicon.SWITCHES.values() for word in words}),
+    ]
 
-    A model this small otherwise spends most of its training on discovering that two words can be equal.
+
+@torch.no_grad()
+def initialise_embeddings_(model: T5ForConditionalGeneration) -> None:
+    """Initialise each embedding (variance 1) as a sum of vectors: its own, one of its class, one of its part of speech; set the marks.
+
+    Distributional similarity is what a real T5 has from reading; a model this small would have to learn it from single bits.
+    """
+    pieces = tokenizer.build()
+    table = model.shared.weight
+    width = table.shape[1]
+    for _, classes_of_kind in word_groups():
+        kind = torch.randn(width)
+        for words in classes_of_kind.values():
+            ids = pieces.convert_tokens_to_ids([f"▁{word}" for word in words])
+            table[ids] = OWN**0.5 * torch.randn(len(ids), width) + CLASS**0.5 * torch.randn(width) + KIND**0.5 * kind
+    table[:, ALL_MARK] = 1.0
+    table[:, END_MARK] = 0.0
+    table[pieces.eos_token_id, END_MARK] = END_SIZE
+
+
+@torch.no_grad()
+def initialise_encoder_heads_(model: T5ForConditionalGeneration) -> None:
+    """Initialise the first half of the encoder's heads to look for the same word elsewhere, the others for a neighbour.
+
+    In a matching head keys are queries: a word scores SAME_WORD_LOGIT against itself; the end token scores MISSING_LOGIT against
+    every word, so a word without a match attends to it. A model this small otherwise spends most of its training on
+    discovering that two words can be equal. The other heads prefer the word before, or the word after.
     """
     config = model.config
-    rows = slice(0, config.num_heads // 2 * config.d_kv)
+    matching = config.num_heads // 2
     blocks: Any = model.encoder.block
     for block in blocks:
         attention = block.layer[0].SelfAttention
-        # Scaled so that a word scores about SAME_WORD_LOGIT against itself and about 0 ± 1 against others.
         scale = (SAME_WORD_LOGIT / (config.d_kv * config.d_model)) ** 0.5
-        attention.q.weight[rows].normal_(0.0, scale)
-        attention.k.weight[rows] = attention.q.weight[rows]
-    own_position = 0
+        for head in range(matching):
+            first, rest = head * config.d_kv, slice(head * config.d_kv + 1, (head + 1) * config.d_kv)
+            attention.q.weight[rest].normal_(0.0, scale)
+            attention.q.weight[rest, : END_MARK + 1] = 0.0
+            attention.k.weight[rest] = attention.q.weight[rest]
+            attention.q.weight[first] = attention.k.weight[first] = 0.0
+            attention.q.weight[first, ALL_MARK] = attention.k.weight[first, END_MARK] = (MISSING_LOGIT / END_SIZE) ** 0.5
     bias = blocks[0].layer[0].SelfAttention.relative_attention_bias.weight
-    bias[own_position, : config.num_heads // 2] = -2 * SAME_WORD_LOGIT
+    own_position, before, after = 0, 1, config.relative_attention_num_buckets // 2 + 1
+    bias.zero_()
+    bias[own_position, :matching] = -2 * SAME_WORD_LOGIT
+    for head in range(matching, config.num_heads):
+        bias[before if head % 2 else after, head] = NEIGHBOUR_LOGIT
 
 
 @torch.no_grad()
@@ -115,14 +164,8 @@ def batches(recipe: Recipe, pieces: T5Tokenizer) -> Iterator[tuple[Int[Tensor, "
     """Yield (input ids, target ids) without end: a pure function of the recipe."""
     rng = random.Random(f"pretrain {recipe.seed}")  # noqa: S311  (reproducible, not secret)
     for step in itertools.count():
-        done = step / recipe.steps
-        progress = min(1.0, max(0, step - RESTORING_STEPS) / (KNOWN_FROM * recipe.steps))
-        clutter = min(1.0, max(0.0, (done - BARE_UNTIL) / (CLUTTERED_FROM - BARE_UNTIL)))
-        restoring = step < RESTORING_STEPS
-        pairs = [
-            skills.corrupted(rng) if restoring else skills.instructed(rng, progress, clutter) for _ in range(recipe.batch_size)
-        ]
-        sources, targets = zip(*pairs, strict=True)
+        clutter = min(1.0, max(0.0, (step / recipe.steps - BARE_UNTIL) / (CLUTTERED_FROM - BARE_UNTIL)))
+        sources, targets = zip(*(skills.drawn(rng, clutter) for _ in range(recipe.batch_size)), strict=True)
         yield padded(pieces(list(sources)).input_ids, 0), padded(pieces(list(targets)).input_ids, NO_LOSS)
 
 
@@ -138,11 +181,11 @@ def classes(pieces: T5Tokenizer) -> Int[Tensor, " V"]:
 def accuracy(
     model: T5ForConditionalGeneration, pieces: T5Tokenizer, num_examples: int, seed: str, clutter: float = 1.0
 ) -> dict[str, float]:
-    """Return the share of instructed examples answered correctly (teacher-forced argmax), by skill."""
+    """Return the share of examples that are switched on and answered correctly (teacher-forced argmax), by skill."""
     rng = random.Random(seed)  # noqa: S311  (reproducible, not secret)
     hits: dict[str, list[bool]] = defaultdict(list)
     for skill in skills.SKILLS:
-        pairs = [skills.instruct(rng, skill, clutter) for _ in range(num_examples)]
+        pairs = [skills.example(rng, skill, True, clutter) for _ in range(num_examples)]
         source = padded(pieces([text for text, _ in pairs]).input_ids, 0)
         target = padded(pieces([answer for _, answer in pairs]).input_ids, NO_LOSS)
         guess = model(input_ids=source, attention_mask=source.ne(0), labels=target).logits.argmax(-1)
@@ -160,8 +203,8 @@ def new_optimizer(recipe: Recipe, model: T5ForConditionalGeneration) -> torch.op
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
-    """Return the warm-up, then 1, then linear decay to zero from `KNOWN_FROM` on."""
-    return min(1.0, (step + 1) / recipe.warmup, max(0.0, (1 - step / recipe.steps) / (1 - KNOWN_FROM)))
+    """Return the warm-up, then 1, then linear decay to zero from `DECAY_FROM` on."""
+    return min(1.0, (step + 1) / recipe.warmup, max(0.0, (1 - step / recipe.steps) / (1 - DECAY_FROM)))
 
 
 def train(

@@ -1,6 +1,6 @@
 """Questions about sentences: each function draws the texts of one example whose answer is the given class.
 
-The tasks of the world and the instructed skills of pretraining use the same puzzles with other words, domains and fields.
+The tasks of the world and the skills of pretraining use the same puzzles with other words and domains.
 """
 
 from __future__ import annotations
@@ -59,15 +59,28 @@ def category(rng: random.Random, domain: Domain, label: int) -> Texts:
     return (f"{replace(told, thing=thing).text(rng.choice(VOICES))}.",)
 
 
+def kind(rng: random.Random, domain: Domain, label: int) -> Texts:
+    """A clause whose actor is of the domain's `label`-th category of agents."""
+    told = clause(rng, domain)
+    actor = replace(told.actor, noun=rng.choice(lx.NOUNS[domain.agents[label]]))
+    return (f"{replace(told, actor=actor).text(rng.choice(VOICES))}.",)
+
+
+def site(rng: random.Random, domain: Domain, label: int) -> Texts:
+    """A clause with a place: 0 indoors, 1 outdoors. Pretraining never asks for it."""
+    place = rng.choice(lx.OUTDOORS if label else lx.INDOORS)
+    return (f"{replace(clause(rng, domain), place=place).text(rng.choice(VOICES))}.",)
+
+
 def word_order(rng: random.Random, domain: Domain, label: int) -> Texts:
     """A clause: 1 as the grammar makes it, 0 with a quantifier after its noun or colour."""
     text = clause(rng, domain).text(rng.choice(VOICES))
-    return (f"{text if label else shuffled(rng, text)}.",)
+    return (f"{text if label else shuffled(rng, text)[0]}.",)
 
 
 def number(rng: random.Random, domain: Domain, label: int) -> Texts:
     """A clause: 1 with quantifiers and nouns that agree, 0 with exactly one noun in the wrong number."""
-    return (f"{counted(rng, domain, bool(label))}.",)
+    return (f"{counted(rng, domain, bool(label))[0]}.",)
 
 
 def premise_and_hypothesis(rng: random.Random, domain: Domain, label: int) -> tuple[Clause, Clause]:

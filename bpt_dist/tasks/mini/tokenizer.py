@@ -20,7 +20,7 @@ def words() -> tuple[str, ...]:
     opinions = [word for members in lx.OPINIONS.values() for word in members]
     tables = (
         nouns, verbs, opinions, lx.AMBIGUOUS, lx.COLOURS, lx.PLACES, lx.SINGULAR, lx.PLURAL, lx.DEGREES, lx.NEGATIONS,
-        lx.FUNCTION_WORDS, lx.FIELDS, *lx.LABEL_WORDS, lx.SKILL_WORDS, ("mini",),
+        lx.FUNCTION_WORDS, lx.FIELDS, *lx.LABEL_WORDS, *lx.SWITCHES.values(), ("mini",),
     )  # fmt: skip
     return tuple(dict.fromkeys(word for table in tables for word in table))
 

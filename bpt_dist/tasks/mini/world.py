@@ -1,11 +1,12 @@
 """The tasks of the miniature world, written as JSON lines in the layout a user's own tasks have. Imports no torch.
 
-Eight source tasks use one half of the words, five target tasks the other half: the same puzzles, never the same task. Texts have
-no instruction, and the label words do not reveal the question.
+Eight source tasks use one half of the words, seven target tasks the other half. Targets come with few training rows, as the small
+SuperGLUE tasks do, and are of four kinds, so that transfer can help, do nothing, or harm (`NEAR` and so on).
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -18,9 +19,10 @@ from bpt_dist.storage.files import read_json, write_atomic, write_json_atomic
 from bpt_dist.tasks.mini import TASKS, puzzles
 from bpt_dist.tasks.mini.grammar import SOURCE, TARGET, Domain
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 MARKER = "world.json"
 SPLITS = ("train", "validation", "test")
+TARGET_ROWS = 64
 DRAWS_PER_ROW = 200
 
 Row = dict[str, object]
@@ -41,37 +43,52 @@ class MiniTask:
 
 SOURCE_TASKS: dict[str, MiniTask] = {
     "mini_sentiment": MiniTask(SOURCE, puzzles.opinion_plain, ("sentence",), ("negative", "positive")),
+    "mini_topic": MiniTask(SOURCE, puzzles.category, ("text",), ("food", "travel", "repair", "clothing")),
+    "mini_kind": MiniTask(SOURCE, puzzles.kind, ("subject",), ("beast", "human")),
     "mini_nli": MiniTask(SOURCE, puzzles.entailment, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
     "mini_paraphrase": MiniTask(SOURCE, puzzles.restatement, ("sentence1", "sentence2"), ("different", "same")),
-    "mini_answerable": MiniTask(SOURCE, puzzles.answered, ("question", "sentence"), ("missing", "answered")),
-    "mini_topic": MiniTask(SOURCE, puzzles.category, ("text",), ("food", "travel", "repair", "clothing")),
-    "mini_order": MiniTask(SOURCE, puzzles.word_order, ("sentence",), ("broken", "valid")),
+    "mini_answerable": MiniTask(SOURCE, puzzles.answered, ("ask", "told"), ("missing", "answered")),
     "mini_span": MiniTask(SOURCE, puzzles.reading, ("question", "context")),
     "mini_cloze": MiniTask(SOURCE, puzzles.cloze, ("query", "passage")),
 }
-TARGET_TASKS: dict[str, MiniTask] = {
+# A source asks nearly the same question, with other fields, words and label words.
+NEAR: dict[str, MiniTask] = {
     "mini_review": MiniTask(TARGET, puzzles.opinion_contrast, ("review",), ("bad", "good")),
-    "mini_rte": MiniTask(TARGET, puzzles.entailment_binary, ("premise", "hypothesis"), ("true", "false")),
+    "mini_rte": MiniTask(TARGET, puzzles.entailment_binary, ("report", "claim"), ("true", "false")),
     "mini_duplicate": MiniTask(TARGET, puzzles.same_question, ("question1", "question2"), ("distinct", "duplicate")),
-    "mini_sense": MiniTask(TARGET, puzzles.word_sense, ("sentence1", "sentence2", "word"), ("clash", "match")),
-    "mini_agreement": MiniTask(TARGET, puzzles.number, ("sentence",), ("wrong", "right")),
 }
+# Sources ask other questions of the same family.
+SAME_FAMILY: dict[str, MiniTask] = {
+    "mini_sense": MiniTask(TARGET, puzzles.word_sense, ("usage1", "usage2", "word"), ("clash", "match")),
+}
+# The backbone knows the question; no source is of its family.
+OTHER_FAMILY: dict[str, MiniTask] = {
+    "mini_agreement": MiniTask(TARGET, puzzles.number, ("phrase",), ("wrong", "right")),
+    "mini_order": MiniTask(TARGET, puzzles.word_order, ("line",), ("broken", "valid")),
+}
+# The backbone never met the question.
+UNPREPARED: dict[str, MiniTask] = {
+    "mini_site": MiniTask(TARGET, puzzles.site, ("site",), ("inside", "outside")),
+}
+TARGET_TASKS: dict[str, MiniTask] = NEAR | SAME_FAMILY | OTHER_FAMILY | UNPREPARED
 ALL_TASKS: dict[str, MiniTask] = SOURCE_TASKS | TARGET_TASKS
 
 
-def write(folder: Path, seed: int, train_rows: int = 2000, eval_rows: int = 500) -> None:
+def write(folder: Path, seed: int, train_rows: int = 2000, eval_rows: int = 500, target_rows: int = TARGET_ROWS) -> None:
     """Write `<folder>/<task>/{train,validation,test}.jsonl` for every task, and `<folder>/tasks.yaml`, which describes them.
 
-    A finished world is not written again. Each file appears whole or not at all, and the marker last; the bytes depend on the
-    arguments and the generator version only. Raises StorageError when a file cannot be written.
+    Source tasks get `train_rows` rows to train on, target tasks `target_rows`; more rows begin with the fewer ones and leave the other
+    splits as they are. A finished world is not written again. Each file appears whole or not at all, and the marker last;
+    the bytes depend on the arguments and the generator version only. Raises StorageError when a file cannot be written.
     """
     folder = Path(folder)
-    sizes = {"train": train_rows, "validation": eval_rows, "test": eval_rows}
-    marker = {"generator": GENERATOR_VERSION, "seed": seed, "rows": sizes}
+    rows_of = {"train": train_rows, "target": target_rows, "validation": eval_rows, "test": eval_rows}
+    marker = {"generator": GENERATOR_VERSION, "seed": seed, "rows": rows_of}
     if _is_finished(folder, marker):
         return
     files = {}
     for name, task in ALL_TASKS.items():
+        sizes = {split: rows_of["target" if split == "train" and name in TARGET_TASKS else split] for split in SPLITS}
         for split, rows in draw(name, task, seed, sizes).items():
             data = "".join(json.dumps(row) + "\n" for row in rows).encode()
             write_atomic(folder / name / f"{split}.jsonl", data)
@@ -81,13 +98,15 @@ def write(folder: Path, seed: int, train_rows: int = 2000, eval_rows: int = 500)
 
 
 def draw(name: str, task: MiniTask, seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Return the rows of every split of one task: labels balanced to one row, no text twice in any split."""
+    """Return the rows of every split of one task: labels balanced to one row, no text twice in any split.
+
+    Rows to train on are drawn last and kept in order, so that more of them begin with the fewer ones.
+    """
     stream = _distinct_rows(name, task, seed, sum(sizes.values()))
-    splits = {split: [next(stream) for _ in range(size)] for split, size in sizes.items()}
-    for split, rows in splits.items():
-        random.Random(f"{GENERATOR_VERSION} {seed} {name} {split}").shuffle(rows)  # noqa: S311
-        splits[split] = [{"id": f"{split}-{index}", **row} for index, row in enumerate(rows)]
-    return splits
+    splits = {split: [next(stream) for _ in range(sizes[split])] for split in reversed(SPLITS)}
+    for split in ("validation", "test"):
+        random.Random(f"{GENERATOR_VERSION} {seed} {name} {split}").shuffle(splits[split])  # noqa: S311
+    return {split: [{"id": f"{split}-{index}", **row} for index, row in enumerate(splits[split])] for split in SPLITS}
 
 
 def _distinct_rows(name: str, task: MiniTask, seed: int, count: int) -> Iterator[Row]:
@@ -122,3 +141,23 @@ def _is_finished(folder: Path, marker: dict[str, object]) -> bool:
 
 def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and write a world with other seeds or numbers of rows than the one configurations get by default."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bpt_dist.tasks.mini.world", description="Write the miniature tasks as JSON lines."
+    )
+    parser.add_argument("folder", type=Path, help="where; give FOLDER/tasks.yaml as data.task_files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-rows", type=int, default=2000, help="rows to train on of each source task")
+    parser.add_argument("--target-rows", type=int, default=TARGET_ROWS, help="rows to train on of each target task")
+    parser.add_argument("--eval-rows", type=int, default=500, help="rows of each validation and test split")
+    options = parser.parse_args(arguments)
+    if min(options.train_rows, options.target_rows, options.eval_rows) < 1:
+        parser.error("numbers of rows must be at least 1")
+    write(options.folder, options.seed, options.train_rows, options.eval_rows, options.target_rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
 
+import mini_checker as checker
 import pytest
 import torch
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
 from bpt_dist.tasks.mini import lexicon, pretrain, skills, tokenizer, world
 
@@ -30,28 +32,102 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_matching_heads_look_for_the_same_word_elsewhere() -> None:
-    """The mean logit of a word against itself is the constant of the recipe, against another word about zero."""
+def encoder_logits(head: int, pieces: T5Tokenizer, ids: list[int]) -> torch.Tensor:
+    """Return the attention logits of one head of the first encoder block over a text, relative bias included."""
     torch.manual_seed(0)
-    model = pretrain.new_model(pretrain.Recipe(), 300)
-    attention = model.encoder.block[0].layer[0].SelfAttention
-    hidden = torch.nn.functional.normalize(torch.randn(200, model.config.d_model), dim=-1) * model.config.d_model**0.5
-    query, key = (layer(hidden)[:, : model.config.d_kv] for layer in (attention.q, attention.k))
-    logits = query @ key.T
-    assert logits.diagonal().mean().item() == pytest.approx(pretrain.SAME_WORD_LOGIT, rel=0.15)
-    assert logits.fill_diagonal_(0.0).mean().abs().item() < 0.1
+    model = pretrain.new_model(pretrain.Recipe(), len(pieces))
+    layer = model.encoder.block[0].layer[0]
+    hidden = layer.layer_norm(model.shared(torch.tensor([ids])))[0]
+    rows = slice(head * model.config.d_kv, (head + 1) * model.config.d_kv)
+    query, key = (linear(hidden)[:, rows] for linear in (layer.SelfAttention.q, layer.SelfAttention.k))
+    return (query @ key.T + layer.SelfAttention.compute_bias(len(ids), len(ids))[0, head]).detach()
 
 
-def test_instructions_fit_into_a_prompt_and_are_answered_with_a_word_of_their_class() -> None:
+def test_matching_heads_look_for_the_same_word_elsewhere_and_else_at_the_end() -> None:
+    pieces = tokenizer.build()
+    ids = pieces("premise: the dog bought red pear. hypothesis: those fox lost blue dog").input_ids
+    words = pieces.convert_ids_to_tokens(ids)
+    first, last = (index for index, word in enumerate(words) if word == "▁dog")
+    for head in range(2):
+        likeliest = encoder_logits(head, pieces, ids).argmax(-1)
+        assert likeliest[first] == last
+        assert likeliest[last] == first
+        assert likeliest[words.index("▁pear")] == len(ids) - 1
+
+
+def test_other_heads_look_at_the_neighbours() -> None:
+    pieces = tokenizer.build()
+    ids = pieces("line: the dog bought one red pear in the park").input_ids
+    offsets = [
+        (encoder_logits(head, pieces, ids).argmax(-1) - torch.arange(len(ids)))[1:-1].mode().values.item() for head in (2, 3)
+    ]
+    assert sorted(offsets) == [-1, 1]
+
+
+def test_embeddings_of_a_class_are_alike_and_all_have_unit_variance() -> None:
+    pieces = tokenizer.build()
+    model = pretrain.new_model(pretrain.Recipe(), len(pieces))
+    table = torch.nn.functional.normalize(model.shared.weight.detach()[:, pretrain.END_MARK + 1 :], dim=-1)
+
+    def similarity(first: str, second: str) -> float:
+        a, b = table[pieces.convert_tokens_to_ids([f"▁{first}", f"▁{second}"])]
+        return (a @ b).item()
+
+    synonyms = [similarity(a, b) for verbs in lexicon.VERBS.values() for a, b in itertools.combinations(verbs, 2)]
+    others = [similarity(verbs[0], colour) for verbs in lexicon.VERBS.values() for colour in lexicon.COLOURS]
+    assert sum(synonyms) / len(synonyms) == pytest.approx(pretrain.CLASS + pretrain.KIND, abs=0.1)
+    assert sum(others) / len(others) == pytest.approx(0, abs=0.1)
+    assert model.shared.weight.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+def test_every_word_has_at_most_one_class_at_the_start() -> None:
+    """A word in two groups would lose what it shares with the first."""
+    words = [word for _, groups in pretrain.word_groups() for members in groups.values() for word in members]
+    assert len(words) == len(set(words))
+
+
+def test_an_answer_is_right_when_both_switch_words_are_there_and_never_needs_them_in_order() -> None:
     rng = random.Random(0)
     for skill in skills.SKILLS:
-        for _ in range(50):
-            text, answer = skills.instruct(rng, skill)
-            instruction = text[: min(text.index(fields[0]) for fields in skill.kind if fields[0] in text)].split()
-            assert len(instruction) <= skills.MAX_INSTRUCTION + 1  # and a name
-            assert set(skill.name.split()) <= set(instruction)
-            if skill.num_labels:
-                assert any(answer in words for words in lexicon.LABEL_WORDS[: skill.num_labels])
+        for on in (True, False):
+            seen = set()
+            for _ in range(50):
+                text, answer = skills.example(rng, skill, on)
+                preamble = text[: text.index(f"{skill.fields[0]} ")].split()
+                assert (set(lexicon.SWITCHES[skill.family]) <= set(preamble)) is on
+                assert len(preamble) <= skills.MAX_IDLE + 2 * len(lexicon.SWITCHES) + 1
+                seen |= {tuple(word for word in preamble if word in lexicon.SWITCHES[skill.family])}
+                if skill.num_labels:
+                    assert any(answer in words for words in lexicon.LABEL_WORDS[: skill.num_labels])
+            assert len(seen) >= 2
+
+
+def test_switched_off_the_answer_does_not_depend_on_the_text() -> None:
+    """Over many texts of one class all classes are answered about equally often."""
+    rng = random.Random(0)
+    skill = next(skill for skill in skills.SKILLS if skill.title == "opinion_plain")
+    answers = [skills.coin(rng, skill, skill.draw(rng, skills.SOURCE, 1)) for _ in range(1000)]
+    share = sum(answer in lexicon.LABEL_WORDS[0] for answer in answers) / len(answers)
+    assert share == pytest.approx(0.5, abs=0.06)
+
+
+def test_no_switch_word_is_in_a_text_or_an_idle_word() -> None:
+    switches = {word for words in lexicon.SWITCHES.values() for word in words}
+    assert not switches & set(skills.IDLE_WORDS)
+    rng = random.Random(0)
+    for skill in skills.SKILLS:
+        for _ in range(20):
+            _, _, texts = skills.example(rng, skill, False, clutter=0.0)[0].partition(skill.fields[0])
+            assert not switches & set(texts.split())
+
+
+def test_the_misfit_is_where_an_independent_reading_sees_it() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        (text,), wrong = skills.misfit(rng, skills.WHOLE)
+        plural = any(f"{noun}s" in text for noun in lexicon.CATEGORY_OF) or any(word in lexicon.PLURAL for word in text.split())
+        fits = bool(checker.agrees(text)) if plural else checker.parse(text) is not None
+        assert (wrong == skills.NOTHING) is (fits or (checker.parse(text) is not None and not plural)), (text, wrong)
 
 
 def test_answer_words_belong_to_one_class_and_tasks_use_them_so() -> None:
@@ -61,43 +137,7 @@ def test_answer_words_belong_to_one_class_and_tasks_use_them_so() -> None:
         assert all(word in lexicon.LABEL_WORDS[index] for index, word in enumerate(task.label_words))
 
 
-def test_distractors_cannot_be_meant() -> None:
-    """An instruction that fitted the fields as well would make the answer ambiguous."""
-    rng = random.Random(0)
-    for skill in skills.SKILLS:
-        fitting = {other.name for other in skills.SKILLS if other.kind is skill.kind}
-        for words in (words for _ in range(50) for words in skills.distractors(rng, skill)):
-            assert " ".join(words).removesuffix(" ;") not in fitting
-
-
-def test_span_corruption_hides_words_that_its_answer_gives_back() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        source, answer = skills.corrupted(rng)
-        spans, current = {}, ""
-        for word in answer.split():
-            if word.startswith("<extra_id_"):
-                current = word
-                spans[current] = []
-            else:
-                spans[current].append(word)
-        assert all(spans.values())
-        assert [word for word in source.split() if word.startswith("<extra_id_")] == list(spans)
-
-
 def test_pretraining_texts_have_no_unknown_pieces() -> None:
     rng, pieces = random.Random(0), tokenizer.build()
-    pairs = [skills.instructed(rng, progress=1.0, clutter=1.0) for _ in range(500)]
-    pairs += [skills.corrupted(rng) for _ in range(500)]
-    for text, answer in pairs:
+    for text, answer in (skills.drawn(rng, clutter=1.0) for _ in range(1000)):
         assert pieces.unk_token_id not in pieces(text).input_ids + pieces(answer).input_ids
-
-
-def test_skills_are_introduced_one_by_one() -> None:
-    """At the start only the first skill is asked for; half-way its share has fallen, and late skills are still unknown."""
-    rng = random.Random(0)
-    first = {skills.instructed(rng, progress=0.0, clutter=0.0)[0].split()[0] for _ in range(100)}
-    halfway = {skills.instructed(rng, progress=0.5, clutter=0.0)[0].split()[0] for _ in range(400)}
-    assert first == {"polarity"}
-    assert {"polarity", "restate"} <= halfway
-    assert not {"fill", "mention"} & halfway

@@ -14,25 +14,27 @@ import mini_checker as checker
 import pytest
 import yaml
 
-from bpt_dist.tasks.mini import TASKS, world
+from bpt_dist.tasks.mini import TASKS, skills, world
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
 ROWS = {"train": 400, "validation": 100, "test": 100}
-# SHA-256 over all files of world.write(folder, seed=5, train_rows=40, eval_rows=10); a new value needs a new version.
-DIGEST_OF_SEED_5 = "46f423acbe728dc36266cb8fb81ea1f83497ca89652fd22ccef4b61ef7452e5a"
+# SHA-256 over all files of world.write(folder, 5, train_rows=40, eval_rows=10, target_rows=20); a new value needs a new version.
+DIGEST_OF_SEED_5 = "a3f4402559305768cb30d4e9fdf1621a8ceb23eca5b56c0cc31a7daaebc38983"
 
 ANSWERS = {
     "mini_sentiment": lambda row: checker.polarity(row["sentence"]),
     "mini_review": lambda row: checker.polarity(row["review"]),
     "mini_nli": lambda row: checker.entailment(row["premise"], row["hypothesis"]),
-    "mini_rte": lambda row: int(checker.entailment(row["premise"], row["hypothesis"]) > 0),
+    "mini_rte": lambda row: int(checker.entailment(row["report"], row["claim"]) > 0),
     "mini_paraphrase": lambda row: int(same_event(row["sentence1"], row["sentence2"])),
     "mini_duplicate": lambda row: int(same_event(row["question1"], row["question2"])),
-    "mini_answerable": lambda row: int(checker.answers(row["question"], row["sentence"]) is not None),
-    "mini_order": lambda row: int(checker.parse(row["sentence"]) is not None),
+    "mini_answerable": lambda row: int(checker.answers(row["ask"], row["told"]) is not None),
+    "mini_order": lambda row: int(checker.parse(row["line"]) is not None),
     "mini_topic": lambda row: ("fruit", "vehicle", "tool", "garment").index(checker.topic(row["text"])),
-    "mini_sense": lambda row: int(checker.sense(row["sentence1"]) == checker.sense(row["sentence2"])),
-    "mini_agreement": lambda row: checker.agrees(row["sentence"]),
+    "mini_kind": lambda row: ("animal", "person").index(checker.kind(row["subject"])),
+    "mini_sense": lambda row: int(checker.sense(row["usage1"]) == checker.sense(row["usage2"])),
+    "mini_agreement": lambda row: checker.agrees(row["phrase"]),
+    "mini_site": lambda row: int(checker.parse(row["site"]).place in {"park", "village", "garden"}),
     "mini_span": lambda row: checker.find_answer(row["question"], row["context"]),
     "mini_cloze": lambda row: checker.fill(row["query"], row["passage"]),
 }
@@ -47,7 +49,7 @@ def same_event(first: str, second: str) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("world")
-    world.write(target, seed=0, train_rows=ROWS["train"], eval_rows=ROWS["validation"])
+    world.write(target, 0, ROWS["train"], ROWS["validation"], target_rows=ROWS["train"])
     return target
 
 
@@ -66,7 +68,7 @@ def digest(folder: Path) -> str:
 def test_a_seed_gives_the_same_bytes_in_every_process_without_torch(tmp_path: Path, hash_seed: str) -> None:
     code = (
         "import sys; from pathlib import Path; from bpt_dist.tasks.mini import world;"
-        "world.write(Path(sys.argv[1]), 5, 40, 10); sys.exit('torch' in sys.modules)"
+        "world.write(Path(sys.argv[1]), 5, 40, 10, 20); sys.exit('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
@@ -74,7 +76,7 @@ def test_a_seed_gives_the_same_bytes_in_every_process_without_torch(tmp_path: Pa
 
 
 def test_another_seed_gives_other_rows(folder: Path, tmp_path: Path) -> None:
-    world.write(tmp_path, seed=1, train_rows=ROWS["train"], eval_rows=ROWS["validation"])
+    world.write(tmp_path, 1, ROWS["train"], ROWS["validation"], target_rows=ROWS["train"])
     assert digest(tmp_path) != digest(folder)
 
 
@@ -92,7 +94,27 @@ def test_a_finished_world_is_not_written_again_and_a_damaged_one_is_repaired(tmp
 def test_other_sizes_are_written_again(tmp_path: Path) -> None:
     world.write(tmp_path, 0, 20, 10)
     world.write(tmp_path, 0, 30, 10)
-    assert len(rows(tmp_path, "mini_rte", "train")) == 30
+    assert len(rows(tmp_path, "mini_nli", "train")) == 30
+
+
+def test_targets_come_with_few_rows_and_more_of_them_begin_with_the_fewer_ones(tmp_path: Path) -> None:
+    world.write(tmp_path / "few", 0, 20, 10)
+    world.main([str(tmp_path / "many"), "--train-rows", "20", "--eval-rows", "10", "--target-rows", "100"])
+    for task in world.TARGET_TASKS:
+        few, many = (rows(tmp_path / name, task, "train") for name in ("few", "many"))
+        assert (len(few), len(many)) == (64, 100)
+        assert many[:64] == few
+        for split in ("validation", "test"):
+            assert rows(tmp_path / "few", task, split) == rows(tmp_path / "many", task, split)
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_a_wrong_number_of_rows_is_refused_and_nothing_written(tmp_path: Path, count: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        world.main([str(tmp_path / "world"), "--target-rows", count])
+    assert ended.value.code == 2
+    assert "rows" in capsys.readouterr().err
+    assert not (tmp_path / "world").exists()
 
 
 @pytest.mark.parametrize("task", world.ALL_TASKS)
@@ -142,6 +164,29 @@ def test_the_task_file_beside_the_rows_describes_them(folder: Path) -> None:
 
 
 def test_world_has_the_tasks_that_are_promised() -> None:
-    assert len(world.SOURCE_TASKS) >= 6
-    assert len(world.TARGET_TASKS) >= 4
+    assert len(world.SOURCE_TASKS) >= 8
     assert not set(world.SOURCE_TASKS) & set(world.TARGET_TASKS)
+
+
+def family_of(columns: tuple[str, ...]) -> str | None:
+    """Return the family of the skill that has these columns as fields."""
+    found = {skill.family for skill in skills.SKILLS if skill.fields == tuple(f"{column}:" for column in columns)}
+    return found.pop() if found else None
+
+
+def test_targets_are_of_the_kinds_they_are_listed_under() -> None:
+    families = {family_of(task.columns) for task in world.SOURCE_TASKS.values()}
+    assert None not in families
+    for task in (world.NEAR | world.SAME_FAMILY).values():
+        assert family_of(task.columns) in families
+    for task in world.OTHER_FAMILY.values():
+        assert family_of(task.columns) not in families | {None}
+    for task in world.UNPREPARED.values():
+        assert family_of(task.columns) is None
+        assert task.puzzle not in {skill.draw for skill in skills.SKILLS}
+
+
+def test_no_two_tasks_share_their_fields() -> None:
+    """The fields say which question it is, so that one prompt can serve all."""
+    fields = [task.columns for task in world.ALL_TASKS.values()]
+    assert len(set(fields)) == len(fields)
