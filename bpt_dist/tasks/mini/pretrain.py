@@ -98,9 +98,9 @@ def word_groups() -> list[tuple[str, dict[str, tuple[str, ...]]]]:
 
 @torch.no_grad()
 def initialise_embeddings_(model: T5ForConditionalGeneration) -> None:
-    """Initialise each embedding (variance 1) as a sum of vectors: its own, one of its class, one of its part of speech; set the marks.
+    """Initialise each embedding as a sum: a vector of its own, one of its class, one of its part of speech; then set the marks.
 
-    Distributional similarity is what a real T5 has from reading; a model this small would have to learn it from single bits.
+    The sum has variance 1. Distributional similarity is what a real T5 has from reading; a model this small would have to learn it from single bits.
     """
     pieces = tokenizer.build()
     table = model.shared.weight

@@ -125,9 +125,9 @@ def nonsense_name(rng: random.Random) -> str:
 
 
 def preamble(rng: random.Random, family: str, on: bool, clutter: float) -> list[str]:
-    """Return the words in front of a text, in any order: both switch words of the family when `on`, else fewer; idle and foreign words.
+    """Return the words in front of a text, in any order: both switch words of the family when `on`, else at most one.
 
-    `clutter` is the chance of words that do not matter.
+    `clutter` is the chance of idle words and of switch words of other families among them.
     """
     own = lx.SWITCHES[family]
     words = [*own] if on else rng.choice(([], [own[0]], [own[1]]))
