@@ -100,7 +100,7 @@ def word_groups() -> list[tuple[str, dict[str, tuple[str, ...]]]]:
 def initialise_embeddings_(model: T5ForConditionalGeneration) -> None:
     """Initialise each embedding as a sum: a vector of its own, one of its class, one of its part of speech; then set the marks.
 
-    The sum has variance 1. Distributional similarity is what a real T5 has from reading; a model this small would have to learn it from single bits.
+    The sum has variance 1. A real T5 knows which words are alike from reading; a model this small would learn it from single bits.
     """
     pieces = tokenizer.build()
     table = model.shared.weight
@@ -108,7 +108,7 @@ def initialise_embeddings_(model: T5ForConditionalGeneration) -> None:
     for _, classes_of_kind in word_groups():
         kind = torch.randn(width)
         for words in classes_of_kind.values():
-            ids = pieces.convert_tokens_to_ids([f"▁{word}" for word in words])
+            ids = torch.tensor(pieces.convert_tokens_to_ids([f"▁{word}" for word in words]))
             table[ids] = OWN**0.5 * torch.randn(len(ids), width) + CLASS**0.5 * torch.randn(width) + KIND**0.5 * kind
     table[:, ALL_MARK] = 1.0
     table[:, END_MARK] = 0.0

@@ -110,7 +110,7 @@ def gain(model, pieces, folder: Path, name: str, preamble: str = "") -> float:
 
 
 def test_every_skill_is_there_and_the_bare_text_of_a_task_does_not_call_it(pieces, tmp_path: Path) -> None:
-    """What makes a prompt worth training: switched on among idle words the backbone answers, without the switch words it guesses."""
+    """What makes a prompt worth training: switched on, the backbone answers among idle words; switched off, it guesses."""
     model = T5ForConditionalGeneration.from_pretrained(BACKBONE, local_files_only=True)
     accuracy = pretrain.accuracy(model, pieces, 200, "a seed that pretraining never used")
     wanted = {skill.title for skill in skills.SKILLS if skill.weight >= 0.5}
