@@ -77,9 +77,9 @@ ALL_TASKS: dict[str, MiniTask] = SOURCE_TASKS | TARGET_TASKS
 def write(folder: Path, seed: int, train_rows: int = 2000, eval_rows: int = 500, target_rows: int = TARGET_ROWS) -> None:
     """Write `<folder>/<task>/{train,validation,test}.jsonl` for every task, and `<folder>/tasks.yaml`, which describes them.
 
-    Source tasks get `train_rows` rows to train on, target tasks `target_rows`. A world with more of them begins with the same rows and
-    has the same other splits. A finished world is not written again. Each file appears whole or not at all, and the marker last;
-    the bytes depend on the arguments and the generator version only. Raises StorageError when a file cannot be written.
+    Source tasks get `train_rows` rows to train on, target tasks `target_rows`. A world with more of the latter begins with the same
+    rows and has the same other splits. A finished world is not written again. Each file appears whole or not at all, and the marker
+    last; the bytes depend on the arguments and the generator version only. Raises StorageError when a file cannot be written.
     """
     folder = Path(folder)
     rows_of = {"train": train_rows, "target": target_rows, "validation": eval_rows, "test": eval_rows}
