@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbones.base import Backbone, Forward
+from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
@@ -34,7 +35,8 @@ class AuxiliaryPhase(NamedTuple):
 
     def settings(self, stage: StageConfig) -> StageConfig:
         """Return the settings of this phase of `stage`: its own steps and rate, all tasks at every step, nothing validated."""
-        values = {"steps": self.steps, "lr": self.lr or stage.lr, "sampling": "all"}
+        rates = {"lr": self.lr, "lr_relative": None} if self.lr else {}
+        values = {"steps": self.steps, "sampling": "all", **rates}
         unset = {"tasks_per_step": None, "eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
         fields = type(stage).model_fields
         return stage.model_copy(update=values | {key: value for key, value in unset.items() if key in fields})
@@ -128,8 +130,19 @@ class Method(nn.Module):
         return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
 
     def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; two-speed learning rates live here."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
+        """Return the optimizer's groups; two-speed learning rates live here (collective where the backbone is partitioned)."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.stage_rate(stage)}]
+
+    def stage_rate(self, stage: StageConfig) -> float | None:
+        """Return the peak learning rate that `stage` gives; None where it gives none, because it takes no steps."""
+        return self.prompt_rate(stage.lr, stage.lr_relative)
+
+    def prompt_rate(self, absolute: float | None, relative: float | None) -> float | None:
+        """Return a learning rate of soft prompts: `absolute`, or `relative` times the RMS of the backbone's word embeddings.
+
+        Only a method whose options say RATE_IS_OF_PROMPTS is given a relative rate; the configuration refuses it elsewhere.
+        """
+        return absolute if relative is None else relative * embedding_rms(self.backbone)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of the trainable tensors as they are now."""

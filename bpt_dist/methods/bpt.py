@@ -7,7 +7,7 @@ a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.prompts import prepend_own, rows_of
 from bpt_dist.config import StageConfig, refuse, without_effect
-from bpt_dist.config.prompt_options import PromptOptions
+from bpt_dist.config.prompt_options import Bandwidth, FactoredPromptOptions, MedianTimes
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.exchange import SteinExchange
 from bpt_dist.distributed.mesh import Mesh
@@ -24,24 +24,25 @@ from bpt_dist.methods.base import SharedPrompt, Tensors, generator
 from bpt_dist.methods.vanilla_transfer import VanillaTransfer
 from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
 from bpt_dist.svgd import KernelOptions, initial_particles
+from bpt_dist.svgd import MedianTimes as TimesMedianRule
 from bpt_dist.tasks.spec import TaskSpec
 
 PROJECTED = 64  # coordinates of the particle picture
 
 
-class Config(PromptOptions):
+class Config(FactoredPromptOptions):
     """Options of Bayesian prompt tuning."""
 
     HAS_SOURCE_STAGE: ClassVar[bool] = True
     HAS_PARTICLES: ClassVar[bool] = True
-    OWN_TARGET_RATES: ClassVar[bool] = True
 
     name: Literal["bpt"] = "bpt"
     num_particles: int = Field(5, ge=1, le=1024, description="Particles (M).")
     kernel: Literal["rbf", "imq"] = Field("rbf", description="Kernel between particles.")
     scope: Literal["prompt", "token"] = Field("prompt", description="One kernel for the prompt, or one a position.")
-    bandwidth: Annotated[float, Field(gt=0)] | Literal["median"] = Field(
-        "median", description="h in units of squared distance; `median` is median(d^2) / log(M + 1)."
+    bandwidth: Bandwidth = Field(
+        "median",
+        description="h in units of squared distance; `median` is median(d^2) / log(M + 1), `{median_times: x}` x times that.",
     )
     form: Literal["svgd", "repulsive_ensemble"] = Field("svgd", description="How scores and repulsion are combined.")
     particle_init: Literal["common", "independent"] = Field(
@@ -52,8 +53,6 @@ class Config(PromptOptions):
     sigma: float | None = Field(None, gt=0, description="Standard deviation of the prior; or give sigma_relative.")
     sigma_relative: float | None = Field(None, gt=0, description="Sigma in units of RMS(mean prompt).")
     rank: int = Field(1, ge=0, le=128, description="Rank of the factor of the target prompt (R); 0 leaves it out.")
-    lr_full: float = Field(0.3, gt=0, description="Target learning rate of the full-rank matrix.")
-    lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the low-rank factors.")
 
     @model_validator(mode="after")
     def _particles(self) -> "Config":
@@ -107,9 +106,10 @@ class BayesianPromptTuning(VanillaTransfer):
         else:
             particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
         self.own(particles[mesh.rows(num_particles)])
-        self.exchange = SteinExchange(
-            mesh, num_particles, particles.shape[1], KernelOptions(config.kernel, config.scope, config.bandwidth, config.form)
-        )
+        given = config.bandwidth
+        bandwidth = TimesMedianRule(given.median_times) if isinstance(given, MedianTimes) else given
+        rule = KernelOptions(config.kernel, config.scope, bandwidth, config.form)
+        self.exchange = SteinExchange(mesh, num_particles, particles.shape[1], rule)
         self.stage = "source"
 
     def begin_step(self, mesh: Mesh) -> None:
@@ -220,7 +220,8 @@ class BayesianPromptTuning(VanillaTransfer):
         """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
         if self.stage == "source":
             return super().param_groups(stage)
-        groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": self.config.lr_full}]
+        rate = self.prompt_rate(self.config.lr_full, self.config.lr_full_relative)
+        groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": rate}]
         return groups + ([{"params": [self.u, self.v], "lr": self.config.lr_low_rank}] if self.config.rank else [])
 
     @classmethod
