@@ -167,6 +167,7 @@ def run_stage(stage: TrainingStage) -> None:
             losses, stop, usable = stage.agree(accumulate_gradients(stage), watchdog.stop_requested)  # before anything changes
             fault_point("step.before_update", step=stage.step, stage=stage.name)
             if usable:
+                stage.compare()  # where the step is recorded: for BPT, the loss at the mean of the particles
                 method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
                 stage.optimizer.step(stage.step)
             stage.optimizer.zero_grad()

@@ -231,6 +231,13 @@ class Method(nn.Module):
         """Return what the last step should log besides the losses (collective: every rank; what rank 0 returns counts)."""
         return {}
 
+    def comparison(self, mesh: Mesh) -> Mapping[str, Float[Tensor, "P D"]]:
+        """Return prompts whose loss on the step's texts is logged, by the metric's name; nothing is learnt from them (collective).
+
+        Asked for at steps that end with a record only, before the update; every rank returns the same bits.
+        """
+        return {}
+
     # --- targets with a prior, and targets trained together -----------------------------------------------------------------------
 
     def penalty(self) -> Float[Tensor, ""] | None:

@@ -125,6 +125,12 @@ class BayesianPromptTuning(VanillaTransfer):
         phi = self.exchange.direction(self.particles.detach(), score=-self.particles.grad)
         self.particles.grad.copy_(-phi)
 
+    def comparison(self, mesh: Mesh) -> dict[str, Float[Tensor, "P D"]]:
+        """Return the mean of the particles, which targets start from: it may lie where no particle does (collective)."""
+        if self.stage != "source" or self.num_particles == 1:
+            return {}
+        return {"svgd/loss_at_mean": mesh.gather_particles(self.particles.detach()).mean(dim=0)}
+
     def diagnostics(self) -> dict[str, Any]:
         """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start (collective)."""
         if self.stage != "source":
