@@ -87,6 +87,9 @@ class Method(nn.Module):
     # equal shares.
     target_shares: tuple[float, ...] = ()
 
+    # Which of `candidate_starts` the target stage has started from; None where there was nothing to choose.
+    start_particle: int | None = None
+
     backbone: Backbone
 
     def __init__(
@@ -213,6 +216,17 @@ class Method(nn.Module):
     def extra_forwards(self) -> int:
         """Passes of every text without gradients that a step of the current stage takes beside the one it learns from."""
         return 0
+
+    def candidate_starts(self) -> Float[Tensor, "m P D"] | None:
+        """Return the prompts one of which a target stage is to start from, or None where there is nothing to choose.
+
+        Asked for after `begin_target`; `start_from` is then told which has the lowest loss on the targets' training rows.
+        """
+        return None
+
+    def start_from(self, candidate: int) -> None:
+        """Start the target stage from one of `candidate_starts`, counted from 0, and remember it in `start_particle`."""
+        raise NotImplementedError(f"{type(self).__name__} names no candidates")
 
     # --- particles: hypotheses trained side by side -------------------------------------------------------------------------------
 

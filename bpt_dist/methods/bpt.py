@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from bpt_dist.backbones.prompts import prepend_own, rows_of
@@ -49,16 +49,31 @@ class Config(FactoredPromptOptions):
         "common", description="One initial prompt plus noise, or one for each particle."
     )
     spread: float = Field(0.05, ge=0, description="Noise of `common` in standard deviations of the initial prompt.")
+    start: Literal["mean", "best"] = Field(
+        "mean",
+        description="Start of the target prompt: the mean of the particles, or the particle with the lowest loss on the target's "
+        "training rows (1,024 at most). The prior stays what `prior` says.",
+    )
     prior: Literal["gaussian", "mixture", "none"] = Field("gaussian", description="Prior of the target prompt.")
     sigma: float | None = Field(None, gt=0, description="Standard deviation of the prior; or give sigma_relative.")
     sigma_relative: float | None = Field(None, gt=0, description="Sigma in units of RMS(mean prompt).")
     rank: int = Field(1, ge=0, le=128, description="Rank of the factor of the target prompt (R); 0 leaves it out.")
 
+    @field_validator("start", mode="before")
+    @classmethod
+    def _every_particle(cls, value: Any) -> Any:
+        if value == "ensemble":
+            raise ValueError(
+                "should be 'mean' or 'best' (got 'ensemble'); evaluation.predict: ensemble starts from every particle and averages "
+                "their predictions, beside the prompt of the start"
+            )
+        return value
+
     @model_validator(mode="after")
     def _particles(self) -> "Config":
-        problems = []
+        problems = without_effect(self, "with num_particles 1", "start") if self.num_particles == 1 else []
         if self.particle_init == "independent":
-            problems = without_effect(self, "with particle_init independent", "spread")
+            problems += without_effect(self, "with particle_init independent", "spread")
             if self.init in ("text", "file") and self.num_particles > 1:
                 problems.append(f"particle_init: independent gives equal particles with init {self.init}; use common")
         refuse(problems)
@@ -152,13 +167,17 @@ class BayesianPromptTuning(VanillaTransfer):
     # --- target stage -----------------------------------------------------------------------------------------------------------
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
-        """Start at the posterior mean: F = mean, u v^T = 1 for each target; for an ensemble, also at every particle."""
+        """Start at the posterior mean: F = mean, u v^T = 1 for each target; for an ensemble, also at every particle.
+
+        With `start: best` F then moves to the best particle (`start_from`); the prior stays where `prior` puts it.
+        """
         assert source is not None
         config, device = self.config, self.backbone.device
         mean, cloud = (source[name].to(device, torch.float32) for name in ("mean", "particles"))
         self.stage, self.target_tasks, self.num_examples = "target", [task.name for task in tasks], list(num_examples)
         self.starts = torch.cat([mean[None], cloud]) if self.adapts_particles else mean[None]
         self.deviations = cloud - mean
+        self.candidates, self.start_particle = cloud if config.start == "best" else None, None
         if config.prior != "none":
             self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
         self.own(self.starts)
@@ -170,6 +189,17 @@ class BayesianPromptTuning(VanillaTransfer):
             copies = len(self.starts)
             self.u = nn.Parameter(torch.stack([u for u, _ in factors]).repeat(copies, 1, 1, 1).to(device))
             self.v = nn.Parameter(torch.stack([v for _, v in factors]).repeat(copies, 1, 1, 1).to(device))
+
+    def candidate_starts(self) -> Float[Tensor, "m P D"] | None:
+        """Return the source particles where the target is to start from the best of them."""
+        return self.candidates
+
+    @torch.no_grad()
+    def start_from(self, candidate: int) -> None:
+        """Move F of the MAP prompt to a source particle; u v^T is 1 still, so that the prompt is this particle."""
+        assert self.candidates is not None
+        self.start_particle = candidate
+        self.particles[0].copy_(self.candidates[candidate])
 
     @property
     def adapts_particles(self) -> bool:
