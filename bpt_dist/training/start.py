@@ -30,16 +30,17 @@ def choose_start(run: TrainingRun, tasks: Sequence[TaskData]) -> None:
     candidates = run.method.candidate_starts()
     if candidates is None:
         return
-    name = f"start of {run.stage_name(tasks)}"
-    chosen = run.world.broadcast(run.directory.choice(name) if run.world.rank == 0 else None)
+    name = run.stage_name(tasks)
+    key = f"start of {name}"
+    chosen = run.world.broadcast(run.directory.choice(key) if run.world.rank == 0 else None)
     if chosen is None:
         losses = _losses(run, tasks, candidates)
         best = min(range(len(losses)), key=lambda index: math.inf if math.isnan(losses[index]) else losses[index])
         chosen = run.world.broadcast(str(best))
         if run.world.rank == 0:
-            run.directory.record_choice(name, chosen)
+            run.directory.record_choice(key, chosen)
             listed = ", ".join(f"{loss:.4f}" for loss in losses)
-            log.info("starts from particle %s, whose loss on the training rows is the lowest of %s", chosen, listed)
+            log.info("%s starts from particle %s, whose loss on the training rows is the lowest of %s", name, chosen, listed)
     run.method.start_from(int(chosen))
 
 

@@ -153,7 +153,7 @@ TWO_RANKS_ONLY: dict[str, str] = {
 TWO_RANKS_TOO = (
     "distribution.", "evaluation.", "source.annealing", "source.sampling", "source.shared_texts", "source.tasks_per_step",
     "source.likelihood_scale", "source.pass_size", "source.on_non_finite", "target.joint", "target.pass_size", "bpt method.kernel",
-    "bpt method.scope", "bpt method.form", "bpt method.bandwidth",
+    "bpt method.scope", "bpt method.form", "bpt method.bandwidth", "bpt method.start", "source.lr_relative",
 )  # fmt: skip
 """Where cases begin that two ranks run as well: how work is divided and exchanged, and what is predicted together."""
 ACROSS_METHODS = (
