@@ -5,7 +5,8 @@ Conventions, fixed here once (other libraries differ; the golden test states the
 - kernels of the squared distance d2 and the bandwidth h, which has units of *squared* distance:
   `rbf` k = exp(-d2/h), `imq` k = (1 + d2/h)^(-1/2);
 - median bandwidth h = median over pairs i<j of d2, divided by log(M+1), never differentiated; an even number of
-  pairs takes the mean of the two middle values (as numpy, not as torch); one particle gives h = 1;
+  pairs takes the mean of the two middle values (as numpy, not as torch); one particle gives h = 1; `MedianTimes(x)` is
+  x times that h, for each kernel of scope `token` its own;
 - scope `prompt`: one kernel for a whole prompt; `token`: an independent kernel for every prompt position;
 - form `svgd`: phi_i = 1/M sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)];
   form `repulsive_ensemble` (D'Angelo & Fortuin 2021): phi_i = s_i - sum_j grad_{x_i} k(x_i, x_j) / sum_j k(x_i, x_j).
@@ -34,7 +35,15 @@ from torch import Tensor
 Kernel = Literal["rbf", "imq"]
 Scope = Literal["prompt", "token"]
 Form = Literal["svgd", "repulsive_ensemble"]
-Bandwidth = Literal["median"] | float
+
+
+class MedianTimes(NamedTuple):
+    """A bandwidth of `factor` times what the median rule gives at every step."""
+
+    factor: float
+
+
+Bandwidth = Literal["median"] | float | MedianTimes
 Place = tuple[slice, slice, slice]  # blocks, rows (counted among those asked for), coordinates
 
 PAIRWISE_LIMIT = 16
@@ -77,10 +86,12 @@ class Direction(NamedTuple):
     """The Stein direction with everything computed on the way, so that diagnostics cost nothing twice.
 
     `driving` and `repulsive` hold only the rows asked for (M of them by default); `kernel` and `squared_distances`
-    always hold all pairs, with a leading position axis P when the scope is `token`; `bandwidth` likewise.
+    always hold all pairs, with a leading position axis P when the scope is `token`; `bandwidth` likewise. `own` is the
+    part of `driving` that comes from the particle's own score, at weight k(x, x) = 1: s_i / M in form `svgd`, s_i otherwise.
     """
 
     driving: Float[Tensor, "m P D"]
+    own: Float[Tensor, "m P D"]
     repulsive: Float[Tensor, "m P D"]
     kernel: Float[Tensor, "*scope M M"]
     bandwidth: Float[Tensor, "*scope"]
@@ -162,7 +173,8 @@ def direction_terms(
         driving[place], repulsive[place] = drive, push
     driving, repulsive = (_unblock(term, particles.shape) for term in (driving, repulsive))
     one = 0 if rule.scope == "prompt" else slice(None)
-    return Direction(driving, repulsive, weights.kernel[one], weights.bandwidth[one], weights.squared_distances[one])
+    own = score[chosen] / len(particles) if rule.form == "svgd" else score[chosen]
+    return Direction(driving, own, repulsive, weights.kernel[one], weights.bandwidth[one], weights.squared_distances[one])
 
 
 @torch.no_grad()
@@ -239,13 +251,19 @@ def median(values: Float[Tensor, "*scope n"]) -> Float[Tensor, "*scope"]:
 
 
 def _bandwidth(squared: Float[Tensor, "S M M"], bandwidth: Bandwidth) -> Float[Tensor, " S"]:
-    """Return one bandwidth a block, the median heuristic or the given number, not below what arithmetic can bear."""
-    if isinstance(bandwidth, str):
+    """Return one bandwidth a block, of the median rule or the given number, not below what arithmetic can bear."""
+    given = bandwidth.factor if isinstance(bandwidth, MedianTimes) else bandwidth
+    if isinstance(given, str):
         width = median_bandwidth(squared)
-    elif 0 < bandwidth < math.inf:
-        width = torch.full_like(squared[:, 0, 0], bandwidth).clamp_min(BANDWIDTH_FLOOR)
+    elif not 0 < given < math.inf:
+        raise ValueError(
+            f"bandwidth is {bandwidth}: give 'median', MedianTimes of a positive number, or a positive number (units of squared "
+            "distance)"
+        )
+    elif isinstance(bandwidth, MedianTimes):
+        width = (median_bandwidth(squared) * given).clamp_min(BANDWIDTH_FLOOR)
     else:
-        raise ValueError(f"bandwidth is {bandwidth}: give 'median' or a positive number (units of squared distance)")
+        width = torch.full_like(squared[:, 0, 0], given).clamp_min(BANDWIDTH_FLOOR)
     if squared.shape[-1] <= PAIRWISE_LIMIT:
         return width
     return torch.maximum(width, RELATIVE_FLOOR * squared.amax((-2, -1)))
@@ -365,7 +383,9 @@ class PartialSums(NamedTuple):
     squared_distances: Float[Tensor, "M M"]  # between whole prompts, whatever the scope
     kernel: Float[Tensor, "M M"]  # mean over positions, as the bandwidth
     bandwidth: Float[Tensor, ""]
-    driving: Float[Tensor, " m"]  # squared norms, one a particle, as the next two
+    driving: Float[Tensor, " m"]  # squared norms, one a particle, as the next four
+    own: Float[Tensor, " m"]  # of the part of `driving` from the particle's own score
+    others: Float[Tensor, " m"]  # of the rest
     repulsive: Float[Tensor, " m"]
     particles: Float[Tensor, " M"]
     mean: Float[Tensor, ""]  # squared norm of the mean particle
@@ -379,6 +399,14 @@ def summarize(direction: Direction, particles: Float[Tensor, "M P D"]) -> dict[s
     means over positions for scope `token`. `driving_norm`, `repulsive_norm` and `mean_norm` are means over particles
     of Euclidean norms (the first two over the rows in `direction`). `spread` is the root mean square deviation of a
     coordinate from the mean particle, in the units of the prompt.
+
+    `driving_by_others`, 0 to 1, is the share of the driving force that is another particle's. The driving term of particle i
+    is own_i + others_i, own_i being the part j = i of its sum over j and others_i the parts j != i together; the share is the
+    mean over i of |others_i| / (|own_i| + |others_i|), Euclidean norms over the whole prompt. It is 0 for one particle, where
+    nothing drives, and in form `repulsive_ensemble`; float32 rounding hides what is below 1e-6.
+    `distance_relative` is the median distance over the root mean square of the prompts, both per coordinate:
+    median_{i<j} sqrt(d2_ij / PD) / sqrt(mean of all squared coordinates of all particles). Independent prompts of mean zero
+    have sqrt(2), equal ones 0.
     """
     return summarize_partial_sums(partial_sums(direction, particles, particles.shape[1]), particles[0].numel())
 
@@ -393,22 +421,36 @@ def partial_sums(direction: Direction, particles: Float[Tensor, "M p D"], num_po
         squared, kernel, width = squared * share, kernel * share, width * share
     else:
         squared, kernel, width = squared.sum(0), kernel.sum(0) / num_positions, width.sum(0) / num_positions
-    driving, repulsive, norms = (_squared_norms(term) for term in (direction.driving, direction.repulsive, particles))
-    deviation = _squared_norms(particles - mean).sum()
-    return PartialSums(squared, kernel, width, driving, repulsive, norms, _squared_norms(mean[None])[0], deviation)
+    return PartialSums(
+        squared_distances=squared,
+        kernel=kernel,
+        bandwidth=width,
+        driving=_squared_norms(direction.driving),
+        own=_squared_norms(direction.own),
+        others=_squared_norms(direction.driving - direction.own),
+        repulsive=_squared_norms(direction.repulsive),
+        particles=_squared_norms(particles),
+        mean=_squared_norms(mean[None])[0],
+        deviation=_squared_norms(particles - mean).sum(),
+    )
 
 
 def summarize_partial_sums(sums: PartialSums, num_coordinates: int) -> dict[str, float]:
     """Return what `summarize` does from the sums over all P*D `num_coordinates` of a prompt."""
     distances, off_diagonal = pairs(sums.squared_distances).sqrt(), pairs(sums.kernel)
     has_pairs = distances.numel() > 0
+    middle, size = float(median(distances)) if has_pairs else 0.0, math.sqrt(float(sums.particles.mean()))
+    own, others = sums.own.sqrt(), sums.others.sqrt()
+    shares = others / (own + others).clamp_min(torch.finfo(torch.float64).tiny)
     return {
         "distance_min": float(distances.min()) if has_pairs else 0.0,
-        "distance_median": float(median(distances)) if has_pairs else 0.0,
+        "distance_median": middle,
         "distance_max": float(distances.max()) if has_pairs else 0.0,
+        "distance_relative": middle / size if size else 0.0,
         "bandwidth": float(sums.bandwidth),
         "kernel_off_diagonal": float(off_diagonal.mean()) if has_pairs else 0.0,
         "driving_norm": float(sums.driving.sqrt().mean()),
+        "driving_by_others": float(shares.mean()),
         "repulsive_norm": float(sums.repulsive.sqrt().mean()),
         "spread": math.sqrt(float(sums.deviation) / (len(sums.particles) * num_coordinates)),
         "norm_of_mean": math.sqrt(float(sums.mean)),

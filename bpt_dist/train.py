@@ -30,6 +30,7 @@ from bpt_dist.training.progress import StepProgress, log_name
 from bpt_dist.training.run import TrainingRun
 from bpt_dist.training.shutdown import exit_job
 from bpt_dist.training.stage import TrainingStage
+from bpt_dist.training.start import choose_start
 from bpt_dist.training.startup import open_run, start_world
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def target_stage(run: TrainingRun, method: Method, source: Tensors | None, tasks
     sizes, sampling = [len(task.train.tokens) for task in tasks], Sampling.of(config)
     method.target_shares = sampling.shares(sizes)
     method.begin_target(source, [task.spec for task in tasks], sizes, mesh)
+    choose_start(run, tasks)
     batches = Batches(
         [task.train.tokens for task in tasks],
         config.batch_size,
@@ -167,6 +169,7 @@ def run_stage(stage: TrainingStage) -> None:
             losses, stop, usable = stage.agree(accumulate_gradients(stage), watchdog.stop_requested)  # before anything changes
             fault_point("step.before_update", step=stage.step, stage=stage.name)
             if usable:
+                stage.compare()  # where the step is recorded: for BPT, the loss at the mean of the particles
                 method.precondition_(mesh)  # for BPT: gradients become minus the Stein direction
                 stage.optimizer.step(stage.step)
             stage.optimizer.zero_grad()

@@ -31,6 +31,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8
 INK, GREY = "#222222", "#888888"
 DPI = 150
 SOURCE_LOSS, TARGET_LOSS = "source/loss/", "target/loss"
+AT_MEAN, SHARE = "svgd/loss_at_mean", "svgd/driving_by_others"
 WRITTEN_OUT = 12  # up to so many particles the kernel's values are written into the picture
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -108,15 +109,19 @@ def task_similarity(records: Sequence[Record], path: Path) -> Path:
 
 
 def panel(records: Sequence[Record], path: Path) -> Path:
-    """Draw the source stage on one page: particle paths, kernel, traces and losses."""
+    """Draw the source stage on one page: particle paths, kernel, traces and losses, and whether the particles belong together."""
     snapshots = _snapshots(records)
     step, last = max(snapshots.items())
-    with canvas((13.0, 10.0), path) as figure:
-        quarters: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.03)
-        _draw_paths(quarters[0, 0], {number: snapshot["projection"] for number, snapshot in snapshots.items()})
-        _draw_kernel(quarters[0, 1], last["kernel"], step)
-        _draw_traces(quarters[1, 0], records)
-        _draw_losses(quarters[1, 1], dict(list(_losses(records).items())[:1]))
+    has_shares = any(SHARE in record["metrics"] for record in records)  # runs of earlier versions lack them
+    with canvas((13.0, 14.0 if has_shares else 10.0), path) as figure:
+        parts: Any = figure.subfigures(3 if has_shares else 2, 2, wspace=0.03, hspace=0.03)
+        _draw_paths(parts[0, 0], {number: snapshot["projection"] for number, snapshot in snapshots.items()})
+        _draw_kernel(parts[0, 1], last["kernel"], step)
+        _draw_traces(parts[1, 0], records)
+        _draw_losses(parts[1, 1], dict(list(_losses(records).items())[:1]))
+        if has_shares:
+            _draw_loss_at_mean(parts[2, 0], records)
+            _draw_togetherness(parts[2, 1], records)
     return path
 
 
@@ -262,6 +267,32 @@ def _draw_traces(figure: FigureBase, records: Sequence[Record]) -> None:
     lower.set_xlabel("step")
 
 
+def _draw_loss_at_mean(figure: FigureBase, records: Sequence[Record]) -> None:
+    """Draw the mean loss of the particles and the loss at their mean: where the second is higher, the mean is between modes."""
+    axes = figure.subplots()
+    series = (("source/loss", PALETTE[0], "mean of the\nparticles' losses", "-"), (AT_MEAN, INK, "at their mean", (0, (4, 2))))
+    for name, colour, label, dashes in series:
+        steps, values = _series(records, name)
+        axes.plot(steps, values, color=colour, alpha=0.15, linewidth=0.7)
+        axes.plot(steps, _smoothed(values), color=colour, linestyle=dashes, label=label if len(values) else f"{label}:\nno record")
+    axes.set_title("Loss of the particles and at their mean")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, mean over tasks")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _draw_togetherness(figure: FigureBase, records: Sequence[Record]) -> None:
+    """Draw how far apart the particles are in their own units, and how much they still drive each other."""
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.plot(*_series(records, "svgd/distance_relative"), color=PALETTE[0])
+    upper.set_title("Median distance in units of the prompts' RMS")
+    lower.plot(*_series(records, SHARE), color=PALETTE[2])
+    lower.set_title("Share of the driving force that is another particle's")
+    upper.set_ylim(bottom=0)
+    lower.set_ylim(0, 1)
+    lower.set_xlabel("step")
+
+
 def _log_line(axes: Axes, steps: numpy.ndarray, values: numpy.ndarray, colour: str, label: str, **style: Any) -> None:
     """Draw a line on a log axis; a series that is nowhere positive (one particle has no pairs) is said, not drawn."""
     if not (values > 0).any():
@@ -302,6 +333,8 @@ def _draw_losses(figure: FigureBase, groups: Mapping[str, Mapping[str, tuple[num
 def _smoothed(values: numpy.ndarray) -> numpy.ndarray:
     """Return the mean over a window of about a tenth of the run, shorter at both ends."""
     half = len(values) // 20
+    if not len(values):
+        return values
     total = numpy.concatenate([[0.0], numpy.cumsum(values)])
     start = numpy.maximum(numpy.arange(len(values)) - half, 0)
     stop = numpy.minimum(numpy.arange(len(values)) + half + 1, len(values))
@@ -309,8 +342,11 @@ def _smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def draw_steps(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw `particles/step-N.png` and `kernel/step-N.png` below `folder` for up to 20 evenly spread steps; return the files."""
-    snapshots = {record["step"]: record["particles"] for record in records if record.get("particles")}
+    """Draw `particles/step-N.png` and `kernel/step-N.png` below `folder` for up to 20 evenly spread steps; return the files.
+
+    A record shows the particles before the update of its step. The first step's are those that nothing has moved yet: step 0.
+    """
+    snapshots = _snapshots(records)
     if not snapshots:
         return []
     places = numpy.linspace(0, len(snapshots) - 1, min(MOST_FRAMES, len(snapshots))).round().astype(int)
@@ -318,12 +354,14 @@ def draw_steps(records: Sequence[Record], folder: Path) -> list[Path]:
     plane, explained = _plane([snapshots[step] for step in steps])
     drawn = []
     for place in dict.fromkeys(places.tolist()):
-        name = f"step-{steps[place]:08d}.png"
-        drawn.append(_particles(plane[: place + 1], plane, explained, steps[place], folder / "particles" / name))
-        drawn.append(kernel_heat_map(snapshots[steps[place]]["kernel"], folder / "kernel" / name, steps[place]))
-    if steps[0] > 0:
-        # MLflow's slider opens at step 0 and would show nothing there: the last picture, whose title says its step.
-        drawn += [write_atomic(file.with_name("step-00000000.png"), file.read_bytes()) for file in drawn[-2:]]
+        shown = 0 if steps[place] == 1 else steps[place]
+        name = f"step-{shown:08d}.png"
+        drawn.append(_particles(plane[: place + 1], plane, explained, shown, folder / "particles" / name))
+        drawn.append(kernel_heat_map(snapshots[steps[place]]["kernel"], folder / "kernel" / name, shown))
+    if steps[0] > 1:
+        # A run of an earlier version has no record of the start. MLflow's slider opens at step 0 and would show nothing there: the
+        # first picture there is, whose title says its step.
+        drawn += [write_atomic(file.with_name("step-00000000.png"), file.read_bytes()) for file in drawn[:2]]
     return drawn
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bpt_dist.backbones.base import Backbone
 from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.errors import ConfigError
 
+ROWS_AT_ONCE = 1 << 14  # of the word-embedding table
 COMMON_PIECES = 5000  # Lester et al. (2021) sample from the most common pieces; T5 vocabularies are sorted by frequency
 log = logging.getLogger(__name__)
 TENSOR_NAMES = (
@@ -57,6 +59,19 @@ def _pieces(kind: str, length: int, backbone: Backbone, generator: torch.Generat
     if length > len(ordinary):
         raise ConfigError(f"method.length: {length} exceeds the {len(ordinary)} ordinary pieces of the vocabulary; use init=normal")
     return torch.tensor(ordinary)[torch.randperm(len(ordinary), generator=generator)[:length]]
+
+
+def embedding_rms(backbone: Backbone) -> float:
+    """Return the root mean square of all numbers of the word-embedding table: the unit of relative learning rates.
+
+    Tables differ 50-fold between backbones, so an absolute rate means little. Summed in float64; collective where the backbone is
+    partitioned.
+    """
+    rows, total = backbone.vocabulary_size, 0.0
+    for first in range(0, rows, ROWS_AT_ONCE):
+        part = backbone.vocabulary_rows(torch.arange(first, min(first + ROWS_AT_ONCE, rows)))
+        total += float(part.double().square().sum())
+    return math.sqrt(total / (rows * backbone.width))
 
 
 def rows_of(tensor: Float[Tensor, "M ..."], rows: slice) -> Float[Tensor, "m ..."]:

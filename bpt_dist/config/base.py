@@ -52,6 +52,8 @@ class MethodConfig(Section):
     """Changes the weights of the backbone, so they cannot be partitioned as frozen ones."""
     OWN_TARGET_RATES: ClassVar[bool] = False
     """Names its own learning rates of the target stage, so `target.lr` stays null."""
+    RATE_IS_OF_PROMPTS: ClassVar[bool] = False
+    """The `lr` of its stages is the rate of soft prompts, so `lr_relative` may give it in units of the word embeddings."""
 
     name: str
 
@@ -79,6 +81,14 @@ def without_effect(model: BaseModel, condition: str, *fields: str) -> list[str]:
         if value != default:
             problems.append(f"{field}: has no effect {condition} (got {value!r}); remove it")
     return problems
+
+
+def given_twice(model: BaseModel, field: str) -> list[str]:
+    """Return a problem if `field` is given beside its `<field>_relative`, which says the same in other units."""
+    value, relative = getattr(model, field), getattr(model, f"{field}_relative")
+    if value is None or relative is None:
+        return []
+    return [f"{field}: is given beside {field}_relative (got {value} and {relative}); set one of them to null"]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

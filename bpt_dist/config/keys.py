@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -63,6 +64,15 @@ def fields_by_key(options: type[MethodConfig] | None, model: type[BaseModel] = R
         if below is not None:
             fields |= fields_by_key(options, below, f"{prefix}{name}.")
     return fields
+
+
+def relative_rates(tree: dict[str, Any]) -> dict[str, float]:
+    """Return the learning rates that a dumped configuration gives in units of the word embeddings, by the key of the absolute one.
+
+    `source.lr_relative: 0.1` is `{"source.lr": 0.1}`.
+    """
+    given = {key: value for key, value in leaves(tree).items() if re.fullmatch(r".*\.lr(_\w+)?_relative", key)}
+    return {key.removesuffix("_relative"): value for key, value in given.items() if value is not None}
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

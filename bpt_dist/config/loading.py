@@ -98,7 +98,9 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
 
 def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) -> dict[str, Any]:
     """Return the plain data of the run of one row and seed; the row wins over the rest of the file."""
-    base = {key: value for key, value in _dump(config).items() if key not in ("rows", "seeds")}
+    # What the file leaves out is left out here: a default must not meet a row's `lr_full_relative` as if it were given.
+    given = config.model_dump(mode="json", exclude_unset=True)
+    base = {key: value for key, value in given.items() if key not in ("rows", "seeds")}
     row = {key: value for key, value in row.items() if key not in OF_THE_FILE}
     label = row.pop("label", None)
     if isinstance(row.get("method"), str):
@@ -110,7 +112,7 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     name = f"{label or data['method']['name']}-s{seed}"
     data |= {"name": name, "seed": seed, "run_dir": str(config.directory / name)}
     if config.tracking.mlflow and config.tracking.experiment is None:
-        data["tracking"]["experiment"] = experiment_of_environment() or config.name
+        data["tracking"] = {**data.get("tracking", {}), "experiment": experiment_of_environment() or config.name}
     return data
 
 

@@ -1,16 +1,18 @@
-"""Options every method that starts from a soft prompt shares."""
+"""Options that methods with soft prompts share."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from bpt_dist.config.base import Folder, MethodConfig, refuse, without_effect
+from bpt_dist.config.base import Folder, MethodConfig, Section, given_twice, refuse, without_effect
 
 
 class PromptOptions(MethodConfig):
     """How long the prompt is and where it starts."""
+
+    RATE_IS_OF_PROMPTS: ClassVar[bool] = True
 
     length: int = Field(100, ge=1, le=2000, description="Prompt positions (P).")
     init: Literal["vocabulary", "normal", "uniform", "text", "file"] = Field(
@@ -38,3 +40,46 @@ class PromptOptions(MethodConfig):
             problems.append(f"{needed[self.init]}: is missing, init {self.init} needs it")
         refuse(problems)
         return self
+
+
+class FactoredPromptOptions(PromptOptions):
+    """Target learning rates of a prompt F o (sum_r u_r v_r^T): that of F, a prompt, and that of its factors, numbers around 1."""
+
+    OWN_TARGET_RATES: ClassVar[bool] = True
+
+    lr_full: float | None = Field(0.3, gt=0, description="Target learning rate of the full-rank matrix F.")
+    lr_full_relative: float | None = Field(
+        None, gt=0, description="The same in units of the root mean square of the backbone's word embeddings; or give lr_full."
+    )
+    lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the low-rank factors u and v.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _relative_replaces_the_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("lr_full_relative") is not None and "lr_full" not in data:
+            return {**data, "lr_full": None}
+        return data
+
+    @model_validator(mode="after")
+    def _one_full_rate(self) -> Self:
+        problems = given_twice(self, "lr_full")
+        if (self.lr_full, self.lr_full_relative) == (None, None):
+            problems = ["lr_full: is missing; give lr_full or lr_full_relative"]
+        refuse(problems)
+        return self
+
+
+class MedianTimes(Section):
+    """A bandwidth in units of what the median rule gives."""
+
+    median_times: float = Field(gt=0, description="Factor on the bandwidth of the median rule, median(d^2) / log(M + 1).")
+
+
+def _bandwidth_form(value: Any) -> str:
+    return "times" if isinstance(value, dict | MedianTimes) else "value"
+
+
+Bandwidth = Annotated[
+    Annotated[Annotated[float, Field(gt=0)] | Literal["median"], Tag("value")] | Annotated[MedianTimes, Tag("times")],
+    Discriminator(_bandwidth_form),
+]

@@ -47,13 +47,26 @@ def _some_work(config: RunConfig) -> Iterator[str]:
 
 
 def _learning_rates(config: RunConfig) -> Iterator[str]:
-    if config.source.steps and config.source.posterior is None and config.source.lr is None:
+    source, target, name = config.source, config.target, config.method.name
+    if source.steps and source.posterior is None and (source.lr, source.lr_relative) == (None, None):
         yield "source.lr: is missing; give a learning rate (published prompts use 0.3)"
     if config.method.OWN_TARGET_RATES:
-        for problem in without_effect(config.target, f"with method {config.method.name}, which names its own rates", "lr"):
+        for problem in without_effect(target, f"with method {name}, which names its own rates", "lr", "lr_relative"):
             yield f"target.{problem}"
-    elif config.target.steps and config.target.lr is None:
+    elif target.steps and (target.lr, target.lr_relative) == (None, None):
         yield "target.lr: is missing; give a learning rate (published: prompts 0.3, other parameters 3e-4)"
+
+
+def _relative_rates_are_of_prompts(config: RunConfig) -> Iterator[str]:
+    if config.method.RATE_IS_OF_PROMPTS:
+        return
+    stages = {"source": config.source, "target": config.target} if config.method.HAS_SOURCE_STAGE else {"target": config.target}
+    for key, stage in stages.items():
+        if stage.lr_relative is not None:
+            yield (
+                f"{key}.lr_relative: is in units of the word embeddings, and what method {config.method.name} trains is no soft "
+                f"prompt (got {stage.lr_relative}); give {key}.lr"
+            )
 
 
 def _tasks_of_a_step(config: RunConfig) -> Iterator[str]:
@@ -151,7 +164,11 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_source_keys_need_source_stage, "method data.source_tasks source"),
     (_some_work, "source.steps source.posterior target.steps data.target_tasks"),
     (_store_has_an_address, "output tracking.mlflow tracking.uri"),
-    (_learning_rates, "method source.steps source.posterior source.lr target.lr target.steps"),
+    (
+        _learning_rates,
+        "method source.steps source.posterior source.lr source.lr_relative target.lr target.lr_relative target.steps",
+    ),
+    (_relative_rates_are_of_prompts, "method source.lr_relative target.lr_relative"),
     (_tasks_of_a_step, "data.source_tasks source.tasks_per_step source.task_weights"),
     (_particles, "method source.shared_texts evaluation.predict"),
     (_trained_backbone_is_partitioned, "method distribution"),

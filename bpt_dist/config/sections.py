@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from bpt_dist.config.base import NAME, Folder, MethodConfig, Names, Section, refuse, without_effect
+from bpt_dist.config.base import NAME, Folder, MethodConfig, Names, Section, given_twice, refuse, without_effect
 
 NATURAL_KEY = {"backbone": "path", "method": "name"}
 """Sections that may be written as one value, and the key that it is the value of."""
@@ -104,6 +104,11 @@ class StageConfig(Section):
     sampling_cap: int = Field(default=2**18, ge=1, description="Most rows a task counts in `proportional`, `stochastic`.")
     sampling_temperature: float = Field(default=10.0, ge=1, description="T of `temperature`: a task weighs its rows^(1/T).")
     lr: float | None = Field(default=None, gt=0, description="Learning rate at its peak.")
+    lr_relative: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same of soft prompts, in units of the root mean square of the backbone's word embeddings; or give lr.",
+    )
     optimizer: Literal["adamw", "sgd", "rmsprop"] = Field(default="adamw", description="Rule that applies the direction.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the steps in which the rate rises from 0.")
@@ -120,6 +125,11 @@ class StageConfig(Section):
     )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=10, ge=1, description="Steps between records in metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        refuse(given_twice(self, "lr"))
+        return self
 
     @model_validator(mode="after")
     def _sampling(self) -> Self:

@@ -164,7 +164,10 @@ class AttentionalMixture(SourcePrompts):
         if self.stage == "prompts":
             return super().param_groups(stage)
         attention = [getattr(self, name) for name in ATTENTION if getattr(self, name).requires_grad]
-        return [{"params": [self.target_prompts], "lr": stage.lr}, {"params": attention, "lr": self.config.lr_attention}]
+        return [
+            {"params": [self.target_prompts], "lr": self.stage_rate(stage)},
+            {"params": attention, "lr": self.config.lr_attention},
+        ]
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return None: every text has a prompt of its own, so there is no prompt to export."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbones.base import Backbone, Forward
+from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
@@ -34,7 +35,8 @@ class AuxiliaryPhase(NamedTuple):
 
     def settings(self, stage: StageConfig) -> StageConfig:
         """Return the settings of this phase of `stage`: its own steps and rate, all tasks at every step, nothing validated."""
-        values = {"steps": self.steps, "lr": self.lr or stage.lr, "sampling": "all"}
+        rates = {"lr": self.lr, "lr_relative": None} if self.lr else {}
+        values = {"steps": self.steps, "sampling": "all", **rates}
         unset = {"tasks_per_step": None, "eval_every": None, "patience": None, "annealing": "none", "annealing_steps": None}
         fields = type(stage).model_fields
         return stage.model_copy(update=values | {key: value for key, value in unset.items() if key in fields})
@@ -85,6 +87,9 @@ class Method(nn.Module):
     # equal shares.
     target_shares: tuple[float, ...] = ()
 
+    # Which of `candidate_starts` the target stage has started from; None where there was nothing to choose.
+    start_particle: int | None = None
+
     backbone: Backbone
 
     def __init__(
@@ -128,8 +133,19 @@ class Method(nn.Module):
         return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
 
     def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; two-speed learning rates live here."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": stage.lr}]
+        """Return the optimizer's groups; two-speed learning rates live here (collective where the backbone is partitioned)."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.stage_rate(stage)}]
+
+    def stage_rate(self, stage: StageConfig) -> float | None:
+        """Return the peak learning rate that `stage` gives; None where it gives none, because it takes no steps."""
+        return self.prompt_rate(stage.lr, stage.lr_relative)
+
+    def prompt_rate(self, absolute: float | None, relative: float | None) -> float | None:
+        """Return a learning rate of soft prompts: `absolute`, or `relative` times the RMS of the backbone's word embeddings.
+
+        Only a method whose options say RATE_IS_OF_PROMPTS is given a relative rate; the configuration refuses it elsewhere.
+        """
+        return absolute if relative is None else relative * embedding_rms(self.backbone)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of the trainable tensors as they are now."""
@@ -201,6 +217,17 @@ class Method(nn.Module):
         """Passes of every text without gradients that a step of the current stage takes beside the one it learns from."""
         return 0
 
+    def candidate_starts(self) -> Float[Tensor, "m P D"] | None:
+        """Return the prompts one of which a target stage is to start from, or None where there is nothing to choose.
+
+        Asked for after `begin_target`; `start_from` is then told which has the lowest loss on the targets' training rows.
+        """
+        return None
+
+    def start_from(self, candidate: int) -> None:
+        """Start the target stage from one of `candidate_starts`, counted from 0, and remember it in `start_particle`."""
+        raise NotImplementedError(f"{type(self).__name__} names no candidates")
+
     # --- particles: hypotheses trained side by side -------------------------------------------------------------------------------
 
     @property
@@ -216,6 +243,13 @@ class Method(nn.Module):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the last step should log besides the losses (collective: every rank; what rank 0 returns counts)."""
+        return {}
+
+    def comparison(self, mesh: Mesh) -> Mapping[str, Float[Tensor, "P D"]]:
+        """Return prompts whose loss on the step's texts is logged, by the metric's name; nothing is learnt from them (collective).
+
+        Asked for at steps that end with a record only, before the update; every rank returns the same bits.
+        """
         return {}
 
     # --- targets with a prior, and targets trained together -----------------------------------------------------------------------

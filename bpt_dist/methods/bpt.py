@@ -7,16 +7,16 @@ a Gaussian prior around the particles' mean, theta = F o (sum_r u_r v_r^T) with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from bpt_dist.backbones.prompts import prepend_own, rows_of
 from bpt_dist.config import StageConfig, refuse, without_effect
-from bpt_dist.config.prompt_options import PromptOptions
+from bpt_dist.config.prompt_options import Bandwidth, FactoredPromptOptions, MedianTimes
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.exchange import SteinExchange
 from bpt_dist.distributed.mesh import Mesh
@@ -24,42 +24,56 @@ from bpt_dist.methods.base import SharedPrompt, Tensors, generator
 from bpt_dist.methods.vanilla_transfer import VanillaTransfer
 from bpt_dist.objective import gaussian_penalty, low_rank_ones, low_rank_product, mixture_penalty, sigma_from_relative
 from bpt_dist.svgd import KernelOptions, initial_particles
+from bpt_dist.svgd import MedianTimes as TimesMedianRule
 from bpt_dist.tasks.spec import TaskSpec
 
 PROJECTED = 64  # coordinates of the particle picture
 
 
-class Config(PromptOptions):
+class Config(FactoredPromptOptions):
     """Options of Bayesian prompt tuning."""
 
     HAS_SOURCE_STAGE: ClassVar[bool] = True
     HAS_PARTICLES: ClassVar[bool] = True
-    OWN_TARGET_RATES: ClassVar[bool] = True
 
     name: Literal["bpt"] = "bpt"
     num_particles: int = Field(5, ge=1, le=1024, description="Particles (M).")
     kernel: Literal["rbf", "imq"] = Field("rbf", description="Kernel between particles.")
     scope: Literal["prompt", "token"] = Field("prompt", description="One kernel for the prompt, or one a position.")
-    bandwidth: Annotated[float, Field(gt=0)] | Literal["median"] = Field(
-        "median", description="h in units of squared distance; `median` is median(d^2) / log(M + 1)."
+    bandwidth: Bandwidth = Field(
+        "median",
+        description="h in units of squared distance; `median` is median(d^2) / log(M + 1), `{median_times: x}` x times that.",
     )
     form: Literal["svgd", "repulsive_ensemble"] = Field("svgd", description="How scores and repulsion are combined.")
     particle_init: Literal["common", "independent"] = Field(
         "common", description="One initial prompt plus noise, or one for each particle."
     )
     spread: float = Field(0.05, ge=0, description="Noise of `common` in standard deviations of the initial prompt.")
+    start: Literal["mean", "best"] = Field(
+        "mean",
+        description="Start of the target prompt: the mean of the particles, or the particle with the lowest loss on the target's "
+        "training rows (1,024 at most). The prior stays what `prior` says.",
+    )
     prior: Literal["gaussian", "mixture", "none"] = Field("gaussian", description="Prior of the target prompt.")
     sigma: float | None = Field(None, gt=0, description="Standard deviation of the prior; or give sigma_relative.")
     sigma_relative: float | None = Field(None, gt=0, description="Sigma in units of RMS(mean prompt).")
     rank: int = Field(1, ge=0, le=128, description="Rank of the factor of the target prompt (R); 0 leaves it out.")
-    lr_full: float = Field(0.3, gt=0, description="Target learning rate of the full-rank matrix.")
-    lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the low-rank factors.")
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _every_particle(cls, value: Any) -> Any:
+        if value == "ensemble":
+            raise ValueError(
+                "should be 'mean' or 'best' (got 'ensemble'); evaluation.predict: ensemble starts from every particle and averages "
+                "their predictions, beside the prompt of the start"
+            )
+        return value
 
     @model_validator(mode="after")
     def _particles(self) -> "Config":
-        problems = []
+        problems = without_effect(self, "with num_particles 1", "start") if self.num_particles == 1 else []
         if self.particle_init == "independent":
-            problems = without_effect(self, "with particle_init independent", "spread")
+            problems += without_effect(self, "with particle_init independent", "spread")
             if self.init in ("text", "file") and self.num_particles > 1:
                 problems.append(f"particle_init: independent gives equal particles with init {self.init}; use common")
         refuse(problems)
@@ -107,9 +121,10 @@ class BayesianPromptTuning(VanillaTransfer):
         else:
             particles = initial_particles(common, num_particles, config.spread, generator(self.seed, "particles"))
         self.own(particles[mesh.rows(num_particles)])
-        self.exchange = SteinExchange(
-            mesh, num_particles, particles.shape[1], KernelOptions(config.kernel, config.scope, config.bandwidth, config.form)
-        )
+        given = config.bandwidth
+        bandwidth = TimesMedianRule(given.median_times) if isinstance(given, MedianTimes) else given
+        rule = KernelOptions(config.kernel, config.scope, bandwidth, config.form)
+        self.exchange = SteinExchange(mesh, num_particles, particles.shape[1], rule)
         self.stage = "source"
 
     def begin_step(self, mesh: Mesh) -> None:
@@ -124,6 +139,12 @@ class BayesianPromptTuning(VanillaTransfer):
         assert self.particles.grad is not None
         phi = self.exchange.direction(self.particles.detach(), score=-self.particles.grad)
         self.particles.grad.copy_(-phi)
+
+    def comparison(self, mesh: Mesh) -> dict[str, Float[Tensor, "P D"]]:
+        """Return the mean of the particles, which targets start from: it may lie where no particle does (collective)."""
+        if self.stage != "source" or self.num_particles == 1:
+            return {}
+        return {"svgd/loss_at_mean": mesh.gather_particles(self.particles.detach()).mean(dim=0)}
 
     def diagnostics(self) -> dict[str, Any]:
         """Return SVGD's numbers over all particles, and a picture of where they are, as of the last step's start (collective)."""
@@ -146,13 +167,17 @@ class BayesianPromptTuning(VanillaTransfer):
     # --- target stage -----------------------------------------------------------------------------------------------------------
 
     def begin_target(self, source: Tensors | None, tasks: Sequence[TaskSpec], num_examples: Sequence[int], mesh: Mesh) -> None:
-        """Start at the posterior mean: F = mean, u v^T = 1 for each target; for an ensemble, also at every particle."""
+        """Start at the posterior mean: F = mean, u v^T = 1 for each target; for an ensemble, also at every particle.
+
+        With `start: best` F then moves to the best particle (`start_from`); the prior stays where `prior` puts it.
+        """
         assert source is not None
         config, device = self.config, self.backbone.device
         mean, cloud = (source[name].to(device, torch.float32) for name in ("mean", "particles"))
         self.stage, self.target_tasks, self.num_examples = "target", [task.name for task in tasks], list(num_examples)
         self.starts = torch.cat([mean[None], cloud]) if self.adapts_particles else mean[None]
         self.deviations = cloud - mean
+        self.candidates, self.start_particle = cloud if config.start == "best" else None, None
         if config.prior != "none":
             self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
         self.own(self.starts)
@@ -164,6 +189,17 @@ class BayesianPromptTuning(VanillaTransfer):
             copies = len(self.starts)
             self.u = nn.Parameter(torch.stack([u for u, _ in factors]).repeat(copies, 1, 1, 1).to(device))
             self.v = nn.Parameter(torch.stack([v for _, v in factors]).repeat(copies, 1, 1, 1).to(device))
+
+    def candidate_starts(self) -> Float[Tensor, "m P D"] | None:
+        """Return the source particles where the target is to start from the best of them."""
+        return self.candidates
+
+    @torch.no_grad()
+    def start_from(self, candidate: int) -> None:
+        """Move F of the MAP prompt to a source particle; u v^T is 1 still, so that the prompt is this particle."""
+        assert self.candidates is not None
+        self.start_particle = candidate
+        self.particles[0].copy_(self.candidates[candidate])
 
     @property
     def adapts_particles(self) -> bool:
@@ -220,7 +256,8 @@ class BayesianPromptTuning(VanillaTransfer):
         """Return two speeds on targets: the full-rank matrix and the low-rank factors."""
         if self.stage == "source":
             return super().param_groups(stage)
-        groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": self.config.lr_full}]
+        rate = self.prompt_rate(self.config.lr_full, self.config.lr_full_relative)
+        groups: list[dict[str, Any]] = [{"params": [self.particles], "lr": rate}]
         return groups + ([{"params": [self.u, self.v], "lr": self.config.lr_low_rank}] if self.config.rank else [])
 
     @classmethod

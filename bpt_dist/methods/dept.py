@@ -101,7 +101,7 @@ class DecomposedPromptTuning(PromptTuning):
     def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return two speeds: the prompt and the update."""
         update = [self.position_factor, self.embedding_factor]
-        return [{"params": [self.particles], "lr": stage.lr}, {"params": update, "lr": self.config.lr_low_rank}]
+        return [{"params": [self.particles], "lr": self.stage_rate(stage)}, {"params": update, "lr": self.config.lr_low_rank}]
 
     def prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
         """Return None: a prompt file has no place for the update, and without it the prompt means something else."""

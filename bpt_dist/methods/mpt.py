@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bpt_dist.backbones.base import EncoderInputs, Forward
 from bpt_dist.backbones.prompts import prepend_own
 from bpt_dist.config import StageConfig, refuse, without_effect
-from bpt_dist.config.prompt_options import PromptOptions
+from bpt_dist.config.prompt_options import FactoredPromptOptions
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods._source_prompts import SourcePrompts
@@ -31,17 +31,14 @@ from bpt_dist.objective import low_rank_product, sequence_divergence, state_dist
 from bpt_dist.tasks.spec import TaskSpec
 
 
-class Config(PromptOptions):
-    """Options of multitask prompt tuning."""
+class Config(FactoredPromptOptions):
+    """Options of multitask prompt tuning; F is the shared prompt, u and v are the task vectors."""
 
     HAS_SOURCE_STAGE: ClassVar[bool] = True
-    OWN_TARGET_RATES: ClassVar[bool] = True
 
     name: Literal["mpt"] = "mpt"
     distillation: float = Field(0.9, ge=0, description="Weight of the distillation losses (lambda); 0 trains no teachers.")
     teacher_steps: int = Field(1000, ge=1, description="Steps of the teacher prompts, before source.steps.")
-    lr_full: float = Field(0.3, gt=0, description="Target learning rate of the shared prompt.")
-    lr_low_rank: float = Field(0.4, gt=0, description="Target learning rate of the task vectors u and v.")
 
     @model_validator(mode="after")
     def _teachers(self) -> "Config":
@@ -156,12 +153,18 @@ class MultitaskPromptTuning(SourcePrompts):
         return plain + self.config.distillation * (distance * weight).sum()
 
     def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
-        """Return two speeds on targets: the shared prompt and the task vectors."""
-        if self.stage != "target":
+        """Return two speeds on targets: the shared prompt and the task vectors.
+
+        On sources they have one, `source.lr`. A relative one is for each in its own units: the vectors are numbers around 1.
+        """
+        if self.stage == "teachers" or (self.stage == "source" and stage.lr_relative is None):
             return super().param_groups(stage)
+        full, factors = stage.lr_relative, stage.lr_relative
+        if self.stage == "target":
+            full, factors = self.config.lr_full_relative, self.config.lr_low_rank
         return [
-            {"params": [self.full], "lr": self.config.lr_full},
-            {"params": [self.u, self.v], "lr": self.config.lr_low_rank},
+            {"params": [self.full], "lr": self.prompt_rate(self.config.lr_full, full)},
+            {"params": [self.u, self.v], "lr": factors},
         ]
 
     @classmethod

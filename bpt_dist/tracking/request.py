@@ -64,9 +64,14 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def tracking_request(config: RunConfig, run: RunDirectory, world_size: int) -> Request:
-    """Return where and under which name, parameters and tags MLflow mirrors the run."""
-    commit = git_state() or {}
+def tracking_request(
+    config: RunConfig, run: RunDirectory, world_size: int, absolute_rates: Mapping[str, float] | None = None
+) -> Request:
+    """Return where and under which name, parameters and tags MLflow mirrors the run.
+
+    `absolute_rates` are the learning rates that the configuration gives in other units: runs compare by `source.lr` then, too.
+    """
+    commit, rates = git_state() or {}, {key: f"{rate:.6g}" for key, rate in (absolute_rates or {}).items()}
     tags = {
         "git.commit": str(commit.get("commit", "")),
         "git.dirty": str(commit.get("dirty", "")),
@@ -83,7 +88,7 @@ def tracking_request(config: RunConfig, run: RunDirectory, world_size: int) -> R
         uri=store_uri(config),
         experiment=experiment_of(config),
         run_name=config.name,
-        params=parameters(config.model_dump(mode="json"), leave_out=UNTRACKED),
+        params=parameters(config.model_dump(mode="json"), leave_out=UNTRACKED) | rates,
         tags=tags,
         alias=config.tracking.register_as,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from bpt_dist.config import EvaluationConfig
 from bpt_dist.data.batches import Batch, collate
@@ -26,7 +29,11 @@ CLOSED = ("classification", "choice")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The metrics of one task and split, in percent but for `nll` (nats), and what was predicted for each row."""
+    """The metrics of one task and split, in percent but for `nll` (nats), and what was predicted for each row.
+
+    `prediction_agreement`, where candidates are ranked by several hypotheses, is the share of (row, pair of hypotheses) in which
+    both predict the same label; a row's own share is its `agreement`, 0 to 1.
+    """
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]]
@@ -95,8 +102,17 @@ def _predict(
     log_likelihood = method.rank(batch, _padded(tokens.label_ids), predict)
     # Probabilities are averaged, not their logarithms: the predictive distribution of the ensemble.
     probabilities = log_likelihood.double().softmax(dim=-1).mean(dim=0)
-    for row in probabilities.cpu().numpy():
-        yield {"prediction": words[int(row.argmax())], "probabilities": [float(p) for p in row]}
+    agreement = pair_agreement(log_likelihood).tolist() if len(log_likelihood) > 1 else []
+    for number, row in enumerate(probabilities.cpu().numpy()):
+        shared = {"agreement": agreement[number]} if agreement else {}
+        yield {"prediction": words[int(row.argmax())], "probabilities": [float(p) for p in row], **shared}
+
+
+def pair_agreement(log_likelihood: Float[Tensor, "m N C"]) -> Float[Tensor, " N"]:
+    """Return for each text the share, 0 to 1, of the pairs of its m > 1 hypotheses whose likeliest candidate is the same."""
+    num_hypotheses, _, num_candidates = log_likelihood.shape
+    votes = functional.one_hot(log_likelihood.argmax(dim=-1), num_candidates).sum(dim=0).double()
+    return (votes * (votes - 1)).sum(dim=-1) / (num_hypotheses * (num_hypotheses - 1))
 
 
 def _longest_answer(task: TaskData, tokens: TokenisedTask) -> int:
@@ -118,6 +134,9 @@ def _score(task: TaskData, split: str, predicted: list[dict[str, Any]], decode: 
     values = metrics.compute(task.spec.metrics, texts, examples, task.spec, task.protocol)
     if decode == "rank" and task.spec.kind in CLOSED:
         values |= _of_probabilities(task, predicted, examples)
+    shares = [entry["agreement"] for entry in predicted if "agreement" in entry]
+    if shares:
+        values["prediction_agreement"] = 100 * math.fsum(shares) / len(shares)
     predictions = [
         {
             "row_id": example.row_id,

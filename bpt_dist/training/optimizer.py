@@ -94,8 +94,11 @@ class StageOptimizer:
             parameter.grad = None
 
     def measures(self, step: int) -> bool:
-        """Return whether `step` (counted from 0) ends with a record, for which its gradient norm is kept."""
-        return (step + 1) % self.stage.log_every == 0 or step + 1 == self.stage.steps
+        """Return whether `step` (counted from 0) ends with a record, for which its gradient norm is kept.
+
+        The first always does: what a record says of particles and losses is from before its update, so this one shows the start.
+        """
+        return step == 0 or (step + 1) % self.stage.log_every == 0 or step + 1 == self.stage.steps
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the last step: `learning_rate`, or one by group, called by the group's first tensor."""

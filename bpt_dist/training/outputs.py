@@ -66,6 +66,7 @@ class TargetOutputs:
                 majority=majority.get(name),
                 folder=self.directory.folder,
                 inputs=dict(self.inputs),
+                start_particle=self.method.start_particle,
             )
             for name, value in evaluated.metrics.items()
         ]

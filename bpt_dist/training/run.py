@@ -12,7 +12,9 @@ from bpt_dist.artifacts.figures import draw_run, draw_steps
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.artifacts.results import Result
 from bpt_dist.backbones.base import Backbone
+from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import DataConfig, EvaluationConfig, RunConfig, StageConfig
+from bpt_dist.config.keys import relative_rates
 from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepare import TaskData, data_of_run, prepare
 from bpt_dist.data.token_cache import StoredFile
@@ -48,6 +50,7 @@ class TrainingRun:
     inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of what is read beside backbone and rows
     position: int = 0
     posterior: Posterior | None = None
+    absolute_rates: dict[str, float] = field(default_factory=dict)  # of the learning rates that are given relative, by their key
     on_validation: Callable[[], None] = lambda: None  # called on rank 0 after each validation is logged
     _data: dict[str, list[TaskData]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
@@ -55,9 +58,19 @@ class TrainingRun:
     def __post_init__(self) -> None:
         config = self.config
         self.method = methods.load(config, self.backbone)
+        self._resolve_rates()
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         for needed in data_of_run(config):
             self._data[needed.stage] = self._prepare(needed.names, needed.options, needed.splits)
+
+    def _resolve_rates(self) -> None:
+        """Make learning rates in units of the word embeddings absolute, for the log and for tracking (collective)."""
+        relative = relative_rates(self.config.model_dump(mode="json"))
+        unit = embedding_rms(self.backbone) if relative else 0.0
+        self.absolute_rates = {key: value * unit for key, value in relative.items()}
+        for key, rate in self.absolute_rates.items():
+            text = "%s: %.4g, %s_relative %g times %.4g, the root mean square of the word embeddings"
+            log.info(text, key, rate, key.rpartition(".")[2], relative[key], unit)
 
     def _prepare(self, names: Sequence[str], options: DataConfig, splits: Sequence[str]) -> list[TaskData]:
         """Prepare on rank 0 first, then on one rank of every other host: they fill the cache and verify what all the others map.

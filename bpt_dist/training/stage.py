@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bpt_dist.config import SourceStageConfig, StageConfig
@@ -29,6 +30,7 @@ from bpt_dist.storage.metrics_log import VALIDATION, MetricsLog
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import keep_snapshot
 from bpt_dist.training.accumulation import AllReduceAccumulator, GradientAccumulator, Losses, OrderedAccumulator, all_finite
+from bpt_dist.training.comparison import losses_of_prompts, mean_of_tasks
 from bpt_dist.training.cost import StepCost, known_peak
 from bpt_dist.training.microbatches import (
     MicroBatch,
@@ -96,6 +98,7 @@ class TrainingStage:
         self.step = 0
         self.skipped = 0  # steps in a row whose numbers were not finite
         self.stragglers = StragglerAlarm(self.mesh.world.hosts)
+        self.compared: dict[str, float] = {}  # losses of the last step that is recorded, by the metric's name
         self.seconds = 0.0  # this rank's own work in the last step; 0 where it had no texts
         self.task_names = [task.name for task in self.batches.datasets]
         device, peak = self.mesh.world.device, known_peak(self.mesh.world.device, self.method.backbone.dtype)
@@ -247,6 +250,28 @@ class TrainingStage:
             f"{problem}; no particle was changed. The rows are in {file}; lower the learning rate or set {self.stage}.clip"
         )
 
+    def compare(self) -> None:
+        """Measure, where the step ends with a record, what the method compares on the texts of the step (collective: every rank).
+
+        Before the update: what is compared belongs to the losses of this step.
+        """
+        prompts = self.method.comparison(self.mesh) if self.optimizer.measures(self.step) else {}
+        self.compared = {}
+        if not prompts:
+            return
+        batches = [self.batches.at(self.step)]
+        if not self._shared_texts:
+            batches = [self.batches.at(self.step, particle=m) for m in range(self.num_particles)]
+        stacked = torch.stack(list(prompts.values()))
+        losses = losses_of_prompts(
+            self.method, stacked, batches, self.passes, self.mesh.world, self._before_a_pass, exact=self.exact
+        )
+        self.compared = dict(zip(prompts, map(mean_of_tasks, losses), strict=True))
+
+    def _before_a_pass(self, unit: MicroBatch) -> AbstractContextManager[None]:
+        self.heartbeat()
+        return self.memory_for(unit)
+
     # --- records ------------------------------------------------------------------------------------------------------
 
     def record(self, losses: Losses, progress: StepProgress) -> None:
@@ -270,7 +295,7 @@ class TrainingStage:
             extra = self.method.diagnostics()
             if "particles" in extra and self.directory.rank == 0:
                 extra["particles"] = keep_snapshot(self.directory.folder, self.name, self.step, extra["particles"])
-            self.write({**values, **extra.pop("metrics", {})}, **extra)
+            self.write({**values, **self.compared, **extra.pop("metrics", {})}, **extra)
 
     def _gradient_norm(self) -> float:
         """Return the largest norm that `clip` compares with its limit, over all particles (collective: every rank)."""

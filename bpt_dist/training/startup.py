@@ -95,7 +95,7 @@ def _prepare_run(config: RunConfig, world: World, directory: RunDirectory, watch
     if metrics_log is not None and config.tracking.mlflow:
         # As late as possible: what the first stage cuts off the metrics on a resume need not be sent.
         _say_variables(tuple(notes(config)))
-        stack.enter_context(Mirror(directory.folder, tracking_request(config, directory, world.size)))
+        stack.enter_context(Mirror(directory.folder, tracking_request(config, directory, world.size, run.absolute_rates)))
     return run
 
 

@@ -17,7 +17,7 @@ import tiny_run
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from bpt_dist.config.keys import fields_by_key, leaves, section_of
+from bpt_dist.config.keys import fields_by_key, leaves, takes_value
 from bpt_dist.config.method_source import method_names, method_options
 
 NEAR = 1e-6
@@ -26,7 +26,7 @@ REMOVED = "(removed)"
 """Takes a key of the base away."""
 BASE_METHOD = "bpt"
 """The method of all cases of section keys: it has both stages and particles."""
-METHOD_OF = {"target.lr": "prompt_tuning"}
+METHOD_OF = {"target.lr": "prompt_tuning", "target.lr_relative": "prompt_tuning"}
 """Section keys that the base method does not take."""
 
 
@@ -94,6 +94,10 @@ MLFLOW = {"tracking.mlflow": True, "tracking.uri": "world:mlflow.db"}
 NEEDS: dict[str, dict[str, Any]] = {
     "source.steps=0": {"source.posterior": "world:posterior"},
     "source.lr=null": {"source.posterior": "world:posterior"},
+    "source.lr_relative": {"source.lr": REMOVED},
+    "target.lr=null": {"target.lr_relative": 0.1},
+    "target.lr_relative": {"target.lr": REMOVED},
+    "method.lr_full=null": {"method.lr_full_relative": 0.1},
     "source.annealing": {"source.annealing_steps": 2},
     "source.annealing_steps": {"source.annealing": "cyclic"},
     "source.sampling_cap": {"source.sampling": "proportional"},
@@ -149,7 +153,7 @@ TWO_RANKS_ONLY: dict[str, str] = {
 TWO_RANKS_TOO = (
     "distribution.", "evaluation.", "source.annealing", "source.sampling", "source.shared_texts", "source.tasks_per_step",
     "source.likelihood_scale", "source.pass_size", "source.on_non_finite", "target.joint", "target.pass_size", "bpt method.kernel",
-    "bpt method.scope", "bpt method.form", "bpt method.bandwidth",
+    "bpt method.scope", "bpt method.form", "bpt method.bandwidth", "bpt method.start", "source.lr_relative",
 )  # fmt: skip
 """Where cases begin that two ranks run as well: how work is divided and exchanged, and what is predicted together."""
 ACROSS_METHODS = (
@@ -264,7 +268,7 @@ def _listed(case: Case, table: Collection[str]) -> bool:
 def _leaves(method: str) -> Iterator[tuple[str, FieldInfo]]:
     options = method_options(method)
     for key, field in fields_by_key(options).items():
-        if section_of(field, options) is None or key == "distribution.mesh":
+        if takes_value(field):
             yield key, field
 
 

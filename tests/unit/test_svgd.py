@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bpt_dist import svgd
 from bpt_dist.svgd import (
     KernelOptions,
+    MedianTimes,
     PartialSums,
     direction,
     direction_terms,
@@ -114,12 +115,34 @@ def test_bandwidth_of_an_odd_number_of_pairs_is_the_middle_one():
     assert float(stein_direction(x, x).bandwidth) == pytest.approx(16 / math.log(4))
 
 
+@pytest.mark.parametrize("factor", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("num_particles", [3, 18])
+def test_equidistant_particles_have_the_kernel_that_a_multiple_of_the_median_rule_says(factor, num_particles):
+    """d2 = h log(M + 1) for the rule's own h, so k = exp(-d2 / (x h)) = (M + 1)^(-1/x), whatever the scale of the prompts."""
+    for scale in (1e-3, 50.0):
+        x = scale * torch.eye(num_particles, dtype=torch.float64)[:, None, :]
+        found = stein_direction(x, x, bandwidth=MedianTimes(factor))
+        off_diagonal = found.kernel[~torch.eye(num_particles, dtype=torch.bool)]
+        expected = torch.full_like(off_diagonal, (num_particles + 1) ** (-1 / factor))
+        torch.testing.assert_close(off_diagonal, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_multiple_of_the_median_rule_is_the_same_direction_as_its_number(scope):
+    x, s = cloud(4, length=1, width=6)
+    number = 2.5 * numpy_bandwidth(x)
+    relative = stein_direction(x, s, scope=scope, bandwidth=MedianTimes(2.5)).phi
+    torch.testing.assert_close(relative, stein_direction(x, s, scope=scope, bandwidth=number).phi, rtol=1e-12, atol=0)
+    once = stein_direction(x, s, scope=scope, bandwidth=MedianTimes(1.0)).phi
+    assert torch.equal(once, stein_direction(x, s, scope=scope).phi)
+
+
 def test_imq_at_the_bandwidth_is_one_over_root_two():
     x = torch.tensor([0.0, 2.0])[:, None, None]
     assert float(stein_direction(x, x, kernel="imq", bandwidth=4.0).kernel[0, 1]) == pytest.approx(2**-0.5)
 
 
-@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan, MedianTimes(0.0), MedianTimes(math.inf)])
 def test_impossible_bandwidths_are_refused(bandwidth):
     x, s = cloud(3, 2, 2)
     with pytest.raises(ValueError, match="bandwidth is"):
@@ -143,7 +166,7 @@ def test_direction_carries_no_gradient():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bandwidth", ["median", 1e-8, 1e8])
+@pytest.mark.parametrize("bandwidth", ["median", MedianTimes(0.1), 1e-8, 1e8])
 def test_one_particle_is_plain_gradient_ascent(kernel, scope, form, bandwidth):
     x, s = cloud(1, 100, 768, dtype=torch.float32)
     assert torch.equal(stein_direction(x, s, kernel=kernel, scope=scope, form=form, bandwidth=bandwidth).phi, s)
@@ -196,7 +219,7 @@ def test_many_particles_of_which_most_coincide_are_not_pushed_by_rounding(bandwi
 
 
 @pytest.mark.parametrize("num_particles", [2, 16, 17, 300])
-@pytest.mark.parametrize("bandwidth", ["median", 1e-45, 1e-300])
+@pytest.mark.parametrize("bandwidth", ["median", MedianTimes(1e-3), 1e-45, 1e-300])
 def test_identical_particles_stay_finite_and_share_the_mean_score(num_particles, bandwidth):
     x, s = cloud(num_particles, 2, 5, dtype=torch.float32)
     x[:] = x[0]
@@ -407,6 +430,40 @@ def test_repulsion_at_prompt_size_is_as_small_as_the_analysis_says():
 # ---- diagnostics and start ------------------------------------------------------------------------------------------
 
 
+def share_of_others(x: Tensor, s: Tensor, scope: str) -> float:
+    """The share of the driving force that is another particle's, pair by pair: rbf, median rule, float64."""
+    shares = []
+    blocks = [slice(None)] if scope == "prompt" else [slice(p, p + 1) for p in range(x.shape[1])]
+    widths = [numpy_bandwidth(x[:, block].flatten(1)) for block in blocks]
+    for i in range(len(x)):
+        own, others = torch.zeros_like(s[0]), torch.zeros_like(s[0])
+        for j, (block, h) in itertools.product(range(len(x)), zip(blocks, widths, strict=True)):
+            part = kernel_value(x[j, block], x[i, block], h, "rbf") * s[j, block]
+            (own if i == j else others)[block] += part
+        shares.append(float(others.norm() / (own.norm() + others.norm())))
+    return sum(shares) / len(shares)
+
+
+def test_the_share_of_others_has_its_closed_forms():
+    x, s = cloud(5, 3, 4, dtype=torch.float32)
+    # Coincident particles weigh each other fully: of five equal scores four are another's.
+    same = summarize(stein_direction(x[:1].expand(5, -1, -1), s[:1].expand(5, -1, -1)), x)
+    assert same["driving_by_others"] == pytest.approx(4 / 5)
+    assert summarize(stein_direction(x, s, form="repulsive_ensemble"), x)["driving_by_others"] == 0
+    assert summarize(stein_direction(x, s, bandwidth=1e-20), x)["driving_by_others"] < 1e-6
+    assert summarize(stein_direction(x, torch.zeros_like(s)), x)["driving_by_others"] == 0
+    assert summarize(stein_direction(x[:1], s[:1]), x[:1])["driving_by_others"] == 0
+
+
+def test_the_relative_distance_does_not_depend_on_the_scale_of_the_prompts():
+    x, s = cloud(3, 100, 64)
+    large = summarize(stein_direction(50 * x, s), 50 * x)["distance_relative"]
+    assert large == pytest.approx(summarize(stein_direction(x, s), x)["distance_relative"])
+    assert large == pytest.approx(2**0.5, rel=0.02)  # independent prompts of mean zero
+    zeros = torch.zeros_like(x)
+    assert summarize(stein_direction(zeros, s), zeros)["distance_relative"] == 0
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_diagnostics_equal_numpy(scope):
     x, s = cloud(5, 3, 4)
@@ -419,9 +476,11 @@ def test_diagnostics_equal_numpy(scope):
             "distance_min": min(distances),
             "distance_median": numpy.median(distances),
             "distance_max": max(distances),
+            "distance_relative": numpy.median([d / 12**0.5 for d in distances]) / numpy.sqrt((flat**2).mean()),
             "bandwidth": direction.bandwidth.numpy().mean(),
             "kernel_off_diagonal": (kernel.sum() / len(kernel) - 5) / 20,
             "driving_norm": numpy.linalg.norm(direction.driving.flatten(1).numpy(), axis=1).mean(),
+            "driving_by_others": share_of_others(x, s, scope),
             "repulsive_norm": numpy.linalg.norm(direction.repulsive.flatten(1).numpy(), axis=1).mean(),
             "spread": numpy.sqrt(((flat - flat.mean(0)) ** 2).mean()),
             "norm_of_mean": numpy.linalg.norm(flat.mean(0)),

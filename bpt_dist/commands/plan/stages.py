@@ -190,7 +190,7 @@ def _snapshot_bytes(method: Method, settings: StageConfig) -> int:
     num_particles = method.num_particles
     if num_particles <= MOST_INLINE:
         return 0
-    files = min(MOST_FILES, math.ceil(settings.steps / settings.log_every))
+    files = min(MOST_FILES, 1 + math.ceil(settings.steps / settings.log_every))
     return files * num_particles * (PROJECTED + num_particles) * torch.float32.itemsize
 
 

@@ -18,6 +18,7 @@ METRIC_NAMES = {
     "f1": "F1", "macro_f1": "macro F1", "multirc_f1a": "F1", "multirc_em": "EM", "squad_f1": "F1", "squad_em": "EM",
     "record_f1": "F1", "record_em": "EM", "pearson": "Pearson", "spearman": "Spearman", "matthews": "Matthews",
     "nll": "NLL, nats", "calibration_error": "calibration error",
+    "prediction_agreement": "agreement of predictions",
 }  # fmt: skip
 ERRORS = frozenset({"nll", "calibration_error"})  # the lower, the better
 SAME_VALUE = 1e-6  # a stored value and one recounted from its predictions

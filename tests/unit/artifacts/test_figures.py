@@ -36,6 +36,9 @@ def source_records(num_particles: int, steps: int = 60) -> list[dict[str, Any]]:
         direction = stein_direction(particles, (goals.mean(0) - particles) * 0.1)
         losses = {f"source/loss/{task}": float((particles - goal).square().mean()) for task, goal in zip(TASKS, goals, strict=True)}
         metrics = {f"svgd/{name}": value for name, value in summarize(direction, particles).items()} | losses
+        metrics["source/loss"] = sum(losses.values()) / len(losses)
+        if num_particles > 1:
+            metrics["svgd/loss_at_mean"] = float((particles.mean(0) - goals).square().mean())
         snapshot = {"projection": particles.flatten(1).tolist(), "kernel": direction.kernel.tolist()}
         records.append({"step": step, "stage": "source", "metrics": metrics} | ({} if step % 10 else {"particles": snapshot}))
         particles = particles + direction.phi
@@ -81,6 +84,8 @@ DRAWINGS: dict[str, Callable[[FigureBase, int], None]] = {
     "paths": lambda figure, m: figures._draw_paths(figure, projections(source_records(m))),
     "kernel": lambda figure, m: figures._draw_kernel(figure, source_records(m)[-10]["particles"]["kernel"], 50),
     "traces": lambda figure, m: figures._draw_traces(figure, source_records(m)),
+    "loss at the mean": lambda figure, m: figures._draw_loss_at_mean(figure, source_records(m)),
+    "togetherness": lambda figure, m: figures._draw_togetherness(figure, source_records(m)),
     "losses": lambda figure, m: figures._draw_losses(figure, figures._losses(source_records(m) + target_records())),
     "similarities": lambda figure, m: figures._draw_similarities(figure, figures._similarities(similarity_records(m))),
     "product": lambda figure, m: example._draw_product(figure.subplots(), run(num_particles=m, steps=100)),
@@ -89,7 +94,12 @@ DRAWINGS: dict[str, Callable[[FigureBase, int], None]] = {
 
 @pytest.mark.parametrize(
     ("name", "num_particles"),
-    [*itertools.product(("paths", "kernel", "traces"), (1, 5, 12)), ("losses", 5), ("similarities", 3), ("product", 50)],
+    [
+        *itertools.product(("paths", "kernel", "traces", "loss at the mean", "togetherness"), (1, 5, 12)),
+        ("losses", 5),
+        ("similarities", 3),
+        ("product", 50),
+    ],
 )
 def test_every_label_is_on_the_page_and_none_covers_another(name, num_particles, tmp_path):
     with figures.canvas((7.6, 5.8), tmp_path / "drawn.png") as figure:
@@ -214,3 +224,47 @@ def test_matplotlib_is_imported_only_to_draw_and_never_pyplot(tmp_path):
     root = Path(figures.__file__).parents[1]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "k.png")], check=True, cwd=root, timeout=60)
     assert (tmp_path / "k.png").stat().st_size > 0
+
+
+def frames_of(records: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Draw frames and return, for each file of the particles, the last places drawn in it."""
+    drawn: dict[str, Any] = {}
+    plain = figures._particles
+
+    def noted(way: Any, whole: Any, explained: float, step: int, path: Path) -> Path:
+        drawn[path.name] = (step, way[-1])
+        return plain(way, whole, explained, step, path)
+
+    monkeypatch.setattr(figures, "_particles", noted)
+    figures.draw_steps(records, folder)
+    return drawn
+
+
+def test_the_first_frame_of_the_slider_is_the_start(tmp_path, monkeypatch):
+    """It was the last picture, put at step 0 because the slider opens there."""
+    records = [{**record, "step": max(1, record["step"])} for record in source_records(3) if "particles" in record]
+    assert [record["step"] for record in records] == [1, 10, 20, 30, 40, 50]
+    drawn = frames_of(records, tmp_path, monkeypatch)
+    assert sorted(path.name for path in (tmp_path / "particles").iterdir()) == [f"step-{n:08d}.png" for n in range(0, 60, 10)]
+    assert [drawn[name][0] for name in sorted(drawn)] == [0, 10, 20, 30, 40, 50]
+    plane, _ = figures._plane([record["particles"] for record in records])
+    for number, name in enumerate(sorted(drawn)):
+        numpy.testing.assert_array_equal(drawn[name][1], plane[number])
+
+
+def test_a_run_without_a_record_of_the_start_opens_the_slider_with_its_first_picture(tmp_path, monkeypatch):
+    records = [record for record in source_records(3) if record["step"] >= 10]
+    frames_of(records, tmp_path, monkeypatch)
+    for kind in ("particles", "kernel"):
+        first, second, *_, last = sorted((tmp_path / kind).iterdir())
+        assert (first.name, second.name) == ("step-00000000.png", "step-00000010.png")
+        assert first.read_bytes() == second.read_bytes() != last.read_bytes()
+
+
+def test_a_panel_of_an_earlier_version_has_the_four_parts_it_has_records_for(tmp_path):
+    old = source_records(5)
+    for record in old:
+        for name in ("svgd/driving_by_others", "svgd/distance_relative", "svgd/loss_at_mean"):
+            record["metrics"].pop(name)
+    heights = [imread(figures.panel(records, tmp_path / "panel.png")).shape[0] for records in (old, source_records(5))]
+    assert heights == [10 * figures.DPI, 14 * figures.DPI]

