@@ -205,13 +205,24 @@ def table(
     metric: Annotated[
         list[str] | None, typer.Option(help="Show this in the place of the headline metrics, e.g. nll; may be repeated.")
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROW:ROW[@TASK,...]",
+            help="Say in sentences whether the first row differs from the second; one row alone is compared with all others. "
+            "May be repeated.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the results table of finished runs."""
     from bpt_dist.commands.table.command import print_table
 
     chosen = "json" if as_json else None if form is None else form.value
-    print_table(runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [])
+    print_table(
+        runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [],
+        compared=compare or [],
+    )  # fmt: skip
 
 
 @app.command("run-table")

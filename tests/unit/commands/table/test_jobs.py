@@ -311,10 +311,15 @@ def test_a_complete_table_is_never_replaced_by_one_with_missing_runs(runs: list[
         }  # fmt: skip
         (run.directory / "results.json").write_text(json.dumps([entry]))
         if number == 0:  # the first table may have missing runs
-            _write_table(runs, Jobs(runs, Silent()), folder, "test")
+            _write_table(runs, Jobs(runs, Silent()), folder, "test", ["bpt:prompt_tuning"])
+            assert "Not tested: bpt against PT, no results of bpt." in (folder / "table.md").read_text()
             assert len(json.loads((folder / "table.json").read_text())["missing"]) == 3
             assert not list(folder.glob("table_so_far.*"))
-    _write_table(runs, Jobs(runs, Silent()), folder, "test")
+    _write_table(runs, Jobs(runs, Silent()), folder, "test", ["bpt:prompt_tuning"])
+    shown = json.loads((folder / "table.json").read_text())
+    # Seeds 3 and 1: 52 - 50 and 53 - 51.
+    assert shown["sentences"][0] == "Not tested: BPT against PT, +2.0 points (the same at each of 2 seeds: no spread, no interval)."
+    assert shown["sentences"][0] in (folder / "table.md").read_text()
     complete = {path.name: path.read_bytes() for path in folder.glob("table.*")}
     assert json.loads(complete["table.json"])["missing"] == []
     (runs[1].directory / "status.json").write_text(json.dumps({"state": "stopped", "reason": "received SIGINT"}))
