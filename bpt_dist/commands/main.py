@@ -16,7 +16,7 @@ import typer
 from bpt_dist.commands.bench.command import bench
 from bpt_dist.commands.check.hostfile import DEFAULT_PORT
 from bpt_dist.distributed import environment
-from bpt_dist.errors import INTERNAL_ERROR, UserError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, UserError
 
 app = typer.Typer(
     name="bpt-dist",
@@ -266,9 +266,23 @@ def sweep(
 @app.command()
 def plot(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="By default the run's own figures/.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="By default the run's own figures/, or with --over RUN.")] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Draw the scores of all runs below RUN against this setting, e.g. data.shots; a line a row."
+        ),
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="With --over: average this task; may be repeated. By default all.")] = None,
 ) -> None:
-    """Draw the figures of a run from its metrics.jsonl."""
+    """Draw the figures of a run from its metrics.jsonl, or the scores of many runs over a setting."""
+    if over is not None:
+        from bpt_dist.commands.table.curve import print_curve
+
+        print_curve(run, over, out, task or [])
+        return
+    if task:
+        raise ConfigError("--task: has no effect without --over KEY; remove it")
     from bpt_dist.commands.plot import print_figures
 
     print_figures(run, out)

@@ -131,6 +131,9 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     data = _plain(OmegaConf.merge(base, row))
     name = f"{label or data['method']['name']}-s{seed}"
     data |= {"name": name, "seed": seed, "run_dir": str(config.directory / name)}
+    source = data.get("source")
+    if isinstance(source, dict) and isinstance(source.get("posterior"), str):
+        source["posterior"] = source["posterior"].replace("{seed}", str(seed))
     if config.tracking.mlflow and config.tracking.experiment is None:
         data["tracking"]["experiment"] = experiment_of_environment() or config.name
     return data

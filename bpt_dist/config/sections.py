@@ -151,7 +151,7 @@ class SourceStageConfig(StageConfig):
     posterior: Folder | None = Field(
         default=None,
         description="Stored posterior to start from; the stage is skipped, its other keys and the method's options for it "
-        "describe the origin.",
+        "describe the origin. In files with seeds `{seed}` is that of the run: FOLDER/LABEL-s{seed} is another row's.",
     )
 
     @model_validator(mode="after")
