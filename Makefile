@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,dev]"
 	touch $(READY)
 
-quickstart: $(READY)  ## train PT, vanilla transfer and BPT on the miniature world with 2 processes, and print the table
+quickstart: $(READY)  ## train PT, vanilla transfer and BPT on the miniature world, print the table and what it shows
 	$(BIN)/python launcher/quickstart.py
 
 test: lint types unit contract distributed end-to-end  ## all tests that need no root and no GPU

@@ -1,6 +1,7 @@
-"""`make quickstart`: three methods, two seeds, on the miniature world, through the deepspeed launcher; then the table.
+"""`make quickstart`: the rows of a small table on the miniature world, then the table and what can be seen in it.
 
-What is finished is not trained again. Every command is printed, so that each can be given by hand.
+Rows whose backbone is whole are trained side by side, each in one process. Rows that shard it are trained through the deepspeed
+launcher on all processes together. What is finished is not trained again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bpt_dist import config as configuration
@@ -32,7 +34,9 @@ def main() -> int:
     if waiting:
         say(f"{len(waiting)} of {len(runs)} runs to train on {PROCESSES} processes: {', '.join(run.name for run in waiting)}")
         started = time.monotonic()
-        code = launch()
+        code = train_side_by_side([run for run in waiting if run.distribution.shard == "none"])
+        if not code and not all(is_finished(run) for run in runs):
+            code = launch()
         # The launcher returns 0 even when it was killed itself: the status files decide.
         unfinished = [run for run in runs if not is_finished(run)]
         if code or unfinished:
@@ -43,6 +47,23 @@ def main() -> int:
     else:
         say(f"all {len(runs)} runs are finished; remove {config.directory} to train again")
     return report(config)
+
+
+def train_side_by_side(runs: Sequence[RunConfig]) -> int:
+    """Train each run in one process, PROCESSES of them at a time, as `bpt-dist run-table --workers` does; return the exit code."""
+    if not runs:
+        return 0
+    from bpt_dist.commands.table.command import JOBS, Screen
+    from bpt_dist.commands.table.jobs import Jobs
+    from bpt_dist.commands.table.trainers import WorkerTrainer
+
+    folder = runs[0].directory.parent / JOBS
+    folder.mkdir(parents=True, exist_ok=True)
+    with Screen(len(runs)) as screen:
+        jobs = Jobs(runs, screen)
+        workers = [WorkerTrainer(number, PROCESSES, folder, screen.say) for number in range(min(PROCESSES, len(runs)))]
+        screen.opened(jobs, workers)
+        return jobs.train(workers)
 
 
 def launch() -> int:
@@ -65,16 +86,18 @@ def launch() -> int:
 
 
 def report(config: RunConfig) -> int:
-    """Print the table and where everything is."""
+    """Print where everything is and the table, which ends with what can be seen in it and what cannot."""
     folder, table = config.directory, config.directory / "table.md"
     bpt_dist = BIN / "bpt-dist"
-    written = subprocess.run([bpt_dist, "table", folder, "--format", "markdown", "--out", table], check=False).returncode
-    shown = subprocess.run([bpt_dist, "table", folder], check=False).returncode
+    command = [str(bpt_dist), "table", str(folder), *(word for text in config.comparisons for word in ("--compare", text))]
+    written = subprocess.run([*command, "--format", "markdown", "--out", table], check=False, stdout=subprocess.DEVNULL).returncode
     say(f"table      {table}")
     say(f"results    {folder}/<run>/results.json, predictions in target/<task>/predictions.jsonl")
     say(f"pictures   {folder}/bpt-s0/figures/panel.png")
     say(f"prompts    {folder}/<run>/target/<task>/adapter  (PEFT folders)")
     say(f"MLflow     {shlex.join([str(bpt_dist), 'ui', '--uri', store_uri(config)])}")
+    say(shlex.join(["bpt-dist", *command[1:]]))
+    shown = subprocess.run(command, check=False).returncode
     return written or shown
 
 

@@ -16,7 +16,7 @@ import typer
 from bpt_dist.commands.bench.command import bench
 from bpt_dist.commands.check.hostfile import DEFAULT_PORT
 from bpt_dist.distributed import environment
-from bpt_dist.errors import INTERNAL_ERROR, UserError
+from bpt_dist.errors import INTERNAL_ERROR, ConfigError, UserError
 
 app = typer.Typer(
     name="bpt-dist",
@@ -205,13 +205,24 @@ def table(
     metric: Annotated[
         list[str] | None, typer.Option(help="Show this in the place of the headline metrics, e.g. nll; may be repeated.")
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROW:ROW[@TASK,...]",
+            help="Say in sentences whether the first row differs from the second; one row alone is compared with all others. "
+            "May be repeated.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the results table of finished runs."""
     from bpt_dist.commands.table.command import print_table
 
     chosen = "json" if as_json else None if form is None else form.value
-    print_table(runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [])
+    print_table(
+        runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [],
+        compared=compare or [],
+    )  # fmt: skip
 
 
 @app.command("run-table")
@@ -255,9 +266,23 @@ def sweep(
 @app.command()
 def plot(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="By default the run's own figures/.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="By default the run's own figures/, or with --over RUN.")] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Draw the scores of all runs below RUN against this setting, e.g. data.shots; a line a row."
+        ),
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="With --over: average this task; may be repeated. By default all.")] = None,
 ) -> None:
-    """Draw the figures of a run from its metrics.jsonl."""
+    """Draw the figures of a run from its metrics.jsonl, or the scores of many runs over a setting."""
+    if over is not None:
+        from bpt_dist.commands.table.curve import print_curve
+
+        print_curve(run, over, out, task or [])
+        return
+    if task:
+        raise ConfigError("--task: has no effect without --over KEY; remove it")
     from bpt_dist.commands.plot import print_figures
 
     print_figures(run, out)

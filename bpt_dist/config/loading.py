@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bpt_dist.config.base import did_you_mean
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.mlflow_environment import experiment_of_environment
 from bpt_dist.config.overrides import Overridden, apply, drop_idle_source
@@ -20,7 +21,7 @@ from bpt_dist.config.strict_yaml import Document, Key, Problem, read
 from bpt_dist.config.validation import validate
 from bpt_dist.errors import ConfigError
 
-OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "tracking")
+OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "tracking")
 """Keys that belong to the whole file and may not be in a row."""
 
 
@@ -75,7 +76,8 @@ def _plain(data: Any) -> dict[str, Any]:
 
 def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[Problem]]:
     if config.rows is None and config.seeds is None:
-        return [config], []
+        alone = "has no effect in a file without rows and seeds; remove it"
+        return [config], [Problem(("comparisons",), alone)] if config.comparisons else []
     runs: list[RunConfig] = []
     problems: list[Problem] = []
     for position, row in enumerate(config.rows or ({},)):
@@ -93,14 +95,34 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
         Problem(("rows",), f"several rows are named {name!r}; give each a label of its own")
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
+    problems += [] if problems else _comparison_problems(config, runs)
     return runs, list(dict.fromkeys(problems))
+
+
+def _comparison_problems(config: RunConfig, runs: Sequence[RunConfig]) -> Iterator[Problem]:
+    """Yield what a comparison names and the table will not have."""
+    by_label = {row_label(run): run for run in runs}
+    rows = {*by_label, *(f"{label}/ensemble" for label, run in by_label.items() if run.evaluation.predict == "ensemble")}
+    for position, text in enumerate(config.comparisons):
+        key: Key = ("comparisons", position)
+        names, _, tasks = text.partition("@")
+        first, second = names.split(":")
+        if first == second:
+            yield Problem(key, f"compares {first} with itself; name two rows")
+        for row in (first, second):
+            if row not in rows:
+                yield Problem(key, f"{row} is no row of the table; rows are {', '.join(sorted(rows))}{did_you_mean(row, rows)}")
+                continue
+            targets = by_label[row.removesuffix("/ensemble")].data.target_tasks
+            for task in (task for task in tasks.split(",") if task and task not in targets):
+                yield Problem(key, f"{task} is no target task of row {row}; it has {', '.join(targets)}")
 
 
 def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) -> dict[str, Any]:
     """Return the plain data of the run of one row and seed; the row wins over the rest of the file."""
     # What the file leaves out is left out here: a default must not meet a row's `lr_full_relative` as if it were given.
     given = config.model_dump(mode="json", exclude_unset=True)
-    base = {key: value for key, value in given.items() if key not in ("rows", "seeds")}
+    base = {key: value for key, value in given.items() if key not in ("rows", "seeds", "comparisons")}
     row = {key: value for key, value in row.items() if key not in OF_THE_FILE}
     label = row.pop("label", None)
     if isinstance(row.get("method"), str):
@@ -111,6 +133,9 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     data = _plain(OmegaConf.merge(base, row))
     name = f"{label or data['method']['name']}-s{seed}"
     data |= {"name": name, "seed": seed, "run_dir": str(config.directory / name)}
+    source = data.get("source")
+    if isinstance(source, dict) and isinstance(source.get("posterior"), str):
+        source["posterior"] = source["posterior"].replace("{seed}", str(seed))
     if config.tracking.mlflow and config.tracking.experiment is None:
         data["tracking"] = {**data.get("tracking", {}), "experiment": experiment_of_environment() or config.name}
     return data

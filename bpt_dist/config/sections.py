@@ -20,6 +20,8 @@ from bpt_dist.config.base import NAME, Folder, MethodConfig, Names, Section, giv
 
 NATURAL_KEY = {"backbone": "path", "method": "name"}
 """Sections that may be written as one value, and the key that it is the value of."""
+_LABEL = NAME[1:-1] + "(/ensemble)?"
+COMPARISON = rf"{_LABEL}:{_LABEL}(@{NAME[1:-1]}(,{NAME[1:-1]})*)?"
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -159,7 +161,7 @@ class SourceStageConfig(StageConfig):
     posterior: Folder | None = Field(
         default=None,
         description="Stored posterior to start from; the stage is skipped, its other keys and the method's options for it "
-        "describe the origin.",
+        "describe the origin. In files with seeds `{seed}` is that of the run: FOLDER/LABEL-s{seed} is another row's.",
     )
 
     @model_validator(mode="after")
@@ -346,6 +348,11 @@ class RunConfig(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="One run a seed."
     )
+    comparisons: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Rows that the sentences below the table compare, `FIRST:SECOND` or `FIRST:SECOND@TASK,...`; "
+        "`LABEL/ensemble` is a row's line of averaged predictions.",
+    )
 
     def particles_share_texts(self, stage: StageConfig) -> bool:
         """Return whether ranks may share the particles of a text: not where each has texts of its own, nor with `exact`."""
@@ -355,6 +362,14 @@ class RunConfig(Section):
     def directory(self) -> Path:
         """Return the run directory (for several runs, the folder that holds theirs)."""
         return self.run_dir if self.run_dir is not None else self.output / self.name
+
+    @field_validator("comparisons")
+    @classmethod
+    def _two_rows(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            if not re.fullmatch(COMPARISON, text):
+                raise ValueError(f"{text!r} is no comparison of two rows; write FIRST:SECOND or FIRST:SECOND@TASK,TASK")
+        return texts
 
     @model_validator(mode="before")
     @classmethod

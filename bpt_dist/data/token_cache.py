@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -65,13 +65,6 @@ class Split:
     unknown: tuple[UnknownText, ...] = ()
     stored_hash: str | None = None
     file: StoredFile | None = None  # where it is kept
-
-    @property
-    def targets(self) -> Iterable[str]:
-        """The right text of every example, without making the examples."""
-        if isinstance(self.examples, ExampleRows):
-            return self.examples.targets
-        return (example.target for example in self.examples)
 
     @cached_property
     def content_hash(self) -> str:

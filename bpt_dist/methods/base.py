@@ -172,6 +172,10 @@ class Method(nn.Module):
         """Return how many numbers training may change in the current stage."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
+    def num_predicting(self, predict: str) -> int:
+        """Return how many of the trained numbers a prediction uses; `predict` is `map` or `ensemble`."""
+        return self.num_trainable()
+
     def end(self) -> None:
         """Leave the backbone as it was before this method."""
         self.backbone.detach()

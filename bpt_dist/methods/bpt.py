@@ -206,6 +206,11 @@ class BayesianPromptTuning(VanillaTransfer):
         """Whether every particle is adapted beside the MAP prompt, to be averaged over at prediction."""
         return self.evaluation.predict == "ensemble" and self.evaluation.num_samples is None
 
+    def num_predicting(self, predict: str) -> int:
+        """Return the numbers of the MAP prompt, or for an ensemble of adapted particles those of all of them."""
+        copies = len(self.starts)  # the MAP prompt's own first
+        return self.num_trainable() // copies * (1 if predict == "map" else max(1, copies - 1))
+
     def target_prompts(self, particles: slice = slice(None)) -> Float[Tensor, "m K P D"]:
         """Return the effective prompt theta of each target task for some `particles`; the first is the MAP prompt."""
         full = rows_of(self.particles, particles)[:, None]

@@ -12,7 +12,7 @@ import re
 import string
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -90,9 +90,13 @@ def compute(
     return {name: 100 * CLASS_METRICS[name](predicted, labels, len(words), groups) for name in names}
 
 
-def majority(spec: Scored, train: Iterable[str], evaluation: Sequence[Judged], protocol: Wording = "fixed") -> dict[str, float]:
-    """Return the metrics of always giving the most frequent target of `train` (of equals, the first in the alphabet)."""
-    counts = Counter(train)
+def majority(spec: Scored, evaluation: Sequence[Judged], protocol: Wording = "fixed") -> dict[str, float]:
+    """Return the metrics of always giving the most frequent target of the evaluated rows (of equals, the first in the alphabet).
+
+    For accuracy it is the share of the most common class: no constant answer scores higher. Training rows do not enter: a few-shot
+    draw has as many of each class, and differs from seed to seed.
+    """
+    counts = Counter(example.target for example in evaluation)
     constant = min(counts, key=lambda target: (-counts[target], target))
     return compute(spec.metrics, [constant] * len(evaluation), evaluation, spec, protocol)
 

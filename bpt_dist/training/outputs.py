@@ -42,7 +42,7 @@ class TargetOutputs:
     ) -> list[Result]:
         """Return one entry of results.json for each metric: percent, but for `nll` (nats)."""
         spec, examples = task.spec, tuple(task.splits[split].examples)
-        majority = metrics.majority(spec, task.train.targets, examples, task.protocol)
+        majority = metrics.majority(spec, examples, task.protocol)
         return [
             Result(
                 method=self.config.method.name,
@@ -55,7 +55,7 @@ class TargetOutputs:
                 seed=self.config.seed,
                 steps=stage.step,
                 selected_step=stage.best.step,
-                trainable_parameters=self.method.num_trainable() // num_tasks,
+                trainable_parameters=self.method.num_predicting(predict) // num_tasks,
                 joint=self.config.target.joint,
                 stage=stage.name,
                 run=self.config.name,

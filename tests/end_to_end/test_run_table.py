@@ -197,3 +197,39 @@ def test_the_search_writes_the_rows_that_did_best_on_validation(
     (row,) = yaml.safe_load(chosen.read_text())["rows"]
     assert f"pt-{row['target']['lr']}" == max(scores, key=lambda label: (scores[label], label == "pt-0.01"))
     assert f"pt-0.3 {scores['pt-0.3']:.1f}" in capfd.readouterr().out
+
+
+def test_the_rows_of_a_quick_start_from_the_majority_to_the_ensemble(tmp_path: Path) -> None:
+    """On the shipped backbone: what takes no training, what starts from nothing, from one prompt and from particles, both ways."""
+    plain = {
+        "name": "all", "output": str(tmp_path / "runs"),
+        "method": {"name": "bpt", "length": 4, "num_particles": 2, "sigma_relative": 1.0},
+        "backbone": "mini", "tracking": {"mlflow": False}, "figures": False, "seeds": [0, 1],
+        "data": {"source_tasks": ["mini_nli"], "target_tasks": ["mini_rte", "mini_review"], "shots": 4, "max_eval_rows": 30},
+        "source": {"steps": 2, "lr": 0.3}, "target": {"steps": 2, "batch_size": 2},
+        "comparisons": ["prompt_tuning:untrained", "vanilla_transfer:prompt_tuning", "bpt:vanilla_transfer", "bpt/ensemble:bpt"],
+        "rows": [
+            {"label": "untrained", "method": {"name": "prompt_tuning", "length": 4}, "target": {"steps": 0}},
+            {"method": {"name": "prompt_tuning", "length": 4}, "target": {"lr": 0.3}},
+            {"method": {"name": "vanilla_transfer", "length": 4}, "target": {"lr": 0.3}},
+            {"label": "bpt", "evaluation": {"predict": "ensemble"}},
+        ],
+    }  # fmt: skip
+    file = tmp_path / "all.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    assert main(["run-table", str(file), "--workers", "1"]) == 0
+    folder = tmp_path / "runs" / "all"
+    table = (folder / "table.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ").replace("\\", "") for line in table.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "Method", "*Without training*", "Majority class", "*One target task a run*", "PT [prompt_tuning]", "PT [untrained]",
+        "Vanilla transfer PT", "BPT (MAP)", "BPT (ensemble)",
+    ]  # fmt: skip
+    numbers = json.loads((folder / "table.json").read_text())
+    assert len(numbers["comparisons"]) == 4
+    assert numbers["sentences"][-1] == "Compared: 2 seeds, mean of mini_rte, mini_review (accuracy)."
+    assert numbers["rows"][1]["trainable_parameters"] == numbers["rows"][0]["trainable_parameters"]
+    # The majority is counted in the rows that were evaluated.
+    for entry in numbers["majority"]:
+        answers = [json.loads(line)["target"] for line in (folder / "bpt-s0/target" / entry["task"] / "predictions.jsonl").open()]
+        assert entry["mean"] == pytest.approx(100 * max(map(answers.count, answers)) / 30)

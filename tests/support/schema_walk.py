@@ -60,6 +60,7 @@ SAMPLES: dict[str, list[Any]] = {
     "run_dir": ["world:one-run"],
     "rows": [[{"label": "one"}, {"label": "two", "reduction": "token_sum"}]],
     "seeds": [[0, 2**31 - 1]],
+    "comparisons": [["one:two"]],
     "backbone.path": ["mini"],
     "data.root": ["world:catalogue"],
     "data.cache": ["world:cache"],
@@ -92,6 +93,7 @@ SMALL = {
 }  # fmt: skip
 MLFLOW = {"tracking.mlflow": True, "tracking.uri": "world:mlflow.db"}
 NEEDS: dict[str, dict[str, Any]] = {
+    "comparisons": {"rows": [{"label": "one"}, {"label": "two", "reduction": "token_sum"}]},
     "source.steps=0": {"source.posterior": "world:posterior"},
     "source.lr=null": {"source.posterior": "world:posterior"},
     "source.lr_relative": {"source.lr": REMOVED},

@@ -37,7 +37,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("artifacts/peft_export.py", "commands/bench/baselines.py"),
     "transformers": ("backbones/", "tasks/mini/pretrain.py", "tasks/mini/tokenizer.py", "commands/bench/"),
     "datasets": ("data/published.py",),
-    "matplotlib": ("artifacts/figures.py", "commands/example.py", "commands/sweep/report.py"),
+    "matplotlib": ("artifacts/figures.py", "artifacts/curves.py", "commands/example.py", "commands/sweep/report.py"),
     "sklearn": ("artifacts/figures.py", "tasks/metrics.py"),
     "scipy": ("tasks/metrics.py", "commands/example.py", "commands/table/statistics.py"),
 }

@@ -63,7 +63,7 @@ def run_table(file: Path, overrides: Sequence[str], workers: int | None, process
         trainers = _trainers(jobs.num_waiting, workers, processes, folder / JOBS)
         screen.opened(jobs, trainers)
         code = jobs.train(trainers) if trainers else 0
-    _write_table(runs, jobs, folder, split)
+    _write_table(runs, jobs, folder, split, config.comparisons)
     if chosen is not None and code == 0:
         _write_choice(config, runs, chosen, shlex.join(["bpt-dist", "run-table", str(file), *overrides]))
     return code
@@ -157,8 +157,10 @@ class Screen:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_table(runs: Sequence[RunConfig], jobs: Jobs, folder: Path, split: str) -> None:
+def _write_table(runs: Sequence[RunConfig], jobs: Jobs, folder: Path, split: str, compared: Sequence[str] = ()) -> None:
     """Write the table of the finished runs as Markdown, CSV and JSON and print it; what is missing is named in its notes.
+
+    The sentences of what is `compared` are its last lines but for the names of the files.
 
     A complete table is never replaced by one with missing runs: that one is written beside it, as `table_so_far`.
     """
@@ -171,7 +173,7 @@ def _write_table(runs: Sequence[RunConfig], jobs: Jobs, folder: Path, split: str
     from bpt_dist.commands.table.table import Table  # brings scipy
 
     notes = [*collected.notes, *mixture_notes(finished), *missing_notes(missing)]
-    table = Table.build(collected.results, split=split, notes=notes, by_label=True)
+    table = Table.build(collected.results, split=split, notes=notes, by_label=True, compared=compared, planned=True)
     stem = SO_FAR if missing and _is_complete(folder / "table.json") else "table"
     write_atomic(folder / f"{stem}.md", table.to_markdown().encode())
     write_atomic(folder / f"{stem}.csv", table.to_csv().encode())
@@ -261,18 +263,27 @@ def _contents(run: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def print_table(
-    runs: Sequence[Path], form: str | None, out: Path | None, *, published: bool, split: str, by: str, metrics: Sequence[str]
+    runs: Sequence[Path],
+    form: str | None,
+    out: Path | None,
+    *,
+    published: bool,
+    split: str,
+    by: str,
+    metrics: Sequence[str],
+    compared: Sequence[str],
 ) -> None:
-    """Print the results table, or write it to `out`. `by`: what its rows are, `method` or `task`.
+    """Print the results table, or write it to `out`. `by`: what its rows are, `method` or `task`; `compared`: `--compare`.
 
-    Raises ConfigError for a form that has no such rows, DataError where there are no results.
+    Raises ConfigError for a form that has no such rows and for a comparison of what is not there, DataError without results.
     """
     collected = collect(runs)
     if not collected.results:
         raise DataError("\n".join([f"{', '.join(map(str, runs))}: no finished run has results", *collected.notes]))
     from bpt_dist.commands.table.table import Table  # brings scipy, which an error above does not need
 
-    table = Table.build(collected.results, split=split, published=published, notes=collected.notes, metrics=metrics)
+    notes = collected.notes
+    table = Table.build(collected.results, split=split, published=published, notes=notes, metrics=metrics, compared=compared)
     is_screen = form is None and out is None and sys.stdout.isatty()
     if is_screen and by == "method":
         console().print(table.to_rich())

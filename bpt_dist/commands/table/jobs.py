@@ -1,4 +1,7 @@
-"""Train the runs of a table: finished ones are skipped, a failed one does not stop the others, one that died is tried once more."""
+"""Train the runs of a table: finished ones are skipped, a failed one does not stop the others, one that died is tried once more.
+
+A run that starts from the posterior of another waits for that one.
+"""
 
 from __future__ import annotations
 
@@ -188,11 +191,24 @@ class Jobs:
         return None
 
     def _is_free(self, run: RunConfig) -> bool:
+        if self._waits_for_posterior(run):
+            return False
         holder = _holder(run)
         if holder is not None and run.name not in self._held:
             self._held.add(run.name)
             self.display.elsewhere(self, run, holder)
         return holder is None
+
+    def _waits_for_posterior(self, run: RunConfig) -> bool:
+        """Whether another run of the table is still to learn the posterior that this one starts from.
+
+        If that run fails, this one is tried all the same: what it reports is the missing posterior.
+        """
+        if run.source.posterior is None:
+            return False
+        place = run.source.posterior.absolute()
+        makers = (one for one in self.runs if one.source.posterior is None and place.is_relative_to(one.directory.absolute()))
+        return any(one.name not in self.outcomes and not is_finished(one) for one in makers)
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:

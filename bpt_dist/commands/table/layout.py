@@ -13,7 +13,7 @@ MISSING = "\N{EN DASH}"
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "±": r"$\pm$", MISSING: "--",
+    "±": r"$\pm$", "\N{MINUS SIGN}": "$-$", MISSING: "--",
 }  # fmt: skip
 
 
@@ -35,12 +35,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table ready for printing: title, header, blocks of rows, and the notes that make it readable alone."""
+    """A table ready for printing: title, header, blocks of rows, the notes that make it readable alone, and what it shows."""
 
     title: str
     header: tuple[str, ...]
     blocks: tuple[Block, ...]
     notes: tuple[str, ...]
+    closing: tuple[str, ...] = ()
 
 
 def markdown(sheet: Sheet) -> str:
@@ -55,6 +56,8 @@ def markdown(sheet: Sheet) -> str:
         lines.append(_markdown_line([f"*{_markdown_escape(block.caption)}*"] + [""] * (len(sheet.header) - 1)))
         lines += [_markdown_line([_markdown_cell(cell) for cell in row]) for row in block.rows]
     lines += ["", *(f"- {_markdown_escape(note)}" for note in sheet.notes), ""]
+    for sentence in sheet.closing:
+        lines += [_markdown_escape(sentence), ""]
     return "\n".join(lines)
 
 
@@ -74,7 +77,7 @@ def latex(sheet: Sheet) -> str:
         lines += [r"\midrule", *([caption] if block.caption else [])]
         lines += [_latex_line([_latex_cell(cell) for cell in row]) for row in block.rows]
     lines += [r"\bottomrule", r"\end{tabular}", r"\par\raggedright\footnotesize"]
-    lines += [latex_escape(note) + r"\par" for note in sheet.notes]
+    lines += [latex_escape(note) + r"\par" for note in (*sheet.notes, *sheet.closing)]
     return "\n".join([*lines, r"\end{table}", ""])
 
 
@@ -88,7 +91,7 @@ def terminal(sheet: Sheet) -> Group:
         for row in block.rows:
             table.add_row(*(f"[bold]{rich_escape(c.text)}[/bold]" if c.bold else rich_escape(c.text) for c in row))
         table.add_section()
-    return Group(table, *(f"[dim]{rich_escape(note)}[/dim]" for note in sheet.notes))
+    return Group(table, *(f"[dim]{rich_escape(note)}[/dim]" for note in sheet.notes), *map(rich_escape, sheet.closing))
 
 
 def latex_escape(text: str) -> str:

@@ -32,7 +32,7 @@ class _Column(NamedTuple):
 def narrow(sheet: Sheet, width: int = WIDTH) -> list[Sheet]:
     """Return a sheet on its side, in sheets whose lines are at most `width` characters as `aligned` prints them.
 
-    The notes are on the last one. A method alone may need more than `width`; it then has a sheet of its own.
+    The notes and what the table shows are on the last one. A method alone may need more than `width`; it then has its own sheet.
     """
     first = _Column("", tuple(Text(title) for title in sheet.header[1:]))
     others = [_Column(row[0].text, row[1:]) for block in sheet.blocks for row in block.rows]
@@ -43,6 +43,7 @@ def narrow(sheet: Sheet, width: int = WIDTH) -> list[Sheet]:
             tuple(column.name for column in group),
             (Block("", tuple(zip(*(column.cells for column in group), strict=True))),),
             sheet.notes if number == len(groups) else (),
+            sheet.closing if number == len(groups) else (),
         )
         for number, group in enumerate(groups, 1)
     ]
@@ -55,7 +56,8 @@ def aligned(sheet: Sheet, width: int = WIDTH) -> str:
     rule = [":" + "-" * (widths[0] - 1), *("-" * (each - 1) + ":" for each in widths[1:])]
     lines = [_line(cells, widths) for cells in (sheet.header, rule, *rows)]
     notes = [_wrapped(f"- {note}", width) for note in sheet.notes]
-    return "\n".join([_wrapped(f"### {sheet.title}", width), "", *lines, *([""] if notes else []), *notes, ""])
+    closing = [part for sentence in sheet.closing for part in ("", _wrapped(sentence, width))]
+    return "\n".join([_wrapped(f"### {sheet.title}", width), "", *lines, *([""] if notes else []), *notes, *closing, ""])
 
 
 def latex_page(sheets: Sequence[Sheet]) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bpt_dist.artifacts.results import Result
@@ -58,13 +58,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its cells, the columns it is best in, (min, max) of the parameters trained for a task."""
+    """One method: its cells, the columns it is best in, (min, max) of the parameters trained for a task.
+
+    `names` are the labels of its runs and `methods` their methods, with `/ensemble` where predictions are averaged.
+    """
 
     label: str
     joint: bool
     cells: Mapping[Column, Cell]
     parameters: tuple[int, int]
     best: frozenset[Column] = frozenset()
+    names: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
 
     @property
     def num_seeds(self) -> int:
@@ -184,6 +189,10 @@ def _experiment(result: Result) -> str:
     return re.sub(rf"-s{result.seed}$", "", result.run)
 
 
+def _with_mode(name: str, result: Result) -> str:
+    return name if result.predict == "map" else f"{name}/{result.predict}"
+
+
 def _setting(result: Result) -> tuple[str, ...]:
     return (result.method, result.predict, result.backbone, result.protocol, _experiment(result), str(result.folder.parent))
 
@@ -196,9 +205,11 @@ def _labels(chosen: Sequence[Result], by_label: bool) -> dict[tuple[str, ...], s
     """
     settings = sorted({_setting(r) for r in chosen})
     varying = [len({s[i] for s in settings}) > 1 for i in range(4)]
+    averaged = {(setting[0], *setting[2:]) for setting in settings if setting[1] != "map"}
     names = {}
     for setting in settings:
-        extras = [setting[1]] if setting[1] != "map" else []
+        # One prompt needs no name where its run predicts in no other way.
+        extras = [setting[1]] if setting[1] != "map" else ["MAP"] * ((setting[0], *setting[2:]) in averaged)
         extras += [setting[i] for i in (2, 3) if varying[i]]
         name = METHOD_NAMES.get(setting[0], setting[0])
         names[setting] = f"{name} ({', '.join(extras)})" if extras else name
@@ -282,13 +293,15 @@ def _row(label: str, joint: bool, results: Sequence[Result], columns: Sequence[C
         if mine:
             cells[column] = Cell({s: r.value for s, r in by_seed.items()}, {s: r.predictions for s, r in by_seed.items()})
     counts = [r.trainable_parameters for r in results]
-    return Row(label, joint, cells, (min(counts), max(counts)))
+    names = frozenset(_with_mode(_experiment(r), r) for r in results)
+    methods = frozenset(_with_mode(r.method, r) for r in results)
+    return Row(label, joint, cells, (min(counts), max(counts)), names=names, methods=methods)
 
 
 def _with_best(row: Row, rows: Sequence[Row]) -> Row:
     rivals = [other for other in rows if other.joint == row.joint and other is not row]
     best = {column for column, cell in row.cells.items() if _is_best(cell, column, rivals)}
-    return Row(row.label, row.joint, row.cells, row.parameters, frozenset(best))
+    return replace(row, best=frozenset(best))
 
 
 def _is_best(cell: Cell, column: Column, rivals: Sequence[Row]) -> bool:

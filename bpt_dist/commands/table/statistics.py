@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -48,6 +49,47 @@ def paired_p_value(first: Mapping[int, float], second: Mapping[int, float]) -> f
     if np.ptp(differences) <= ROUNDING:
         return 1.0 if abs(float(differences[0])) <= ROUNDING else 0.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+class Difference(NamedTuple):
+    """A mean difference between two rows over seeds, in the unit of the scores.
+
+    `interval` is the 95 % interval and `p_value` the two-sided p-value of the paired t-test; both are None where there is no spread
+    to test against: with one seed, or with the same difference at every seed.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    p_value: float | None
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Return the mean of one difference a seed with what the paired t-test says of it. Needs at least one."""
+    values = np.asarray(differences, dtype=np.float64)
+    # Scores are shares of some hundred rows, so that few seeds can agree by chance: without spread nothing is tested.
+    if values.size == 1 or np.ptp(values) <= ROUNDING:
+        return Difference(float(values.mean()), None, None)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(1 - LEVEL)
+    return Difference(float(values.mean()), (float(low), float(high)), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for their number (Holm 1979), in the order given: the chance of any error stays below 0.05."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % t interval of the mean of one value a seed; None with one seed."""
+    mean, deviation = mean_and_deviation(values)
+    if deviation is None:
+        return None
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * deviation / len(values) ** 0.5
+    return mean - half, mean + half
 
 
 def bootstrap_interval(

@@ -29,6 +29,7 @@ from bpt_dist.commands.table.rows import (
     majority_cells,
     parameters_text,
 )
+from bpt_dist.commands.table.sentences import Comparison, compare, parse_pairs, planned_pairs, sentences
 from bpt_dist.commands.table.statistics import RULE, mean_and_deviation
 from bpt_dist.errors import DataError
 
@@ -50,6 +51,7 @@ class Table:
     majority: dict[Column, Cell]
     notes: tuple[str, ...]
     published: bool = False
+    comparisons: tuple[Comparison, ...] = ()
 
     @classmethod
     def build(
@@ -61,13 +63,16 @@ class Table:
         notes: Sequence[str] = (),
         by_label: bool = False,
         metrics: Sequence[str] = (),
+        compared: Sequence[str] = (),
+        planned: bool = False,
     ) -> Table:
         """Group target-stage `results` of one split into rows and columns and decide averages and bold type.
 
         `by_label`: the runs are named `<label>-s<seed>`, and every label is a row of its own. `metrics` replace the headline
-        metrics.
+        metrics. `compared` names rows for the closing sentences, as `--compare` does; `planned`: some may have no results yet.
 
-        Raises DataError when nothing is left for `split` or when one row would hold the same seed twice.
+        Raises DataError when nothing is left for `split` or when one row would hold the same seed twice, ConfigError for a
+        comparison of what is not there.
         """
         targets = [r for r in results if r.stage.partition("/")[0] == "target"]
         chosen = [r for r in targets if r.split == split]
@@ -82,7 +87,9 @@ class Table:
         rows, row_notes = build_rows(chosen, columns, by_label=by_label)
         majority, majority_notes = majority_cells(chosen, columns)
         averages = average_columns(rows, columns)
-        return cls(split, columns, averages, rows, majority, (*notes, *row_notes, *majority_notes), published)
+        pairs = planned_pairs(compared) if planned else parse_pairs(compared, rows)
+        notes = (*notes, *row_notes, *majority_notes)
+        return cls(split, columns, averages, rows, majority, notes, published, compare(pairs, rows, columns))
 
     def sheets(self) -> list[Sheet]:
         """Return the printed sheets: ours, then the published numbers if asked for."""
@@ -126,6 +133,8 @@ class Table:
             "rows": [self._json_row(row) for row in self.rows],
             "majority": [{"task": c.task, "metric": c.metric, "mean": cell.mean} for c, cell in self.majority.items()],
             "notes": list(self.notes),
+            "comparisons": [comparison.as_json() for comparison in self.comparisons],
+            "sentences": sentences(self.comparisons),
         }
 
     def _json_row(self, row: Row) -> dict[str, Any]:
@@ -173,7 +182,13 @@ class Table:
             rows = tuple(self._texts(row) for row in self.rows if row.joint == joint)
             blocks += [Block(caption, rows)] if rows else []
         unit = "in percent; NLL in nats" if any(column.metric == "nll" for column in self.columns) else "in percent"
-        return Sheet(f"Results on the {self.split} split, {unit}", header, tuple(blocks), tuple(self._footnotes()))
+        return Sheet(
+            f"Results on the {self.split} split, {unit}",
+            header,
+            tuple(blocks),
+            tuple(self._footnotes()),
+            tuple(sentences(self.comparisons)),
+        )
 
     def _texts(self, row: Row) -> tuple[Text, ...]:
         cells = [

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,7 @@ from bpt_dist.errors import INTERNAL_ERROR, ConfigError, PeerLost, Stopped
 from bpt_dist.storage.files import write_atomic
 
 SCRIPT = Path(__file__).parents[3] / "launcher" / "train.py"
+LAST_LINES = 5.0  # seconds to wait for what a process has printed; a child of it that lives on would keep the pipe open
 # Ends a process group when its input does, which is when the process that holds the other end is gone, however it went.
 WATCH = 'read -r _; kill -TERM -"$0"'
 
@@ -59,15 +61,19 @@ class InProcessTrainer:
 
 
 class WorkerTrainer:
-    """Trains in a process of its own, started for the first run and again after a death; it writes `folder/worker-N.log`."""
+    """Trains in a process of its own, started for the first run and again after a death; it writes `folder/worker-N.log`.
 
-    def __init__(self, number: int, num_workers: int, folder: Path) -> None:
-        self.number, self.folder = number, folder
+    `echo` is called with every line that it writes, each of which names its run.
+    """
+
+    def __init__(self, number: int, num_workers: int, folder: Path, echo: Callable[[str], None] | None = None) -> None:
+        self.number, self.folder, self.echo = number, folder, echo
         self.environment = child_environment(num_workers)
         # A worker counts as launched: its guard stops the run when this process is gone. With GPUs it takes its own.
         self.environment["LOCAL_RANK"] = str(number % max(1, num_gpus()))
         self.process: subprocess.Popen[bytes] | None = None
         self.answers: IO[bytes]
+        self.reader: threading.Thread | None = None
 
     def train(self, run: RunConfig) -> Outcome:
         """Hand one run to the process and wait for its answer."""
@@ -95,8 +101,7 @@ class WorkerTrainer:
             assert self.process.stdin is not None
             self.process.stdin.close()
             self.process.wait()
-            self.answers.close()
-            self.process = None
+            self._ended()
 
     def _start(self) -> subprocess.Popen[bytes]:
         reader, writer = os.pipe()
@@ -104,18 +109,34 @@ class WorkerTrainer:
         with (self.folder / f"worker-{self.number}.log").open("ab") as log:
             # A session of its own: Ctrl-C is for the command, which passes it on once.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, pass_fds=[writer],
-                start_new_session=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE if self.echo else log, stderr=subprocess.STDOUT,
+                env=self.environment, pass_fds=[writer], start_new_session=True,
             )  # fmt: skip
         os.close(writer)
+        if self.process.stdout is not None:
+            self.reader = threading.Thread(target=self._repeat, args=(self.process.stdout,), daemon=True)
+            self.reader.start()
         self.answers = os.fdopen(reader, "rb")
         self.answers.readline()  # it is ready, or already dead, which the first run finds out
         return self.process
 
-    def _dead(self, process: subprocess.Popen[bytes], seconds: float) -> Outcome:
-        code = process.wait()
+    def _ended(self) -> None:
         self.answers.close()
         self.process = None
+        if self.reader is not None:
+            self.reader.join(LAST_LINES)
+
+    def _repeat(self, lines: IO[bytes]) -> None:
+        """Write what the process prints to its log and hand on its lines, until it ends."""
+        assert self.echo is not None
+        with lines, (self.folder / f"worker-{self.number}.log").open("ab", buffering=0) as log:
+            for line in lines:
+                log.write(line)
+                self.echo(line.decode(errors="replace").rstrip("\n"))
+
+    def _dead(self, process: subprocess.Popen[bytes], seconds: float) -> Outcome:
+        code = process.wait()
+        self._ended()
         if code in (Stopped.exit_code, -signal.SIGTERM):
             return Outcome(Stopped.exit_code, "stopped before the run wrote its final status", seconds)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"

@@ -269,6 +269,35 @@ def test_a_row_replaces_the_bandwidth_of_the_file_in_any_form(load: Any, text: s
         assert load(config.resolved_yaml(run)) == run
 
 
+COMPARED = ROWS + "comparisons: ['vanilla_transfer:prompt_tuning', 'own:vanilla_transfer@mini_rte']\n"
+
+
+def test_comparisons_belong_to_the_table_and_change_no_run(load: Any) -> None:
+    loaded = load(COMPARED)
+    assert loaded.comparisons == ("vanilla_transfer:prompt_tuning", "own:vanilla_transfer@mini_rte")
+    assert config.expand(loaded) == config.expand(load(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(ROWS + "comparisons: ['vanila_transfer:own']", "comparisons[0]: vanila_transfer is no row of the table; rows are own, "),
+     (ROWS + "comparisons: ['own/ensemble:own']", "comparisons[0]: own/ensemble is no row of the table; rows are "),
+     (ROWS + "comparisons: ['own:own']", "comparisons[0]: compares own with itself; name two rows"),
+     (ROWS + "comparisons: ['own:prompt_tuning@mini_sense']", "mini_sense is no target task of row own; it has mini_rte"),
+     (ROWS + "comparisons: [own]", "'own' is no comparison of two rows; write FIRST:SECOND"),
+     (SINGLE + "comparisons: ['own:single']", "comparisons: has no effect in a file without rows and seeds; remove it")],
+)  # fmt: skip
+def test_a_comparison_of_what_the_table_will_not_have_is_refused(load: Any, text: str, says: str) -> None:
+    message = refused(load, text + "\n")
+    assert says in message
+    assert "c.yaml:" in message
+
+
+def test_both_lines_of_a_row_that_predicts_both_ways_can_be_compared(load: Any) -> None:
+    text = ROWS.replace("- label: own", "- label: own\n  evaluation: {predict: ensemble}")
+    assert load(text + "comparisons: ['own/ensemble:own']\n").comparisons == ("own/ensemble:own",)
+
+
 # --- resuming ----------------------------------------------------------------------------------------------------------
 
 

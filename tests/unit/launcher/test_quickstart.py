@@ -1,8 +1,13 @@
-"""The quick start names the store its runs wrote, and needs no GPU where there are fewer than ranks."""
+"""The quick start trains rows side by side, ends with all its processes, names the store its runs wrote, and needs no GPU."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,3 +56,69 @@ def test_ranks_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, hid
     assert quickstart.launch() == 0
     assert started["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "unchanged")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == started["CUDA_VISIBLE_DEVICES"]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from launcher import quickstart
+quickstart.CONFIG = Path(sys.argv[1])
+sys.exit(quickstart.main())
+"""
+
+
+def small_table(folder: Path, **target: Any) -> Path:
+    """Write a table of two whole rows and return its file."""
+    world = tiny_run.world(folder)
+    prompts = [{"label": name, "method": {"name": "prompt_tuning", "length": 3}, "target": {"lr": lr}}
+               for name, lr in (("slow", 0.1), ("fast", 0.5))]  # fmt: skip
+    plain = tiny_run.settings(world, {"name": "bpt"}, rows=prompts, seeds=[0, 1], target=target)
+    plain["comparisons"] = ["fast:slow"]
+    tiny_run.load(folder, plain)
+    return folder / "config.yaml"
+
+
+def test_rows_with_a_whole_backbone_need_no_launcher_and_end_in_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "CONFIG", small_table(tmp_path))
+    monkeypatch.setattr(quickstart, "launch", lambda: pytest.fail("no row shards its backbone"))
+    assert quickstart.main() == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if re.match(r"(slow|fast)-s[01] starts on worker [01]$", line)]
+    named = [re.match(r"(\w+-s\d) \(prompt_tuning, seed \d\) \|", line) for line in lines]
+    assert {match[1] for match in named if match} == {"slow-s0", "slow-s1", "fast-s0", "fast-s1"}
+    assert "Compared: 2 seeds, mean of mood, count (accuracy)." in lines
+    assert lines.index("Compared: 2 seeds, mean of mood, count (accuracy).") >= len(lines) - 2
+    assert (tmp_path / "runs" / "run" / "table.md").read_text().rstrip().endswith("(accuracy).")
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_process_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    file = small_table(tmp_path, steps=100_000, eval_every=100_000, checkpoint_every=1000, log_every=10)
+    job = subprocess.Popen([sys.executable, "-c", PROGRAM, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert job.stdout is not None
+    stepping: set[str] = set()
+    for line in job.stdout:
+        stepping |= set(re.findall(r"^(\w+-s\d) .*step \d+/100000", line))
+        if len(stepping) == 2:  # both workers
+            break
+    children = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+    children += [
+        int(pid) for thread in Path(f"/proc/{job.pid}/task").iterdir() for pid in (thread / "children").read_text().split()
+    ]
+    assert children
+    job.send_signal(number)
+    rest, _ = job.communicate(timeout=120)
+    assert job.returncode == 75
+    assert "not finished: " in rest
+    assert list((tmp_path / "runs" / "run").glob("*/target/mood/checkpoints/step-*"))
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in children if alive(pid)]

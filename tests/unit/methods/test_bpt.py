@@ -368,6 +368,32 @@ def test_a_target_starts_at_the_mean_and_own_rates_move_its_parts(
     assert moved == pytest.approx({"particles": 0.25, "u": 0.5, "v": 0.5}, rel=1e-3)
 
 
+def test_particles_that_share_no_kernel_are_vanilla_prompts(world: Path, tmp_path: Path) -> None:
+    """The row `independent` of configs/evidence/equal_compute.yaml: each particle follows its own score alone."""
+    apart = {"particle_init": "independent", "form": "repulsive_ensemble", "bandwidth": 1e-9, "prior": "none", "rank": 0}
+    clipped = {"clip": 0.05, "warmup": 0.25, "weight_decay": 0.01}
+    bpt = tiny_run.settings(world, {"name": "bpt", **apart}, output=str(tmp_path / "bpt"), source=clipped)
+    vanilla = tiny_run.settings(world, {"name": "vanilla_transfer"}, output=str(tmp_path / "vanilla"), source=clipped)
+    found = []
+    for folder, plain in ((tmp_path / "bpt", bpt), (tmp_path / "vanilla", vanilla)):
+        folder.mkdir()
+        run = tiny_run.trained(tiny_run.load(folder, plain))
+        found.append(read_tensors(run / "source" / "posterior" / "posterior.safetensors")[0])
+    particles, prompt = found[0]["particles"], found[1]["mean"]
+    assert torch.allclose(particles[0], prompt, atol=1e-6)
+    assert (particles[1] - prompt).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("num_samples", "ensemble"), [(None, 2), (3, 1)], ids=["adapted", "sampled"])
+def test_each_prediction_counts_the_numbers_it_uses(world: Path, tmp_path: Path, num_samples: int | None, ensemble: int) -> None:
+    """Two particles are adapted beside the MAP prompt; samples around it are not trained."""
+    config = configured(world, tmp_path, evaluation={"predict": "ensemble", "num_samples": num_samples})
+    entries = json.loads((tiny_run.trained(config) / "results.json").read_text())
+    counts = {entry["predict"]: entry["trainable_parameters"] for entry in entries}
+    one = 3 * 32 + 3 + 32
+    assert counts == {"map": one, "ensemble": ensemble * one}
+
+
 def test_joint_targets_share_the_full_matrix_and_own_their_factors(world: Path, tmp_path: Path) -> None:
     run = tiny_run.trained(configured(world, tmp_path, target={"joint": True}))
     entries = json.loads((run / "results.json").read_text())

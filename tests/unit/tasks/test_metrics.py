@@ -132,11 +132,12 @@ def test_multirc_needs_every_answer_of_a_question() -> None:
     assert values["multirc_f1a"] == pytest.approx(100 * 2 * 2 / (2 * 2 + 0 + 1))
 
 
-def test_majority_says_the_most_frequent_training_target() -> None:
-    train = [example.target for example in classes("mrpc", [1, 1, 0])]
-    assert metrics.majority(TASKS["mrpc"], train, classes("mrpc", [1, 0, 0, 0])) == {"accuracy": 25.0, "f1": pytest.approx(40.0)}
-    tie = metrics.majority(TASKS["mrpc"], [example.target for example in classes("mrpc", [0, 1])], classes("mrpc", [1]))
-    assert tie["accuracy"] == 100.0  # 'equivalent' comes before 'not_equivalent'
+def test_majority_is_the_share_of_the_most_common_class_of_the_evaluated_rows() -> None:
+    found = metrics.majority(TASKS["mrpc"], classes("mrpc", [1, 1, 0, 1]))
+    assert found == {"accuracy": 75.0, "f1": pytest.approx(100 * 2 * 3 / (2 * 3 + 1 + 0))}
+    assert metrics.majority(TASKS["mrpc"], classes("mrpc", [0, 0, 0, 1])) == {"accuracy": 75.0, "f1": 0.0}
+    tie = metrics.majority(TASKS["mrpc"], classes("mrpc", [0, 1]))
+    assert tie["f1"] == pytest.approx(100 * 2 / 3)  # 'equivalent' comes before 'not_equivalent'
 
 
 def test_digits_are_label_words_under_attempt() -> None:

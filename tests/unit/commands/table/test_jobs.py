@@ -297,6 +297,22 @@ def record(run: RunConfig, backbone: str, data: dict[str, str]) -> None:
     (run.directory / "data.json").write_text(json.dumps(data))
 
 
+def test_a_run_waits_for_the_one_whose_posterior_it_starts_from(tmp_path: Path) -> None:
+    """`{seed}` is the run's own; what waits is passed over for what does not, and a failed maker holds nobody."""
+    tiny_run.write_tasks(tmp_path / "tasks")
+    late = {"label": "late", "source": {"posterior": str(tmp_path / "runs" / "run" / "bpt-s{seed}")}}
+    plain = tiny_run.settings(
+        tmp_path, {"name": "bpt"}, output=str(tmp_path / "runs"), rows=[late, PROMPT, {"label": "bpt"}], seeds=[0, 1]
+    )
+    found = configuration.expand(tiny_run.load(tmp_path, plain))
+    assert {str(run.source.posterior) for run in found[:2]} == {str(tmp_path / "runs" / "run" / f"bpt-s{seed}") for seed in (0, 1)}
+    trainer = Scripted({"bpt-s1": [Outcome(77, "loss is nan", 1.0)]})
+    assert Jobs(found, Silent()).train([trainer]) == 77
+    assert trainer.seen.index("bpt-s0") < trainer.seen.index("late-s0")
+    assert trainer.seen.index("bpt-s1") < trainer.seen.index("late-s1")
+    assert len(trainer.seen) == 6
+
+
 # --- the table of finished runs ---------------------------------------------------------------------------------------
 
 
@@ -311,10 +327,15 @@ def test_a_complete_table_is_never_replaced_by_one_with_missing_runs(runs: list[
         }  # fmt: skip
         (run.directory / "results.json").write_text(json.dumps([entry]))
         if number == 0:  # the first table may have missing runs
-            _write_table(runs, Jobs(runs, Silent()), folder, "test")
+            _write_table(runs, Jobs(runs, Silent()), folder, "test", ["bpt:prompt_tuning"])
+            assert "Not tested: bpt against PT, no results of bpt." in (folder / "table.md").read_text()
             assert len(json.loads((folder / "table.json").read_text())["missing"]) == 3
             assert not list(folder.glob("table_so_far.*"))
-    _write_table(runs, Jobs(runs, Silent()), folder, "test")
+    _write_table(runs, Jobs(runs, Silent()), folder, "test", ["bpt:prompt_tuning"])
+    shown = json.loads((folder / "table.json").read_text())
+    # Seeds 3 and 1: 52 - 50 and 53 - 51.
+    assert shown["sentences"][0] == "Not tested: BPT against PT, +2.0 points (the same at each of 2 seeds: no spread, no interval)."
+    assert shown["sentences"][0] in (folder / "table.md").read_text()
     complete = {path.name: path.read_bytes() for path in folder.glob("table.*")}
     assert json.loads(complete["table.json"])["missing"] == []
     (runs[1].directory / "status.json").write_text(json.dumps({"state": "stopped", "reason": "received SIGINT"}))

@@ -112,7 +112,7 @@ def test_settings_that_differ_have_rows_of_their_own(tmp_path):
     write_run(tmp_path, [entry(run="big-s0", backbone="t5-large", value=95.0)])
     assert set(grid(build(tmp_path))) == {
         "Majority class",
-        "BPT (mini)",
+        "BPT (MAP, mini)",
         "BPT (ensemble, mini)",
         "BPT (t5-large)",
     }
