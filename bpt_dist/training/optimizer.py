@@ -28,8 +28,10 @@ class StageOptimizer:
     def __init__(self, method: Method, stage: StageConfig) -> None:
         self.method, self.stage = method, stage
         trained = {parameter: name for name, parameter in method.named_parameters() if parameter.requires_grad}
+        groups = method.param_groups(stage)
+        assert not stage.steps or all(group["lr"] is not None for group in groups), "a group has no learning rate"
         # A stage without steps, an untrained prompt, needs no rate.
-        groups = [{**group, "lr": group["lr"] or 0.0} for group in method.param_groups(stage)]
+        groups = [{**group, "lr": group["lr"] or 0.0} for group in groups]
         listed = [parameter for group in groups for parameter in group["params"]]
         assert {id(p) for p in listed} == {id(p) for p in trained}, "param_groups() must list every trainable tensor once"
         updated = {parameter: self._updated(parameter) for parameter in trained}

@@ -155,7 +155,7 @@ def test_the_table_has_the_numbers_of_results_json_and_a_row_for_each_way_to_pre
     header, rows = lines[0], {line[0]: line for line in lines[1:]}
     for label, run, predict in (
         ("BPT", "single-s0", "map"),
-        (r"BPT\*", "joint-s0", "map"),
+        (r"BPT (MAP)\*", "joint-s0", "map"),
         (r"BPT (ensemble)\*", "joint-s0", "ensemble"),
     ):
         for task in ("mood", "count"):

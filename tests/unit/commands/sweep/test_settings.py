@@ -57,6 +57,24 @@ def test_a_grid_is_every_combination_once(folder: Path) -> None:
     assert found == list(itertools.product([0.01, 0.1, 1.0, 10.0, 100.0], [0.1, 0.3], [1, 3, 5]))
 
 
+def test_rates_in_units_of_the_embeddings_are_searched_as_others_are(folder: Path) -> None:
+    space = {"method.lr_full_relative": {"log_uniform": [0.01, 1], "points": 3}, "method.sigma_relative": [1.0]}
+    sweep = load(written(folder, space=space))
+    found = [trial.config.method.model_dump() for trial in sweep.trials(sweep.known_settings() or [])]
+    rates = [(method["lr_full"], method["lr_full_relative"]) for method in found]
+    assert rates == [(None, 0.01)] * 2 + [(None, pytest.approx(0.1))] * 2 + [(None, pytest.approx(1.0))] * 2
+    run = {"method": {"name": "vanilla_transfer"}, "target": {"lr": None}}
+    plain = tiny_sweep.plain(folder, space={"target.lr_relative": [0.1, 0.3]}, run=run)
+    plain["run"]["method"] = run["method"]
+    relative = load(tiny_sweep.write(folder, plain))
+    trials = relative.trials(relative.known_settings() or [])
+    assert [trial.config.target.lr_relative for trial in trials] == [0.1, 0.1, 0.3, 0.3]
+    assert trials[0].title == "lr_relative=0.1 s0"
+    plain["run"]["target"]["lr"] = 0.3
+    with pytest.raises(ConfigError, match=r"lr: is given beside lr_relative \(got 0.3 and 0.1\); set one of them to null"):
+        load(tiny_sweep.write(folder, plain))
+
+
 def test_random_settings_are_inside_repeatable_and_do_not_depend_on_their_number() -> None:
     space = {
         "a": sweep_space.parse({"log_uniform": [1e-3, 10]}),
