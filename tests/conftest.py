@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: threads of several tests that wait for each other's cores made the suite ten times slower.
@@ -23,3 +24,11 @@ def data_root() -> Path:
     if not (root / "pack.json").is_file():
         pytest.skip(f"no data pack in {root}; set BPT_DATA_ROOT to run this test")
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_store_is_left_in_the_environment() -> Iterator[None]:
+    """A test that leaves MLflow's address there would send the runs of later tests to its own store."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before

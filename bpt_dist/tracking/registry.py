@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bpt_dist.config.mlflow_environment import URI as TRACKING_URI
 from bpt_dist.errors import StorageError
 from bpt_dist.storage import layout
 from bpt_dist.storage.files import read_json
@@ -24,18 +28,33 @@ def register_prompts(folder: Path, *, alias: str) -> dict[str, str]:
     client = connect(state["uri"])
     registered = {}
     try:
-        import mlflow
-
-        mlflow.set_tracking_uri(state["uri"])  # the registry of a sqlite store asks the global client for the model
-        for adapter in sorted((folder / "target").glob("*/adapter")):
-            task = adapter.parent.name
-            name = re.sub(r"[^\w-]", "_", f"{state['experiment']}-{task}")  # MLflow allows neither dots nor slashes
-            version = _registered(client, name, state["run_id"]) or _register(client, state, name, adapter)
-            client.set_registered_model_alias(name, alias, version)
-            registered[task] = f"models:/{name}@{alias}"
+        with _global_store(state["uri"]):
+            for adapter in sorted((folder / "target").glob("*/adapter")):
+                task = adapter.parent.name
+                name = re.sub(r"[^\w-]", "_", f"{state['experiment']}-{task}")  # MLflow allows neither dots nor slashes
+                version = _registered(client, name, state["run_id"]) or _register(client, state, name, adapter)
+                client.set_registered_model_alias(name, alias, version)
+                registered[task] = f"models:/{name}@{alias}"
     except Exception as error:
         raise StorageError(f"{state['uri']}: a prompt could not be registered ({type(error).__name__}: {error})") from error
     return registered
+
+
+@contextmanager
+def _global_store(uri: str) -> Iterator[None]:
+    """Let MLflow's global client use a store, which the registry of a sqlite store asks for the model.
+
+    MLflow also writes the address into the environment, where a later run of the process would take it for the user's choice.
+    So the environment is put back.
+    """
+    import mlflow
+
+    before: Any = os.environ.get(TRACKING_URI)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def _registered(client: Any, name: str, run_id: str) -> str | None:

@@ -21,6 +21,7 @@ from sweep_process import alive, assert_nothing_left, lines, points_of, processe
 
 from bpt_dist import config as configuration
 from bpt_dist.storage.files import read_json
+from bpt_dist.tracking.registry import _global_store
 from bpt_dist.tracking.store import connect
 
 STEPS = 24
@@ -108,8 +109,8 @@ def test_mlflow_holds_the_points_of_the_journal_and_the_sweep(disturbed: Path) -
     assert runs[read_json(champion / "run.json")["id"]].info.run_id == version.run_id
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{disturbed / 'runs' / 'mlflow.db'}")
-    fetched = Path(mlflow.artifacts.download_artifacts("models:/tiny-mood@champion"))
+    with _global_store(f"sqlite:///{disturbed / 'runs' / 'mlflow.db'}"):
+        fetched = Path(mlflow.artifacts.download_artifacts("models:/tiny-mood@champion"))
     own = champion / "target" / "mood" / "adapter" / "adapter_model.safetensors"
     assert (fetched / "adapter_model.safetensors").read_bytes() == own.read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import tiny_run
 import yaml
 
 from bpt_dist import config as configuration
+from bpt_dist.config.mlflow_environment import URI as TRACKING_URI
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.storage.files import read_json, write_json_atomic
 from bpt_dist.tracking.mirror import shutdown
+from bpt_dist.tracking.registry import _global_store
 from bpt_dist.tracking.sender import sync
 from bpt_dist.tracking.store import connect
 
@@ -44,8 +47,8 @@ def test_a_finished_run_registers_its_prompts_once(folder: Path) -> None:
         assert client.get_registered_model(f"words-{task}").tags["bpt.kind"] == "soft-prompt"
         import mlflow
 
-        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-        fetched = Path(mlflow.artifacts.download_artifacts(f"models:/words-{task}@champion"))
+        with _global_store(f"sqlite:///{folder / 'mlflow.db'}"):
+            fetched = Path(mlflow.artifacts.download_artifacts(f"models:/words-{task}@champion"))
         stored = run / "target" / task / "adapter" / "adapter_model.safetensors"
         assert (fetched / "adapter_model.safetensors").read_bytes() == stored.read_bytes()
     sync(run)
@@ -95,3 +98,17 @@ def test_aliases_that_cannot_be_are_refused(folder: Path, tracking: dict, text: 
     with pytest.raises(ConfigError) as caught:
         configuration.load(file)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("of_user", [None, "http://127.0.0.1:5000"])
+def test_registering_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_user: str | None) -> None:
+    """MLflow writes the address of its global client there, and the next run would take it for the user's."""
+    import mlflow
+
+    if of_user is not None:
+        monkeypatch.setenv(TRACKING_URI, of_user)
+    with pytest.raises(RuntimeError), _global_store(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        assert mlflow.get_tracking_uri() == os.environ[TRACKING_URI] == f"sqlite:///{tmp_path / 'mlflow.db'}"
+        raise RuntimeError
+    assert os.environ.get(TRACKING_URI) == of_user
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
