@@ -23,6 +23,7 @@ from bpt_dist.errors import ConfigError
 
 OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "tracking")
 """Keys that belong to the whole file and may not be in a row."""
+RELATIVE = "_relative"
 
 
 def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS) -> RunConfig:
@@ -130,6 +131,8 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     if isinstance(row.get("method"), dict) and row["method"].get("name") not in (None, config.method.name):
         base["method"] = {"name": row["method"]["name"]}
         drop_idle_source(base, methods)
+    for section, keys in row.items():
+        _give_way(base.get(section), keys)
     data = _plain(OmegaConf.merge(base, row))
     name = f"{label or data['method']['name']}-s{seed}"
     data |= {"name": name, "seed": seed, "run_dir": str(config.directory / name)}
@@ -139,6 +142,13 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     if config.tracking.mlflow and config.tracking.experiment is None:
         data["tracking"] = {**data.get("tracking", {}), "experiment": experiment_of_environment() or config.name}
     return data
+
+
+def _give_way(base: Any, row: Any) -> None:
+    """Remove from a section of the file what the row gives in the other unit: `lr` gives way to `lr_relative`, and the reverse."""
+    if isinstance(base, dict) and isinstance(row, dict):
+        for key in row:
+            base.pop(key.removesuffix(RELATIVE) if key.endswith(RELATIVE) else f"{key}{RELATIVE}", None)
 
 
 def _key_in_row(row: dict[str, Any], position: int, key: Key) -> Key:

@@ -256,8 +256,19 @@ def test_a_row_may_give_a_rate_relative_where_the_file_leaves_the_default(load: 
     rows = ROWS.replace("- label: own", "- {label: own, method: {lr_full_relative: 0.1}}")
     method = config.expand(load(rows))[-1].method.model_dump()
     assert (method["lr_full"], method["lr_full_relative"]) == (None, 0.1)
-    explicit = rows.replace("sigma: 1.0", "sigma: 1.0, lr_full: 0.3")
-    assert "rows[2].method.lr_full: is given beside lr_full_relative (got 0.3 and 0.1)" in refused(load, explicit)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_row"),
+    [("lr_full: 0.3", "lr_full_relative: 0.1"), ("lr_full_relative: 0.3", "lr_full: 0.1"), ("lr_full: 0.3", "sigma_relative: 2.0")],
+)
+def test_a_row_wins_over_the_file_in_the_other_unit_too(load: Any, in_file: str, in_row: str) -> None:
+    rows = ROWS.replace("sigma: 1.0", f"sigma: 1.0, {in_file}").replace("- label: own", f"- {{label: own, method: {{{in_row}}}}}")
+    key, value = in_row.split(": ")
+    other = key.removesuffix("_relative") if key.endswith("_relative") else f"{key}_relative"
+    method = config.expand(load(rows))[-1].method.model_dump()
+    assert (method[key], method[other]) == (float(value), None)
+    assert "is given beside" in refused(load, rows.replace(in_row, f"{in_row}, {other}: 0.5"))
 
 
 @pytest.mark.parametrize("text", ["2.0", "median", "{median_times: 0.1}"])

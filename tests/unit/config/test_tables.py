@@ -100,13 +100,14 @@ def test_the_search_is_the_same_for_everybody_and_covers_every_row_of_the_table(
     assert together == {name: alone[name] for name in STARRED}
 
 
-SECOND_RATES = {"lr_full", "lr_low_rank", "lr_attention"}
+SECOND_RATES = {"lr_full", "lr_full_relative", "lr_low_rank", "lr_attention"}
 
 
 def rates(run: RunConfig) -> dict[str, float]:
     """Return all learning rates of the target stage."""
-    own = {key: value for key, value in run.method.model_dump().items() if key in SECOND_RATES}
-    return own | ({} if run.method.OWN_TARGET_RATES else {"target.lr": run.target.lr})
+    own = {key: value for key, value in run.method.model_dump().items() if key in SECOND_RATES and value is not None}
+    of_stage = {"target.lr": run.target.lr, "target.lr_relative": run.target.lr_relative}
+    return own | ({} if run.method.OWN_TARGET_RATES else {key: value for key, value in of_stage.items() if value is not None})
 
 
 def test_the_trials_of_a_method_multiply_all_its_target_rates_alike() -> None:
