@@ -14,6 +14,12 @@ from bpt_dist.config.base import MethodConfig, Section
 from bpt_dist.config.sections import RunConfig
 
 Fields = dict[str, FieldInfo]
+RELATIVE = "_relative"
+
+
+def other_unit(key: str) -> str:
+    """Return the key that gives the same in another unit, `lr` for `lr_relative` and the reverse; it need not exist."""
+    return key.removesuffix(RELATIVE) if key.endswith(RELATIVE) else f"{key}{RELATIVE}"
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bpt_dist.config.base import did_you_mean
+from bpt_dist.config.keys import other_unit
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.mlflow_environment import experiment_of_environment
 from bpt_dist.config.overrides import Overridden, apply, drop_idle_source
@@ -23,7 +24,6 @@ from bpt_dist.errors import ConfigError
 
 OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "tracking")
 """Keys that belong to the whole file and may not be in a row."""
-RELATIVE = "_relative"
 
 
 def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS) -> RunConfig:
@@ -147,8 +147,8 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
 def _give_way(base: Any, row: Any) -> None:
     """Remove from a section of the file what the row gives in the other unit: `lr` gives way to `lr_relative`, and the reverse."""
     if isinstance(base, dict) and isinstance(row, dict):
-        for key in row:
-            base.pop(key.removesuffix(RELATIVE) if key.endswith(RELATIVE) else f"{key}{RELATIVE}", None)
+        for key in (key for key, value in row.items() if value is not None):
+            base.pop(other_unit(key), None)
 
 
 def _key_in_row(row: dict[str, Any], position: int, key: Key) -> Key:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from bpt_dist.config.base import MethodConfig, did_you_mean
-from bpt_dist.config.keys import Fields, fields_by_key, takes_list, takes_names, takes_only_text, takes_value
+from bpt_dist.config.keys import Fields, fields_by_key, other_unit, takes_list, takes_names, takes_only_text, takes_value
 from bpt_dist.config.method_source import method_names, method_options
 from bpt_dist.config.sections import NATURAL_KEY
 from bpt_dist.config.strict_yaml import Key, Problem, parse_value
@@ -137,14 +137,21 @@ def _set_everywhere(result: Overridden, key: Key, value: Any, folder: Path) -> N
         result.problems.append(Problem(key, f"has no effect, every row names its method (got {value!r}); add rows=null"))
         return
     dotted = ".".join(map(str, key))
+    # The command line wins over the file in another unit, too; what it gives in both is refused with the rest.
+    other: Key = (*key[:-1], other_unit(str(key[-1])))
+    gives_way = value is not None and other not in result.keys
     if key == ("method", "name"):
         _name_method(result.data, value, folder)
     elif key[0] != "method" or dotted in fields_by_key(options_of(result.data, folder)):
         set_key(result.data, key, value)
+        if gives_way:
+            drop_key(result.data, other)
     for row in rows:
         has_option = key[0] == "method" and dotted in fields_by_key(options_of(row, folder))
-        if has_option or (key[0] != "method" and holds(row, key)):
+        if has_option or (key[0] != "method" and (holds(row, key) or (gives_way and holds(row, other)))):
             set_key(row, key, value)
+            if gives_way:
+                drop_key(row, other)
     result.keys.add(key)
 
 
@@ -182,3 +189,11 @@ def set_key(data: dict[str, Any], key: Key, value: Any) -> None:
         data[str(part)] = {**below} if isinstance(below, dict) else {}
         data = data[str(part)]
     data[str(key[-1])] = value
+
+
+def drop_key(data: dict[str, Any], key: Key) -> None:
+    """Remove a nested value in place where there is one."""
+    if holds(data, key):
+        for part in key[:-1]:
+            data = data[str(part)]
+        del data[str(key[-1])]

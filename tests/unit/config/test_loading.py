@@ -280,6 +280,20 @@ def test_a_row_replaces_the_bandwidth_of_the_file_in_any_form(load: Any, text: s
         assert load(config.resolved_yaml(run)) == run
 
 
+@pytest.mark.parametrize("word", ["target.lr=0.7", "target.lr_relative=0.7"])
+@pytest.mark.parametrize("unit", ["lr", "lr_relative"])
+def test_the_command_line_wins_over_file_and_rows_in_the_other_unit_too(load: Any, word: str, unit: str) -> None:
+    text = (
+        f"name: x\nmethod: prompt_tuning\ndata: {{target_tasks: [mini_rte]}}\ntarget: {{{unit}: 0.3}}\n"
+        "rows: [{label: a}, {label: b, target: {" + unit + ": 0.2}}]\n"
+    )
+    key = word.partition("=")[0].removeprefix("target.")
+    for run in config.expand(load(text, word)):
+        given = {name: value for name in ("lr", "lr_relative") if (value := getattr(run.target, name)) is not None}
+        assert given == {key: 0.7}
+    assert "is given beside" in refused(load, text, "target.lr=0.7", "target.lr_relative=0.7")
+
+
 COMPARED = ROWS + "comparisons: ['vanilla_transfer:prompt_tuning', 'own:vanilla_transfer@mini_rte']\n"
 
 
