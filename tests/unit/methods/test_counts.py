@@ -87,7 +87,7 @@ def test_tables_of_the_pages_show_what_the_methods_train(page: str, config: str)
 
 
 def tables_of(page: str) -> list[dict[str, str]]:
-    """Return method -> parameters of every table with both, without the majority row and the names of rows."""
+    """Return method -> parameters of every table with both, but for the majority row and averaged predictions."""
     tables = re.findall(r"^\| Method \| Parameters a task .*\n(?:\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE)
-    rows = (re.findall(r"^\| ([^|*]+?)(?: \[\w+\])? \| ([\d,]+) \| \d", table, re.MULTILINE) for table in tables)
-    return [dict(each) for each in rows]
+    rows = (re.findall(r"^\| ([^|*]+?)(?: \[[\w\\]+\]| \(MAP\))? \| ([\d,]+) \| \d", table, re.MULTILINE) for table in tables)
+    return [{name: count for name, count in each if not name.endswith("(ensemble)")} for each in rows]
