@@ -7,20 +7,25 @@ SuperGLUE tasks do, and are of four kinds, so that transfer can help, do nothing
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpt_dist.storage.file_system import NoFileLocks, lock_file
 from bpt_dist.storage.files import read_json, write_atomic, write_json_atomic
 from bpt_dist.tasks.mini import TASKS, puzzles
 from bpt_dist.tasks.mini.grammar import SOURCE, TARGET, Domain
 
+log = logging.getLogger(__name__)
+
 GENERATOR_VERSION = 3
-MARKER = "world.json"
+MARKER, LOCK = "world.json", "world.lock"
 SPLITS = ("train", "validation", "test")
 TARGET_ROWS = 64
 DRAWS_PER_ROW = 200
@@ -86,15 +91,35 @@ def write(folder: Path, seed: int, train_rows: int = 2000, eval_rows: int = 500,
     marker = {"generator": GENERATOR_VERSION, "seed": seed, "rows": rows_of}
     if _is_finished(folder, marker):
         return
-    files = {}
-    for name, task in ALL_TASKS.items():
-        sizes = {split: rows_of["target" if split == "train" and name in TARGET_TASKS else split] for split in SPLITS}
-        for split, rows in draw(name, task, seed, sizes).items():
-            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            write_atomic(folder / name / f"{split}.jsonl", data)
-            files[f"{name}/{split}.jsonl"] = hashlib.sha256(data).hexdigest()
-    write_atomic(folder / TASKS.name, TASKS.read_bytes())
-    write_json_atomic(folder / MARKER, marker | {"files": files})
+    with _sole_writer(folder):
+        if _is_finished(folder, marker):
+            return
+        files = {}
+        for name, task in ALL_TASKS.items():
+            sizes = {split: rows_of["target" if split == "train" and name in TARGET_TASKS else split] for split in SPLITS}
+            for split, rows in draw(name, task, seed, sizes).items():
+                data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                write_atomic(folder / name / f"{split}.jsonl", data)
+                files[f"{name}/{split}.jsonl"] = hashlib.sha256(data).hexdigest()
+        write_atomic(folder / TASKS.name, TASKS.read_bytes())
+        write_json_atomic(folder / MARKER, marker | {"files": files})
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Wait for other jobs that write the same world: each would remove the unfinished files of the others as left behind.
+
+    Without file locks there is one warning; a folder that cannot be written is for the write to explain.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_file(stack.enter_context((folder / LOCK).open("w")), wait=True)
+        except NoFileLocks as error:
+            log.warning("%s; start other jobs after the miniature world is written", error)
+        except OSError:
+            pass
+        yield
 
 
 def draw(name: str, task: MiniTask, seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:

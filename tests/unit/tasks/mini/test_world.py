@@ -14,6 +14,7 @@ import mini_checker as checker
 import pytest
 import yaml
 
+from bpt_dist.storage.file_system import NoFileLocks
 from bpt_dist.tasks.mini import TASKS, skills, world
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
@@ -89,6 +90,31 @@ def test_a_finished_world_is_not_written_again_and_a_damaged_one_is_repaired(tmp
     victim.write_text(victim.read_text()[:100])
     world.write(tmp_path, 0, 20, 10)
     assert digest(tmp_path) == whole
+
+
+def test_jobs_that_start_together_write_one_world(tmp_path: Path) -> None:
+    """The first use on a machine is often two runs side by side; each removed the unfinished files of the other."""
+    code = (
+        "import sys; from pathlib import Path; from bpt_dist.tasks.mini import world; world.write(Path(sys.argv[1]), 0, 200, 100)"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")], stderr=subprocess.PIPE) for _ in range(4)]
+    said = [job.communicate(timeout=120)[1].decode() for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, said
+    world.write(tmp_path / "alone", 0, 200, 100)
+    assert digest(tmp_path / "shared") == digest(tmp_path / "alone")
+    assert not list((tmp_path / "shared").rglob("*.tmp-*"))
+
+
+def test_without_file_locks_the_world_is_written_after_one_warning(tmp_path: Path, monkeypatch, caplog) -> None:
+    def none(file: object, *, wait: bool) -> None:
+        raise NoFileLocks("no locks here")
+
+    monkeypatch.setattr(world, "lock_file", none)
+    world.write(tmp_path, 0, 20, 10)
+    assert len(rows(tmp_path, "mini_nli", "train")) == 20
+    assert [record.getMessage() for record in caplog.records] == [
+        "no locks here; start other jobs after the miniature world is written"
+    ]
 
 
 def test_other_sizes_are_written_again(tmp_path: Path) -> None:
