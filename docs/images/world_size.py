@@ -72,7 +72,7 @@ def particles_of(folder: Path, num_processes: int, overrides: tuple[str, ...]):
 
     folder.mkdir()
     plain = yaml.safe_load((HERE.parents[1] / "configs" / "quickstart.yaml").read_text())
-    for key in ("rows", "seeds"):
+    for key in ("rows", "seeds", "comparisons"):
         del plain[key]
     plain |= {"output": str(folder), "figures": False, "tracking": {"mlflow": False}, "target": {"steps": 0}}
     plain["data"]["target_tasks"] = []

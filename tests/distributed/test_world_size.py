@@ -24,7 +24,7 @@ def configured(folder: Path, *, exact: bool, num_ranks: int) -> RunConfig:
     """Return one step of the quick start's source stage with the texts shared by the ranks, so that its sums are cut elsewhere."""
     folder.mkdir(parents=True)
     plain = yaml.safe_load(QUICKSTART.read_text())
-    del plain["rows"], plain["seeds"]
+    del plain["rows"], plain["seeds"], plain["comparisons"]
     plain["data"] |= {"target_tasks": [], "cache": str(folder.parents[1] / "cache")}
     plain["source"] |= {"steps": 1, "warmup": 0.0, "checkpoint_every": 1, "log_every": 1}
     plain |= {"output": str(folder), "target": {"steps": 0}, "tracking": {"mlflow": False}, "figures": False}
