@@ -52,7 +52,7 @@ def test_the_quick_start_on_two_hosts_gives_the_bits_of_one(hosts: TwoHosts):
     one = hosts.run(hosts.train(config, *SHORT, "name=one", "output=runs", hostfile=one_host.name), seconds=300)
     assert one.returncode == 0, one.output
     names = {run.name for run in (hosts.folder / "runs" / "two").iterdir()}
-    assert names == {"bpt-s0", "prompt_tuning-s0", "vanilla_transfer-s0"}
+    assert names == {"bpt-s0", "prompt_tuning-s0", "untrained-s0", "vanilla_transfer-s0"}
     for name in names:
         here, there = hosts.folder / "runs" / "one" / name, hosts.folder / "runs" / "two" / name
         assert status(there)["state"] == "finished"
