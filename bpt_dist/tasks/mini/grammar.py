@@ -141,12 +141,6 @@ def alter(rng: random.Random, original: Clause, part: str, domain: Domain) -> Cl
             return replace(original, thing=replace(original.thing, noun=noun))
 
 
-def exchange(original: Clause) -> Clause:
-    """Let actor and thing exchange their nouns: the same words, another meaning."""
-    actor, thing = original.actor, original.thing
-    return replace(original, actor=replace(actor, noun=thing.noun), thing=replace(thing, noun=actor.noun))
-
-
 def ask(told: Clause, slot: str) -> tuple[str, str]:
     """Return the question about one slot (actor, thing or place) of a clause, and its answer."""
     match slot:

@@ -18,7 +18,6 @@ from bpt_dist.tasks.mini.grammar import (
     clause,
     contradict,
     counted,
-    exchange,
     happens,
     noun_in,
     opinion,
@@ -112,8 +111,7 @@ def restatement(rng: random.Random, domain: Domain, label: int) -> Texts:
     first = clause(rng, domain)
     second = replace(first, verb=synonym(rng, first.verb)) if happens(rng, 0.5) else first
     if not label:
-        part = rng.choice(("roles", "verb", "actor", "thing"))
-        second = exchange(second) if part == "roles" else alter(rng, second, part, domain)
+        second = alter(rng, second, rng.choice(("verb", "actor", "thing")), domain)
     voices = rng.choice((("active", "passive"), ("active", "active"), ("passive", "active")))
     return f"{first.text(voices[0])}.", f"{second.text(voices[1])}."
 

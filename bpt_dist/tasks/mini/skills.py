@@ -103,7 +103,7 @@ SKILLS = (
     Skill("judging", ("review:",), puzzles.opinion_contrast, 2),
     Skill("comparing", ("premise:", "hypothesis:"), puzzles.entailment, 3, weight=1.5),
     Skill("comparing", ("report:", "claim:"), puzzles.entailment_binary, 2),
-    Skill("comparing", ("sentence1:", "sentence2:"), puzzles.restatement, 2, weight=1.5),
+    Skill("comparing", ("sentence1:", "sentence2:"), puzzles.restatement, 2),
     Skill("comparing", ("question1:", "question2:"), puzzles.same_question, 2),
     Skill("comparing", ("usage1:", "usage2:", "word:"), puzzles.word_sense, 2),
     Skill("reading", ("ask:", "told:"), puzzles.answered, 2),

@@ -24,7 +24,7 @@ from bpt_dist.tasks.mini.grammar import SOURCE, TARGET, Domain
 
 log = logging.getLogger(__name__)
 
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 MARKER, LOCK = "world.json", "world.lock"
 SPLITS = ("train", "validation", "test")
 TARGET_ROWS = 64
