@@ -12,6 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 OLDEST_PEFT = "0.6.0"  # the first to read multi-task prompts, and weights as safetensors
+SEQ_2_SEQ, CAUSAL = "SEQ_2_SEQ_LM", "CAUSAL_LM"  # what PEFT calls encoder-decoders and decoder-only models
+AUTO_CLASSES = {SEQ_2_SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM"}  # transformers' names of them
+PIPELINES = {SEQ_2_SEQ: "text2text-generation", CAUSAL: "text-generation"}  # the hub's
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,13 +70,14 @@ def card_text(
     base_model: str,
     revision: str | None,
     tasks: Sequence[str] | None = None,
+    task_type: str = SEQ_2_SEQ,
 ) -> str:
     """Return the card in Markdown (without metadata); `what` is exported, `tasks` names the task ids of a multi-task export."""
     purpose = f", for {', '.join(facts.target_tasks)}" if facts.target_tasks else ""
     sections = [
         f"# {facts.title}",
         f"This is {what} `{base_model}`, trained with {facts.method}{purpose}. The backbone itself is unchanged.",
-        _how_to_load(base_model, revision, tasks),
+        _how_to_load(base_model, revision, tasks, AUTO_CLASSES[task_type]),
     ]
     sections += [_origin(facts, base_model, revision), _measurements(facts.results)]
     if facts.posterior is not None:
@@ -86,18 +90,19 @@ def is_hub_id(base_model: str) -> bool:
     return _HUB_ID.fullmatch(base_model) is not None
 
 
-def prompt_in_words(shape: tuple[int, int], num_tasks: int | None = None) -> str:
+def prompt_in_words(shape: tuple[int, int], num_tasks: int | None = None, *, task_type: str = SEQ_2_SEQ) -> str:
     """Return what a prompt of `shape`, or one shared by tasks, is to its backbone."""
+    owner = "the encoder's" if task_type == SEQ_2_SEQ else "the"
     form = "one soft prompt" if num_tasks is None else f"one shared soft prompt and a low-rank factor for each of {num_tasks} tasks"
-    return f"{form} of {shape[0]} positions x {shape[1]} numbers, to be put before the encoder's word embeddings of"
+    return f"{form} of {shape[0]} positions x {shape[1]} numbers, to be put before {owner} word embeddings of"
 
 
-def _how_to_load(base_model: str, revision: str | None, tasks: Sequence[str] | None) -> str:
+def _how_to_load(base_model: str, revision: str | None, tasks: Sequence[str] | None, auto_class: str) -> str:
     at = "" if revision is None else f", revision={revision!r}"
     lines = [
         "## How to load it\n\n```python",
-        "from peft import PeftModel\nfrom transformers import AutoModelForSeq2SeqLM\n",
-        f"base = AutoModelForSeq2SeqLM.from_pretrained({base_model!r}{at})",
+        f"from peft import PeftModel\nfrom transformers import {auto_class}\n",
+        f"base = {auto_class}.from_pretrained({base_model!r}{at})",
         'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER").eval()\n```',
         f"\nPEFT {OLDEST_PEFT} and later versions read it. Texts were generated greedily, whatever generation_config.json of the "
         "backbone sets: `num_beams=1, do_sample=False`, no penalties, no forced or banned tokens.",

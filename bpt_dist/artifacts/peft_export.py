@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpt_dist.artifacts.model_card import CardFacts, card_text, is_hub_id, prompt_in_words
+from bpt_dist.artifacts.model_card import PIPELINES, SEQ_2_SEQ, CardFacts, card_text, is_hub_id, prompt_in_words
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
 from bpt_dist.storage.files import OS_FILES, leftovers_of, remove_leftovers, remove_tree, temporary_name, write_or_explain
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PromptLearningConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+T5 = "t5"  # what a backbone is whose facts do not say
 # What the oldest version (`model_card.OLDEST_PEFT`) knows of adapter_config.json: PEFT refuses a file with a key it does not know.
 _PEFT_KEYS = frozenset(("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"))
 _PROMPT_KEYS = _PEFT_KEYS | {
@@ -42,7 +44,7 @@ KEYS_OF_OLDEST_PEFT = {
     | {"r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights",
        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"},
 }  # fmt: skip
-ConfigFacts = Mapping[str, Any]  # d_model, num_layers, num_heads: `Backbone.facts` has them
+ConfigFacts = Mapping[str, Any]  # d_model, num_layers, num_heads, model_type, and task_type of PEFT: `Backbone.facts` has them
 
 
 def export_prompt(
@@ -98,8 +100,8 @@ def export_multitask(
     def build(place: Path) -> None:
         tensors = {"prompt_embeddings": shared, **factors}
         _write_adapter(place, peft_config, tensors, base_model)
-        what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks))
-        _write_card(place, card, what, base_model=base_model, revision=revision, tasks=tasks)
+        what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks), task_type=peft_config.task_type)
+        _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, tasks=tasks)
 
     return _publish(Path(folder), build, shared.nbytes)
 
@@ -132,12 +134,13 @@ def export_low_rank(
     base_model: str,
     revision: str | None,
     card: CardFacts,
+    config_facts: ConfigFacts = MappingProxyType({}),
 ) -> Path:
     """Write the changes B A alpha / R of linear layers, given by the layer's name, as a PEFT LORA folder and return the folder.
 
     The logits under PEFT are bit-identical to ours. Raises NonFinite, StorageError.
     """
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -145,7 +148,7 @@ def export_low_rank(
         tensors[f"base_model.model.{name}.lora_B.weight"] = _plain(b, name)
     rank = len(next(iter(pairs.values()))[0])
     peft_config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
+        task_type=_task_type(config_facts),
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's type is int, but it only divides it
         lora_dropout=0.0,
@@ -162,7 +165,9 @@ def export_low_rank(
         save_file(tensors, place / WEIGHTS)
         (place / "README.md").write_text(f"---\nbase_model: {base_model}\nlibrary_name: peft\n---\n", encoding="utf-8")
         what = f"a change of rank {rank} of {len(pairs)} linear layers of"
-        _write_card(place, card, what, base_model=base_model, revision=revision, tag="low-rank-adaptation")
+        _write_card(
+            place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, tag="low-rank-adaptation"
+        )
 
     return _publish(Path(folder), build, sum(tensor.nbytes for tensor in tensors.values()))
 
@@ -176,18 +181,21 @@ class _ConfigOnly(nn.Module):
     def __init__(self, base_model: str) -> None:
         super().__init__()
         self.name_or_path = base_model
-        self.config = {"_name_or_path": base_model, "model_type": "t5"}
+        self.config = {"_name_or_path": base_model, "model_type": T5}
 
     def prepare_inputs_for_generation(self, *_args: Any, **_kwargs: Any) -> Any:
         """Exist, because PEFT keeps a reference to it."""
         raise AssertionError("this replacement never generates")
 
 
-def _common(prompt: Tensor, base_model: str, revision: str | None, config_facts: ConfigFacts) -> dict[str, Any]:
-    from peft import TaskType
+def _task_type(config_facts: ConfigFacts) -> str:
+    """Return what PEFT calls the kind of backbone."""
+    return str(config_facts.get("task_type", SEQ_2_SEQ))
 
+
+def _common(prompt: Tensor, base_model: str, revision: str | None, config_facts: ConfigFacts) -> dict[str, Any]:
     return {
-        "task_type": TaskType.SEQ_2_SEQ_LM,
+        "task_type": _task_type(config_facts),
         "num_virtual_tokens": len(prompt),
         "token_dim": prompt.shape[1],
         # PEFT's default of 2 would store twice the rows and, in the multi-task form, prompt the decoder as well.
@@ -213,7 +221,8 @@ def _write_prompt(
 
     peft_config = PromptTuningConfig(**_common(prompt, base_model, revision, config_facts))
     _write_adapter(place, peft_config, {"prompt_embeddings": prompt}, base_model)
-    _write_card(place, card, prompt_in_words((prompt.shape[0], prompt.shape[1])), base_model=base_model, revision=revision)
+    what = prompt_in_words((prompt.shape[0], prompt.shape[1]), task_type=peft_config.task_type)
+    _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts)
 
 
 def _write_adapter(place: Path, peft_config: PromptLearningConfig, tensors: Mapping[str, Tensor], base_model: str) -> None:
@@ -253,13 +262,15 @@ def _write_card(
     *,
     base_model: str,
     revision: str | None,
+    config_facts: ConfigFacts,
     tasks: Sequence[str] | None = None,
     tag: str = "prompt-tuning",
 ) -> None:
     """Replace the text of PEFT's card skeleton, keeping its metadata where the hub would accept it."""
     card = ModelCard.load(place / "README.md")
-    card.data.pipeline_tag = "text2text-generation"
-    card.data.tags = [tag, "t5", facts.method]
+    task_type = _task_type(config_facts)
+    card.data.pipeline_tag = PIPELINES[task_type]
+    card.data.tags = [tag, config_facts.get("model_type", T5), facts.method]
     if is_hub_id(base_model) and not Path(base_model).exists():
         card.data.tags.append(f"base_model:adapter:{base_model}")
     else:
@@ -267,14 +278,14 @@ def _write_card(
     measured = [result for result in facts.results if result["value"] is not None]
     if measured:
         card.data.model_name = facts.title
-        card.data.eval_results = [_eval_result(result) for result in measured]
-    card.text = card_text(facts, what=what, base_model=base_model, revision=revision, tasks=tasks)
+        card.data.eval_results = [_eval_result(result, PIPELINES[task_type]) for result in measured]
+    card.text = card_text(facts, what=what, base_model=base_model, revision=revision, tasks=tasks, task_type=task_type)
     card.save(place / "README.md")
 
 
-def _eval_result(result: Mapping[str, Any]) -> EvalResult:
+def _eval_result(result: Mapping[str, Any], pipeline: str) -> EvalResult:
     return EvalResult(
-        task_type="text2text-generation",
+        task_type=pipeline,
         dataset_type=result["task"],
         dataset_name=result["task"],
         dataset_split=result["split"],

@@ -82,13 +82,12 @@ class StoredRun:
 
     def base(self) -> dict[str, Any]:
         """Return what an export says of the backbone; its shape is all that is read of it."""
-        from bpt_dist.backbones.t5.shapes import shape_of
+        from bpt_dist.backbones.loading import facts_of
         from bpt_dist.tasks import mini
 
         settings = self.config.backbone
         path = mini.backbone_path(settings.path)
-        facts = shape_of(path, revision=settings.revision).config.to_dict()
-        return {"base_model": path, "revision": settings.revision, "config_facts": facts}
+        return {"base_model": path, "revision": settings.revision, "config_facts": facts_of(path, revision=settings.revision)}
 
     def card(self, title: str, tasks: Sequence[str], particles: Tensor | None) -> CardFacts:
         """Return the facts of a card about prompts of `tasks` that started from `particles`."""

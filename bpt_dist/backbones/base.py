@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.errors import BackboneChanged
 from bpt_dist.objective import Reduction
+from bpt_dist.tasks.text_to_text import TextForm
 
-EncoderInputs = Callable[[Tensor], Tensor]  # embeds [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
+InputEmbeds = Callable[[Tensor], Tensor]  # word embeddings [N, T, D] -> inputs [m, N, L, D], L >= T: what is added comes first
+# FLOPs lost by the host time of a pass (1.1 ms a block) at the rate of one core or one GPU, over the 48 D^2 FLOPs that a token
+# costs in a block, forward and backward.
+PASS_FLOPS = {"cpu": 1.1e-3 * 5e10 / 48, "cuda": 1.1e-3 * 3e14 / 48}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,7 +31,7 @@ class Forward:
 
     log_likelihood: Float[Tensor, "m N"]
     make_logits: Callable[[], Float[Tensor, "m N U V"]]
-    # On request, the last hidden states of encoder [m, N, L, D] and decoder [m, N, U, D].
+    # On request, the last hidden states of what is read [m, N, L, D] and of the target positions [m, N, U, D].
     states: tuple[Float[Tensor, "m N L D"], Float[Tensor, "m N U D"]] | None = None
 
     @property
@@ -41,6 +45,14 @@ class Backbone(InsertionPoints, ABC):
 
     A family (a folder beside `t5/`) fills in what is abstract here. Files outside `backbones/` know this class only.
     """
+
+    # What the family is to others: how texts are written for it, and what PEFT calls the kind of model.
+    text_form = TextForm()
+    task_type = "SEQ_2_SEQ_LM"
+    # The most positions of prompt, text and target together; None where positions have no end.
+    max_positions: int | None = None
+    # Whether the family's own pass also reads through a partitioned model.
+    packs_partitioned = False
 
     core: nn.Module  # one forward for everything a rank computes, so that a partitioned model is gathered alike on every rank
     call: Callable[..., Any]  # `core`, or the partitioned module that training put in its place
@@ -93,6 +105,11 @@ class Backbone(InsertionPoints, ABC):
 
     @property
     @abstractmethod
+    def word_embeddings(self) -> nn.Module:
+        """The module that turns ids into the vectors that prompts are put before."""
+
+    @property
+    @abstractmethod
     def num_blocks(self) -> dict[str, int]:
         """How many blocks each stack has, by the stack's name."""
 
@@ -111,6 +128,11 @@ class Backbone(InsertionPoints, ABC):
     def use_stock_pass(self) -> None:
         """Read texts by the modules of the model, padded."""
 
+    @property
+    def reads_prompts_once(self) -> bool:
+        """Whether a pass reads a prompt once for all its texts, so that it costs the same however many they are."""
+        return False
+
     @abstractmethod
     def padding_overhead(self, num_targets: int) -> float:
         """Return how many tokens cost as much as one more pass where a pass pads its texts; 0 where it does not.
@@ -121,15 +143,15 @@ class Backbone(InsertionPoints, ABC):
     # --- what it computes -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
+    def log_likelihood(self, texts: Any, input_embeds: InputEmbeds, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
 
     @abstractmethod
-    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
 
     @abstractmethod
-    def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
+    def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle.
 
         With `average` there is one list: each next token is the likeliest under the mean distribution of all particles.
@@ -166,6 +188,11 @@ def average_distributions(logits: Float[Tensor, "rows V"], num_particles: int) -
     of_particles = logits.float().log_softmax(-1).unflatten(0, (num_particles, -1))
     mean = of_particles.logsumexp(0) - math.log(num_particles)
     return mean.repeat(num_particles, 1)
+
+
+def end_tokens(config: Any) -> list[int]:
+    """Return the ids that end a generated text."""
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 
 
 def local_shard(weight: Tensor) -> Tensor:

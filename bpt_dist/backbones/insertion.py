@@ -7,8 +7,8 @@ with a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bpt_dist.errors import ConfigError
 
-SUBLAYERS = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "feed_forward": "DenseReluDense"}
 Change = Callable[[Tensor, Tensor], Tensor]  # input x and output y of a module -> what takes the place of y
 
 
@@ -28,7 +27,7 @@ class Site(NamedTuple):
 
     @property
     def stack(self) -> str:
-        """`encoder`, `decoder` or `lm_head`."""
+        """`encoder` or `decoder`; `model` where there is one stack; or `lm_head`."""
         return self.name.split(".")[0]
 
     @property
@@ -52,6 +51,11 @@ class InsertionPoints:
     """
 
     name: str
+    # What the family calls its sub-layers, and its linear layers where several answer to one name, or one to another.
+    sublayers: ClassVar[Mapping[str, str]] = {
+        "self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "feed_forward": "DenseReluDense",
+    }  # fmt: skip
+    linears: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -67,7 +71,7 @@ class InsertionPoints:
         x is normed, y without the residual; with `residual`, x is the hidden state before the norm and y after the residual.
         `stack` picks one of encoder and decoder.
         """
-        wanted = {SUBLAYERS.get(kind, kind) for kind in where}
+        wanted = {self.sublayers.get(kind, kind) for kind in where}
 
         def matches(place: Site) -> str | None:
             of_stack = stack is None or place.stack == stack
@@ -79,16 +83,25 @@ class InsertionPoints:
 
     def wrap_linear(self, make: MakeChange, which: Sequence[str] | None) -> int:
         """Replace the output of each linear layer called as in `which` (q, k, v, o, wi, wo, lm_head; None for all)."""
+        wanted = {own for name in which or () for own in self.linears.get(name, (name,))}
 
         def matches(place: Site) -> str | None:
             last = place.name.rsplit(".", 1)[-1]
-            return last if isinstance(place.module, nn.Linear) and (which is None or last in which) else None
+            return last if isinstance(place.module, nn.Linear) and (which is None or last in wanted) else None
 
-        return self._attach(make, matches, set(which or ()))
+        return self._attach(make, matches, wanted)
 
     def wrap_norm(self, make: MakeChange) -> int:
-        """Replace the output of every layer norm, in the blocks and after each stack."""
-        return self._attach(make, lambda place: "norm" if place.name.endswith("layer_norm") else None, {"norm"})
+        """Replace the output of every layer norm over the width of the model, in the blocks and after each stack."""
+        return self._attach(make, lambda place: "norm" if self.is_norm(place.name) else None, {"norm"})
+
+    def is_norm(self, name: str) -> bool:
+        """Return whether a module of that name is a layer norm over the width of the model."""
+        return name.endswith("layer_norm")
+
+    def is_last_norm(self, name: str) -> bool:
+        """Return whether a module of that name is the layer norm after a stack."""
+        return name.endswith("final_layer_norm")
 
     def after_encoder(self, observe: Callable[[Float[Tensor, "rows L D"], Int[Tensor, "rows L"]], None]) -> None:
         """Call `observe` with the encoder's last hidden states and attention mask, once a pass and before the decoder."""
@@ -110,15 +123,17 @@ class InsertionPoints:
         if missing or not matching:
             names = sorted({place.name.rsplit(".", 1)[-1] for place in places})
             raise ConfigError(
-                f"{self.name}: no layer of this T5 matches {', '.join(sorted(missing))}; its layers are called {', '.join(names)}"
+                f"{self.name}: no layer of this backbone matches {', '.join(sorted(missing))}; its layers are called "
+                f"{', '.join(names)}"
             )
-        self._handles += [place.module.register_forward_hook(_hook(make(place))) for place, _ in matching]
+        self._handles += [place.module.register_forward_hook(_hook(make(place)), with_kwargs=True) for place, _ in matching]
         return len(matching)
 
 
-def _hook(change: Change) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(_module: nn.Module, args: Any, output: Any) -> Any:
-        return (change(args[0], output[0]), *output[1:]) if isinstance(output, tuple) else change(args[0], output)
+def _hook(change: Change) -> Callable[[nn.Module, Any, Any, Any], Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return (change(x, output[0]), *output[1:]) if isinstance(output, tuple) else change(x, output)
 
     return hook
 
@@ -129,6 +144,6 @@ def of_rows(values: Float[Tensor, "N ..."], num_rows: int) -> Float[Tensor, "row
 
 
 def rms_normalised(states: Float[Tensor, "*rows D"], epsilon: float) -> Float[Tensor, "*rows D"]:
-    """Return what a T5 layer norm multiplies by its gain: no mean is subtracted (Zhang & Sennrich 2019), float32 throughout."""
+    """Return what such a layer norm multiplies by its gain: no mean is subtracted (Zhang & Sennrich 2019), float32 throughout."""
     states = states.to(torch.float32)
     return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)

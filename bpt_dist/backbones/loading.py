@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
@@ -11,9 +11,7 @@ from transformers.utils import logging
 
 from bpt_dist.backbones.base import DTYPES, Backbone
 from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
-from bpt_dist.backbones.t5.config import complete_tokens, read_config
-from bpt_dist.backbones.t5.model import T5Backbone
-from bpt_dist.backbones.t5.weights import build_t5
+from bpt_dist.backbones.families import DECODERS, kind_of
 from bpt_dist.distributed.hub import reach_hub
 from bpt_dist.errors import ConfigError
 
@@ -33,8 +31,9 @@ def load(
     mapped: bool = False,
     identify: Callable[[Weights], str] = identity_of,
 ) -> Backbone:
-    """Load a T5-family checkpoint from a folder or the hub: safetensors only, no remote code, tokenizer from the same place.
+    """Load a checkpoint from a folder or the hub, of whichever family its config.json names.
 
+    Only safetensors are read and no remote code runs; the tokenizer comes from the same place.
     Every weight comes from the files, none is initialised at random; `identity` is the hash over exactly these files. Adapters and
     generation settings beside the weights are never used. `name` is what reports call it. `mapped` weights stay in the file, shared
     by the processes of a host, until they are moved. `identify` returns the hash; ranks of a host need not each read the files.
@@ -48,20 +47,70 @@ def load(
         reach_hub()
     logging.disable_progress_bar()  # transformers': a bar for files that load in a moment, on every rank
     try:
-        config = read_config(checkpoint)
-        weights = checkpoint.weights()
-        tokenizer = _load_tokenizer(checkpoint, config.vocab_size)
-        complete_tokens(config, tokenizer, checkpoint)
-        if attention != "auto":
-            config._attn_implementation = attention
-        model = build_t5(config, checkpoint, weights, DTYPES[dtype], mapped=mapped)
-        identity = identify(weights)
+        make = _decoder if kind_of(checkpoint) in DECODERS else _t5
+        return make(checkpoint, name or path, dtype, attention, mapped, identify)
     except (OSError, ValueError, SafetensorError) as error:
         raise checkpoint.cannot_load(error) from error
-    return T5Backbone(model, tokenizer, name=name or path, path=path, identity=identity, revision=revision)
 
 
-def _load_tokenizer(checkpoint: Checkpoint, num_rows: int) -> Any:
+def _t5(
+    checkpoint: Checkpoint, name: str, dtype: str, attention: str, mapped: bool, identify: Callable[[Weights], str]
+) -> Backbone:
+    from bpt_dist.backbones.t5.config import complete_tokens, read_config
+    from bpt_dist.backbones.t5.model import T5Backbone
+    from bpt_dist.backbones.t5.weights import build_t5
+
+    config = read_config(checkpoint)
+    weights = checkpoint.weights()
+    tokenizer = _load_tokenizer(checkpoint, config.vocab_size)
+    complete_tokens(config, tokenizer, checkpoint)
+    if attention != "auto":
+        config._attn_implementation = attention
+    model = build_t5(config, checkpoint, weights, DTYPES[dtype], mapped=mapped)
+    facts: dict[str, Any] = {"name": name, "path": checkpoint.path, "revision": checkpoint.revision}
+    return T5Backbone(model, tokenizer, identity=identify(weights), **facts)
+
+
+def _decoder(
+    checkpoint: Checkpoint, name: str, dtype: str, attention: str, mapped: bool, identify: Callable[[Weights], str]
+) -> Backbone:
+    from bpt_dist.backbones.decoder.config import complete_tokens, read_config, start_token
+    from bpt_dist.backbones.decoder.model import DecoderBackbone
+    from bpt_dist.backbones.decoder.weights import build_decoder
+
+    config = read_config(checkpoint)
+    weights = checkpoint.weights()
+    # Gemma's tokenizer knows a special piece for pictures, for which a model of text has no row.
+    tokenizer = _load_tokenizer(checkpoint, config.vocab_size, special_may_lack_rows=True)
+    complete_tokens(config, tokenizer, checkpoint)
+    start = start_token(config, tokenizer, checkpoint)
+    if attention != "auto":
+        config._attn_implementation = attention
+    model = build_decoder(config, checkpoint, weights, DTYPES[dtype], mapped=mapped)
+    facts: dict[str, Any] = {"name": name, "path": checkpoint.path, "revision": checkpoint.revision}
+    return DecoderBackbone(model, tokenizer, start=start, identity=identify(weights), **facts)
+
+
+def facts_of(path: str, *, revision: str | None = None) -> Mapping[str, Any]:
+    """Return what an export records of a backbone (`Backbone.facts`), from its config.json alone.
+
+    Raises ConfigError when nothing here or on the hub knows its shape.
+    """
+    checkpoint = Checkpoint(path, revision, local_only=True)
+    try:
+        is_decoder = kind_of(checkpoint) in DECODERS
+    except (OSError, ValueError):
+        is_decoder = False  # not here; `shape_of` knows published names and asks the hub
+    if is_decoder:
+        from bpt_dist.backbones.decoder.config import export_facts, read_config
+
+        return export_facts(read_config(checkpoint))
+    from bpt_dist.backbones.t5.shapes import shape_of
+
+    return shape_of(path, revision=revision).config.to_dict()
+
+
+def _load_tokenizer(checkpoint: Checkpoint, num_rows: int, *, special_may_lack_rows: bool = False) -> Any:
     path = checkpoint.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=checkpoint.revision, trust_remote_code=False)
@@ -72,9 +121,13 @@ def _load_tokenizer(checkpoint: Checkpoint, num_rows: int) -> Any:
     # Without its files transformers makes an empty tokenizer, to which every text is a row of unknown pieces.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
         raise checkpoint.error("has no tokenizer with a vocabulary; put its tokenizer.json beside the weights")
-    if len(tokenizer) > num_rows:
+    num_pieces = len(tokenizer)
+    if special_may_lack_rows:
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        num_pieces = 1 + max(index for index in tokenizer.get_vocab().values() if index not in special)
+    if num_pieces > num_rows:
         raise ConfigError(
-            f"backbone.path: the tokenizer in {path} has {len(tokenizer)} pieces, the model only {num_rows} rows; "
+            f"backbone.path: the tokenizer in {path} has {num_pieces} pieces, the model only {num_rows} rows; "
             "they do not belong together; give the tokenizer that was saved with the weights"
         )
     return tokenizer

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bpt_dist.backbones.base import Backbone
+from bpt_dist.backbones.shared_prompts import note_shared_prompts
 from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.errors import ConfigError
 
 ROWS_AT_ONCE = 1 << 14  # of the word-embedding table
-COMMON_PIECES = 5000  # Lester et al. (2021) sample from the most common pieces; T5 vocabularies are sorted by frequency
+COMMON_PIECES = 5000  # Lester et al. (2021) sample from the most common pieces; vocabularies are roughly sorted by frequency
 log = logging.getLogger(__name__)
 TENSOR_NAMES = (
     "prompt",
@@ -44,7 +45,7 @@ def initial_prompt(options: PromptOptions, backbone: Backbone, generator: torch.
         return (options.init_scale or 0.5) * (2 * torch.rand(length, width, generator=generator) - 1)
     if options.init == "file":
         assert options.init_file is not None
-        return read_prompt(options.init_file, width)
+        return read_prompt(options.init_file, width, task_type=backbone.task_type)
     return backbone.vocabulary_rows(_pieces(options.init, length, backbone, generator, options.init_text)).cpu()
 
 
@@ -106,7 +107,19 @@ class _Rows(torch.autograd.Function):
 
 def prepend(prompts: Float[Tensor, "m P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
     """Put each of the m prompts before each of the N texts; L = P + T."""
-    return prepend_own(prompts[:, None].expand(-1, len(embeds), -1, -1), embeds)
+    joined = prepend_own(prompts[:, None].expand(-1, len(embeds), -1, -1), embeds)
+    choice = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
+    return note_shared_prompts(joined, prompts[:, None].to(embeds), choice)
+
+
+def prepend_chosen(
+    prompts: Float[Tensor, "m S P D"], choice: Int[Tensor, " N"], embeds: Float[Tensor, "N T D"]
+) -> Float[Tensor, "m N L D"]:
+    """Put before the n-th text the `choice[n]`-th of the S prompts that each particle has."""
+    choice = choice.to(prompts.device)
+    # With one particle the same operation as for prompts without particles, so that gradients have the same bits.
+    own = prompts[0][choice][None] if len(prompts) == 1 else prompts[:, choice]
+    return note_shared_prompts(prepend_own(own, embeds), prompts.to(embeds), choice)
 
 
 def prepend_own(prompts: Float[Tensor, "m N P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
@@ -114,14 +127,26 @@ def prepend_own(prompts: Float[Tensor, "m N P D"], embeds: Float[Tensor, "N T D"
     return torch.cat([prompts.to(embeds), embeds[None].expand(len(prompts), -1, -1, -1)], dim=2)
 
 
-def read_prompt(path: Path, width: int, *, task: int | None = None) -> Float[Tensor, "P D"]:
+def read_prompt(path: Path, width: int, *, task: int | None = None, task_type: str | None = None) -> Float[Tensor, "P D"]:
     """Read a prompt of a backbone `width` wide, as float32, from a PEFT folder, `.npy` or `.safetensors`.
 
     A safetensors file may name its tensor `prompt`, `prompt_embeddings` or `mean`, or hold one tensor under any name.
-    `task` chooses a row of a multi-task PEFT folder that has several. Raises ConfigError for a file that is not
-    there, is no prompt, holds NaN or infinity, or was trained for another width.
+    `task` chooses a row of a multi-task PEFT folder that has several; `task_type` is PEFT's name of the backbone's kind. Raises
+    ConfigError for a file that is not there, is no prompt, holds NaN or infinity, or was trained for another width or kind.
     """
+    if task_type is not None and Path(path).is_dir():
+        _refuse_another_kind(Path(path), task_type)
     return _checked(read_stored(path, task=task), Path(path), width)
+
+
+def _refuse_another_kind(folder: Path, task_type: str) -> None:
+    stored = peft_config(folder).get("task_type")
+    if stored not in (None, task_type):
+        kinds = {"SEQ_2_SEQ_LM": "an encoder-decoder", "CAUSAL_LM": "a decoder-only model"}
+        raise ConfigError(
+            f"{folder}: task_type is {stored}, so its prompt was trained for {kinds.get(stored, 'another kind of model')}, and the "
+            f"backbone is {kinds[task_type]}; give a prompt of {task_type}, or set backbone.path to the model it was trained for"
+        )
 
 
 def read_stored(path: Path, *, task: int | None = None) -> Tensor:

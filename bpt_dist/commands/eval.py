@@ -73,7 +73,7 @@ def evaluate_stored(stored: Path, config: RunConfig, task: str, split: str, task
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = load_backbone(config.model_copy(update={"distribution": DistributionConfig()}), world)
     settings = config.evaluation.model_copy(update={"predict": "map", "num_samples": None})
-    (data,) = prepare([task], config.data, backbone.tokenizer, splits=(split,), seed=config.seed)
+    (data,) = prepare([task], config.data, backbone.tokenizer, splits=(split,), seed=config.seed, form=backbone.text_form)
     method: Method
     names = [task]
     if is_weights(stored):
@@ -81,7 +81,7 @@ def evaluate_stored(stored: Path, config: RunConfig, task: str, split: str, task
     elif is_low_rank(stored):
         method = read_low_rank(stored, backbone, data.spec, settings, config.reduction)
     else:
-        tensor = read_prompt(stored, backbone.width, task=task_id)
+        tensor = read_prompt(stored, backbone.width, task=task_id, task_type=backbone.task_type)
         method = PromptTuning(
             Options.model_validate({}), backbone, seed=config.seed, reduction=config.reduction, evaluation=settings
         )

@@ -117,6 +117,8 @@ def _particles(run: StoredRun, place: Path) -> Path:
 
 
 def _how_to_load(run: StoredRun, place: Path) -> str:
+    from bpt_dist.artifacts.model_card import AUTO_CLASSES
+    from bpt_dist.backbones.prompts import peft_config
     from bpt_dist.tasks import mini
 
     if (place / layout.WEIGHTS_FACTS).is_file():
@@ -124,9 +126,11 @@ def _how_to_load(run: StoredRun, place: Path) -> str:
         return f"\n{shlex.join(words)}"
     settings = run.config.backbone
     base = mini.backbone_path(settings.path)
+    adapter = place if (place / layout.ADAPTER_CONFIG).is_file() else place / "mean"  # of all particles
+    auto_class = AUTO_CLASSES[peft_config(adapter)["task_type"]]
     at = "" if settings.revision is None else f", revision={settings.revision!r}"
     return (
-        "\nfrom peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
-        f"base = AutoModelForSeq2SeqLM.from_pretrained({base!r}{at})\n"
+        f"\nfrom peft import PeftModel; from transformers import {auto_class}\n"
+        f"base = {auto_class}.from_pretrained({base!r}{at})\n"
         f"model = PeftModel.from_pretrained(base, {str(place.resolve())!r}).eval()"
     )

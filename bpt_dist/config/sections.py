@@ -26,7 +26,7 @@ LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
 class BackboneConfig(Section):
-    """The pretrained T5."""
+    """The pretrained language model: a T5, or a decoder-only model."""
 
     path: str = Field(default="mini", min_length=1, description="`mini` (shipped with the package), a hub id, or a folder.")
     revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]+$", description="Commit hash or tag of a hub id.")
@@ -258,7 +258,7 @@ class DistributionConfig(Section):
         default="none", description="Where partitions wait: on the device, or in the memory of the host; changes nothing on a CPU."
     )
     activation_checkpointing: bool = Field(
-        default=False, description="Keep only the inputs of each T5 block and compute the block again in the backward pass."
+        default=False, description="Keep only the inputs of each block and compute the block again in the backward pass."
     )
     zero_config: Folder | None = Field(
         default=None, description="DeepSpeed JSON of `shard: deepspeed`; null takes the measured settings."
@@ -334,7 +334,7 @@ class RunConfig(Section):
         default="token_mean", description="Log-likelihood of a text: mean over its target tokens, or their sum."
     )
     method: SerializeAsAny[MethodConfig] = Field(description="The method and its options; a single value is its name.")
-    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The pretrained T5; a single value is its path.")
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The pretrained model; a single value is its path.")
     data: DataConfig = Field(default=DataConfig(), description="Tasks and rows.")
     source: SourceStageConfig = Field(default=SourceStageConfig(), description="Source stage.")
     target: TargetStageConfig = Field(default=TargetStageConfig(), description="Target stage.")

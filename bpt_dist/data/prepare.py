@@ -21,7 +21,7 @@ from bpt_dist.storage.fault_injection import fault_point
 from bpt_dist.tasks import catalogue
 from bpt_dist.tasks.mini import TASKS, world
 from bpt_dist.tasks.spec import Protocol, TaskSpec
-from bpt_dist.tasks.text_to_text import render
+from bpt_dist.tasks.text_to_text import ENCODED, TextForm, render
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,13 @@ class TaskData:
     def files(self) -> dict[str, StoredFile]:
         """The splits that the cache keeps, as `prepare` of another rank of this host takes them."""
         return {name: split.file for name, split in self.splits.items() if split.file is not None}
+
+
+class Encoding(NamedTuple):
+    """What turns texts into the ids that one backbone reads."""
+
+    tokenizer: Any
+    form: TextForm
 
 
 class Needed(NamedTuple):
@@ -76,10 +83,12 @@ def prepare(
     seed: int,
     heartbeat: Callable[[str], None] = lambda _: None,
     handed: Mapping[str, Mapping[str, StoredFile]] | None = None,
+    form: TextForm = ENCODED,
 ) -> list[TaskData]:
     """Return the named tasks with the wanted `splits`; `seed` draws the few-shot rows, `heartbeat` gets each task's name.
 
-    `handed` are the `files` of tasks that a rank of this host has prepared with the same settings.
+    `form` is how the backbone reads texts (`Backbone.text_form`). `handed` are the `files` of tasks that a rank of this host has
+    prepared with the same settings.
 
     Raises DataError naming file, line and field of bad rows, what to do about a missing data set, and fields the tokenizer does
     not know; ConfigError for label words that it does not know or cannot tell apart.
@@ -93,7 +102,7 @@ def prepare(
     for spec in wanted:
         heartbeat(f"preparing {spec.name}")
         found = _handed_splits(spec, data, splits, (handed or {}).get(spec.name, {}))
-        found = _splits(spec, data, tokenizer, splits, seed) if found is None else found
+        found = _splits(spec, data, Encoding(tokenizer, form), splits, seed) if found is None else found
         prepared.append(TaskData(spec, data.protocol, found))
         _report(spec, data, found, seed)
     return prepared
@@ -128,15 +137,15 @@ def _handed_splits(
     return splits
 
 
-def _splits(spec: TaskSpec, data: DataConfig, tokenizer: Any, names: Sequence[str], seed: int) -> dict[str, Split]:
+def _splits(spec: TaskSpec, data: DataConfig, encoding: Encoding, names: Sequence[str], seed: int) -> dict[str, Split]:
     """Return the named splits from the cache; where one is missing, read all rows and keep what comes of them."""
     origin = rows.origin_of(spec, data)
-    paths = _paths(spec, data, tokenizer, names, seed, origin)
+    paths = _paths(spec, data, encoding, names, seed, origin)
     splits = {name: split for name, path in paths.items() if (split := token_cache.read(path)) is not None}
     missing = [name for name in names if name not in splits]
     _repeat_notes(spec, data, splits, {} if missing else splits)
     if missing:
-        made = _make(spec, data, tokenizer, missing, seed, origin)
+        made = _make(spec, data, encoding, missing, seed, origin)
         # Files that were written to in the meantime have given other rows than their key states.
         if paths and (origin.hub is not None or rows.origin_of(spec, data) == origin):
             made = {name: token_cache.write(paths[name], split) for name, split in made.items()}
@@ -162,8 +171,9 @@ def _report(spec: TaskSpec, data: DataConfig, splits: Mapping[str, Split], seed:
 
 
 def _make(
-    spec: TaskSpec, data: DataConfig, tokenizer: Any, names: Sequence[str], seed: int, origin: rows.Origin
+    spec: TaskSpec, data: DataConfig, encoding: Encoding, names: Sequence[str], seed: int, origin: rows.Origin
 ) -> dict[str, Split]:
+    tokenizer, form = encoding
     loaded = rows.load(spec, data, seed=seed, origin=origin)
     made = {}
     for name in names:
@@ -173,14 +183,14 @@ def _make(
             rendered = render(spec, row, data.protocol, evaluation=name != "train")
             examples += rendered
             owners += [number] * len(rendered)
-        tokens = tokenise(spec, examples, tokenizer, data.max_source_length, protocol=data.protocol)
-        unknown = unknown_text.measure(spec, loaded[name], owners, tokens, plain_encoder(tokenizer), data.protocol)
+        tokens = tokenise(spec, examples, tokenizer, data.max_source_length, protocol=data.protocol, form=form)
+        unknown = unknown_text.measure(spec, loaded[name], owners, tokens, plain_encoder(tokenizer, form), data.protocol)
         made[name] = Split(tuple(examples), tokens, loaded.notes, unknown)
     return made
 
 
 def _paths(
-    spec: TaskSpec, data: DataConfig, tokenizer: Any, names: Sequence[str], seed: int, origin: rows.Origin
+    spec: TaskSpec, data: DataConfig, encoding: Encoding, names: Sequence[str], seed: int, origin: rows.Origin
 ) -> dict[str, Path]:
     """Return where the cache keeps each split, by all that shapes its tokens; none for a task too small to be kept."""
     if not origin.fingerprint or origin.num_bytes < LEAST_BYTES:
@@ -191,7 +201,7 @@ def _paths(
         "task": repr(replace(spec, folder=None)),  # where the rows are does not shape them
         "protocol": data.protocol,
         "max_source_length": data.max_source_length,
-        "encoder": encoder_hash(tokenizer),
+        "encoder": encoder_hash(*encoding),
         "split_seed": data.split_seed,
     }
     paths = {}

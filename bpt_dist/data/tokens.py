@@ -1,4 +1,4 @@
-"""Text to token ids. Text of a data set never becomes a special token, whatever it contains.
+"""Text to token ids, in the form a family of models reads. Text of a data set never becomes a special token.
 
 `split_special_tokens=True` is not enough for T5: `</s>`, `<pad>` and `<extra_id_0>` are also pieces of its unigram
 model, which matches them in plain text. The pieces are therefore renamed in a copy of the tokenizer; what comes out
@@ -21,7 +21,7 @@ import numpy as np
 
 from bpt_dist.errors import ConfigError
 from bpt_dist.tasks.spec import Protocol, TaskSpec
-from bpt_dist.tasks.text_to_text import Example
+from bpt_dist.tasks.text_to_text import ENCODED, Example, TextForm
 
 log = logging.getLogger(__name__)
 PAD_ID = 0  # every T5 pads with 0; `plain_encoder` refuses a tokenizer that does not
@@ -30,7 +30,9 @@ SENTINEL = re.compile(r"\u2581?<extra_id_\d+>")  # special in every T5, also whe
 
 @dataclass(frozen=True)
 class TokenisedTask:
-    """The examples of one task and split as ids, each ending with the end token; and what was cut to fit.
+    """The examples of one task and split as ids; and what was cut to fit.
+
+    Targets end with the end token, and so do sources, unless the target continues them in one sequence (`TextForm`).
 
     Rows are in memory where they were just made, and else in the mapped file of the token cache.
     """
@@ -55,25 +57,48 @@ def tokenise(
     *,
     max_target_length: int | None = None,
     protocol: Protocol = "fixed",
+    form: TextForm = ENCODED,
 ) -> TokenisedTask:
     """Return the examples as token ids, counting what was cut.
 
-    Lengths include the end token and default to the task's own; a closed set of label words is never cut.
+    Lengths include the tokens a text begins or ends with and default to the task's own; a closed set of label words is never cut.
     `label_ids` holds the ids of `spec.words(protocol)`, encoded like targets, for ranking. Raises ConfigError if the tokenizer
     does not know a label word or cannot tell two of them apart.
     """
-    encoder = plain_encoder(tokenizer)
+    encoder = plain_encoder(tokenizer, form)
     end = int(tokenizer.eos_token_id)
-    words = encode(encoder, spec.words(protocol), end)
+    lead = leading_blank(encoder) if form.continues else ""
+    words = encode(encoder, [lead + word for word in spec.words(protocol)], end)
     _check_label_words(spec, spec.words(protocol), words, tokenizer, encoder)
     num_source = max_source_length or spec.max_source_length
     num_target = max_target_length or _longest_target(spec, words)
-    sources, cut_sources = _cut(encode(encoder, [example.source for example in examples], end), num_source)
-    targets, cut_targets = _cut(encode(encoder, [example.target for example in examples], end), num_target)
+    sources, cut_sources = _sources(encoder, [example.source for example in examples], end, num_source, form)
+    targets, cut_targets = _cut(encode(encoder, [lead + example.target for example in examples], end), num_target)
     row_ids = tuple(example.row_id for example in examples)
     tokens = TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
     _report_cuts(tokens, num_source, num_target)
     return tokens
+
+
+def leading_blank(encoder: PlainEncoder) -> str:
+    """Return what a word needs before it to become the tokens it has behind other text: a blank, or nothing.
+
+    Engines of the SentencePiece kind put the blank before a text themselves, and those that split at blanks know none.
+    """
+    first, alone, behind = (encoder.ids(encoder.engine.encode(text, add_special_tokens=False)) for text in ("a", "b", "a b"))
+    return "" if behind == first + alone else " "
+
+
+def _sources(
+    encoder: PlainEncoder, texts: Sequence[str], end: int, limit: int, form: TextForm
+) -> tuple[tuple[np.ndarray, ...], int]:
+    """Return the ids of sources in the form of the model, at most `limit` each, and how many were longer."""
+    if not form.continues:
+        return _cut(encode(encoder, texts, end), limit)
+    start = [] if form.start is None else [form.start]
+    encodings = encoder.engine.encode_batch(list(texts), add_special_tokens=False)
+    ids = [np.asarray([*start, *encoder.ids(encoding)], dtype=np.int32) for encoding in encodings]
+    return tuple(row[:limit] for row in ids), sum(len(row) > limit for row in ids)
 
 
 def _check_label_words(
@@ -128,24 +153,26 @@ class PlainEncoder:
 
 
 @lru_cache(maxsize=2)
-def encoder_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of all that decides which ids a text gets: pieces with their scores, normalisation, the end token."""
-    encoder = plain_encoder(tokenizer)
-    facts = [int(tokenizer.eos_token_id), encoder.unknown_id, sorted(encoder.tokenizer_ids.items()), encoder.engine.to_str()]
+def encoder_hash(tokenizer: Any, form: TextForm = ENCODED) -> str:
+    """Return the SHA-256 of all that decides which ids a text gets: pieces and scores, normalisation, end token, form."""
+    encoder = plain_encoder(tokenizer, form)
+    facts = [int(tokenizer.eos_token_id), encoder.unknown_id, sorted(encoder.tokenizer_ids.items()), encoder.engine.to_str(), form]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @lru_cache(maxsize=2)
-def plain_encoder(tokenizer: Any) -> PlainEncoder:
+def plain_encoder(tokenizer: Any, form: TextForm = ENCODED) -> PlainEncoder:
     """Return the encoder of data text of a fast tokenizer.
 
-    Raises ConfigError for a tokenizer without an engine, without an end token, or that pads with another id.
+    Raises ConfigError for a tokenizer without an engine, without an end token, or that pads an encoder's texts with another id.
     """
     engine = getattr(tokenizer, "backend_tokenizer", None)
-    if engine is None or tokenizer.eos_token_id is None or tokenizer.pad_token_id != PAD_ID:
+    pads_otherwise = not form.continues and tokenizer.pad_token_id != PAD_ID  # what pads one sequence is never read
+    if engine is None or tokenizer.eos_token_id is None or pads_otherwise:
+        pad = "" if form.continues else f" and pad id {PAD_ID}"
         raise ConfigError(
             f"backbone.path: its tokenizer ({type(tokenizer).__name__}) must be a fast one (tokenizer.json) "
-            f"with an end token and pad id {PAD_ID}; choose a backbone with one"
+            f"with an end token{pad}; choose a backbone with one"
         )
     state = json.loads(engine.to_str())
     added = state["added_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -52,7 +53,8 @@ class InsertedMethod(Method):
         self.norms = nn.ParameterDict()
 
         def around(place: Site) -> Change:
-            epsilon = float(place.module.variance_epsilon)  # type: ignore[arg-type]  # of T5LayerNorm
+            norm: Any = place.module
+            epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
             gain = self.norms[place.key] = self.placed(torch.zeros(self.backbone.width))
             return lambda x, y: y + (gain * rms_normalised(x, epsilon)).to(y.dtype)
 

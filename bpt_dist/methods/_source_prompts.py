@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bpt_dist.backbones.prompts import prepend_own
+from bpt_dist.backbones.prompts import prepend_chosen
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.prompt_tuning import PromptTuning
@@ -37,10 +37,10 @@ class SourcePrompts(PromptTuning):
         for name in dict(self.named_parameters()):
             delattr(self, name)
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put before every text the prompt of its source task; afterwards, the target's."""
         if not hasattr(self, "task_prompts"):
-            return super().encoder_inputs(embeds, batch, particles)
-        return prepend_own(self.task_prompts[batch.task_index.to(embeds.device)][None], embeds)
+            return super().input_embeds(embeds, batch, particles)
+        return prepend_chosen(self.task_prompts[None], batch.task_index, embeds)

@@ -1,9 +1,10 @@
 """Adapters: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, placed as by HyperFormer.
 
-After the self-attention and the feed-forward sub-layer of every block of both stacks (none after cross-attention), before T5 adds
-the residual: y + up(act(down(y))). All layer norms of the backbone are trained as well. Targets trained together have one adapter
-each and share the layer norms, as the published row of several targets does (rabeehk/hyperformer, `AdapterController.
-construct_adapters` with configs/adapter_dagger.json); `shared` gives all of them one adapter.
+After the self-attention and the feed-forward sub-layer of every block of all stacks (none after cross-attention), before the
+residual is added and, in Gemma, before the norm that follows a sub-layer: y + up(act(down(y))). All layer norms of the backbone
+are trained as well. Targets trained together have one adapter each and share the layer norms, as the published row of several
+targets does (rabeehk/hyperformer, `AdapterController.construct_adapters` with configs/adapter_dagger.json); `shared` gives all of
+them one adapter.
 
 Differences from the code of published rows: weights start from the paper's N(0, 0.01^2) cut at two standard deviations, which the
 code does not cut; the code leaves the task's name out of the text for adapters, while all methods here see the same text; and the
@@ -58,13 +59,13 @@ class Adapters(InsertedMethod):
         self.backbone.wrap_sublayer(self._adapter, ("self_attention", "feed_forward"))
         self.train_norms()
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Note which adapter each text passes through: every pass comes here first."""
         self.task_of_text = batch.task_index.to(embeds.device)
         self.num_tasks_in_pass = len(batch.task_index.unique())
-        return super().encoder_inputs(embeds, batch, particles)
+        return super().input_embeds(embeds, batch, particles)
 
     def _adapter(self, place: Site) -> Change:
         weights = {name: self.placed(start) for name, start in self._starts(place).items()}

@@ -148,12 +148,12 @@ class AttentionalMixture(SourcePrompts):
         scores = torch.cat([hidden @ self.sources.amax(dim=1).T, (hidden * own.amax(dim=1)).sum(-1, keepdim=True)], dim=1)
         return (scores / (self.config.temperature or math.e * self.backbone.width)).softmax(dim=-1)
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put before every text the prompt made for it: sum_j a_j P_j + P_target, the target prompt being one of the P_j too."""
         if self.stage == "prompts":
-            return super().encoder_inputs(embeds, batch, particles)
+            return super().input_embeds(embeds, batch, particles)
         own = self.target_prompts[batch.task_index.to(embeds.device)]
         weights = self.attention(embeds, batch.source_mask.to(embeds.device), own)
         mixed = torch.einsum("nj,jpd->npd", weights[:, :-1], self.sources) + (weights[:, -1] + 1)[:, None, None] * own

@@ -20,6 +20,7 @@ from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
+from bpt_dist.errors import ConfigError
 from bpt_dist.objective import Reduction
 from bpt_dist.tasks.spec import TaskSpec
 
@@ -68,6 +69,9 @@ class Method(nn.Module):
     paper: ClassVar[str]
     summary: ClassVar[str]
 
+    # Why the method is nothing without an encoder; None for the others, which work on any backbone.
+    needs_encoder: ClassVar[str | None] = None
+
     # With a source stage. What a target stage needs of it: tensor name to axes, "K P D", where D is the width of the backbone. A
     # method that names nothing starts from its own posteriors only.
     source_tensors: ClassVar[Mapping[str, str]] = {}
@@ -113,10 +117,10 @@ class Method(nn.Module):
         """Create the trainable tensors of a target stage from what `end_source` returned; `num_examples` is |D| of each task."""
         raise NotImplementedError
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
-        """Return the encoder's inputs for each of this rank's `particles`; by default the word embeddings, unchanged.
+        """Return the inputs of the backbone for each of this rank's `particles`; by default the word embeddings, unchanged.
 
         A method without `particle_tensors` has one hypothesis and may leave the last parameter out. With them, what is built for
         particles that a pass does not read would cost a rank the square of their number.
@@ -126,7 +130,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
         """Return log-likelihoods [m, N] of the batch's targets for the `particles` (counted on this rank)."""
         chosen = (particles,) if self.particle_tensors else ()
-        return self.backbone.log_likelihood(batch, lambda embeds: self.encoder_inputs(embeds, batch, *chosen), self.reduction)
+        return self.backbone.log_likelihood(batch, lambda embeds: self.input_embeds(embeds, batch, *chosen), self.reduction)
 
     def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
         """Return minus the weighted log-likelihood, summed over this rank's texts and particles: each particle sees its own sum."""
@@ -183,8 +187,8 @@ class Method(nn.Module):
     # --- every method: how it predicts --------------------------------------------------------------------------------------------
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
-        """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""
-        return self.encoder_inputs(embeds, batch)
+        """Return the inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""
+        return self.input_embeds(embeds, batch)
 
     def rank(self, batch: Batch, candidates: Int[Tensor, "C U"], predict: str) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) under each hypothesis."""
@@ -284,8 +288,16 @@ class Method(nn.Module):
 
 
 def load(config: RunConfig, backbone: Backbone) -> Method:
-    """Return the method named in the configuration: the one Method subclass of the file of that name."""
+    """Return the method named in the configuration: the one Method subclass of the file of that name.
+
+    Raises ConfigError for a method that needs an encoder where the backbone has none.
+    """
     chosen = method_class(config.method.name)
+    if chosen.needs_encoder is not None and "encoder" not in backbone.num_blocks:
+        raise ConfigError(
+            f"method.name: {config.method.name} {chosen.needs_encoder}, and {backbone.name} has no encoder; choose another method, "
+            "or a backbone of the T5 family"
+        )
     options = config.method.as_options_of(options_class(chosen))
     return chosen(options, backbone, seed=config.seed, reduction=config.reduction, evaluation=config.evaluation)
 

@@ -4,6 +4,7 @@ BitFit trains the biases a model has. T5 has none, so one is added, starting at 
 lm_head) and to the layer norms of the blocks. The norm after each stack gets none. That is what the code of Compacter (Karimi
 Mahabadi et al. 2021) and ATTEMPT does, from which published rows come: it builds `final_layer_norm` without `adapter_config`
 (rabeehk/compacter, third_party/models/t5/modeling_t5.py, `T5Stack`).
+A decoder-only model is treated alike; the norms of single heads get none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from bpt_dist.config import MethodConfig
 from bpt_dist.methods._inserted import InsertedMethod
 
 LM_HEAD = "lm_head"
-LAST_NORM = "final_layer_norm"
 
 
 class Config(MethodConfig):
@@ -45,7 +45,7 @@ class BitFit(InsertedMethod):
         self.backbone.wrap_norm(self._bias)
 
     def _bias(self, place: Site) -> Change:
-        if place.name.endswith(LAST_NORM) or (place.stack == LM_HEAD and not self.config.lm_head):
+        if self.backbone.is_last_norm(place.name) or (place.stack == LM_HEAD and not self.config.lm_head):
             return lambda _x, y: y
         size = place.module.out_features if isinstance(place.module, nn.Linear) else self.backbone.width
         bias = self.biases[place.key] = self.placed(torch.zeros(size))

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from bpt_dist.backbones.prompts import prepend_own, rows_of
+from bpt_dist.backbones.prompts import prepend_chosen, rows_of
 from bpt_dist.config import StageConfig, refuse, without_effect
 from bpt_dist.config.prompt_options import Bandwidth, FactoredPromptOptions, MedianTimes
 from bpt_dist.data.batches import Batch
@@ -218,13 +218,13 @@ class BayesianPromptTuning(VanillaTransfer):
             return full.expand(-1, len(self.num_examples), -1, -1)
         return low_rank_product(full, rows_of(self.u, particles), rows_of(self.v, particles))
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put each of the particles before every text; on targets, its task's prompt."""
         if self.stage == "source" or not self.config.rank:
-            return super().encoder_inputs(embeds, batch, particles)
-        return prepend_own(self.target_prompts(particles)[:, batch.task_index.to(embeds.device)], embeds)
+            return super().input_embeds(embeds, batch, particles)
+        return prepend_chosen(self.target_prompts(particles), batch.task_index, embeds)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
         """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt.
@@ -232,13 +232,13 @@ class BayesianPromptTuning(VanillaTransfer):
         Samples have the covariance of the source particles: the posterior's own directions, moved to the target's prompt.
         """
         adapted = predict != "map" and self.adapts_particles
-        prompts = self.target_prompts(slice(1, None) if adapted else slice(1))[:, batch.task_index.to(embeds.device)]
+        prompts = self.target_prompts(slice(1, None) if adapted else slice(1))
         if adapted or predict == "map":
-            return prepend_own(prompts, embeds)
+            return prepend_chosen(prompts, batch.task_index, embeds)
         num_samples, num_particles = self.evaluation.num_samples or 0, len(self.deviations)
         noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(embeds.device)
         offsets = torch.einsum("sm,mpd->spd", noise, self.deviations) / max(num_particles - 1, 1) ** 0.5
-        return prepend_own(prompts + offsets[:, None], embeds)
+        return prepend_chosen(prompts + offsets[:, None], batch.task_index, embeds)
 
     def penalty(self) -> Float[Tensor, ""] | None:
         """Return minus the log prior of each effective prompt, as objective.py scales it, weighted as the target's likelihood is.

@@ -76,7 +76,7 @@ class DecomposedPromptTuning(PromptTuning):
         left = (self.config.budget_length - self.particles.shape[1]) * self.backbone.width
         return max(1, left // (self.config.max_length + self.backbone.width))
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put the prompt before every text whose embeddings are updated by position.

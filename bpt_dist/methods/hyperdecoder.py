@@ -81,6 +81,7 @@ class HyperDecoder(InsertedMethod):
 
     paper = "Ivison & Peters 2022"
     summary = "encoder adapters, and a hyper-network that writes the decoder's adapters for each text"
+    needs_encoder = "writes the adapters of a decoder from what an encoder has read"
     config: Config
 
     def insert(self) -> None:

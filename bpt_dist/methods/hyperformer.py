@@ -87,6 +87,7 @@ class HyperFormer(InsertedMethod):
 
     paper = "Karimi Mahabadi et al. 2021"
     summary = "shared hyper-networks that write adapters and their norms, task embeddings, and all layer norms"
+    needs_encoder = "writes adapters for the blocks of an encoder and of a decoder by a network each"
     config: Config
 
     def insert(self) -> None:
@@ -101,13 +102,13 @@ class HyperFormer(InsertedMethod):
         backbone.wrap_sublayer(self._adapter, ("self_attention", "feed_forward"))
         self.train_norms()
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Write the adapters of the tasks in the batch: every pass comes here first."""
         present, self.task_of_text = batch.task_index.to(embeds.device).unique(return_inverse=True)
         self.weights = {stack: network(self.tasks[present]) for stack, network in self.networks.items()}
-        return super().encoder_inputs(embeds, batch, particles)
+        return super().input_embeds(embeds, batch, particles)
 
     def _adapter(self, place: Site) -> Change:
         position, activation = POSITIONS[place.name.rsplit(".", 1)[-1]], ACTIVATIONS[self.config.activation]

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bpt_dist.backbones.base import EncoderInputs, Forward
-from bpt_dist.backbones.prompts import prepend_own
+from bpt_dist.backbones.base import Forward, InputEmbeds
+from bpt_dist.backbones.prompts import prepend_chosen
 from bpt_dist.config import StageConfig, refuse, without_effect
 from bpt_dist.config.prompt_options import FactoredPromptOptions
 from bpt_dist.data.batches import Batch
@@ -102,14 +102,14 @@ class MultitaskPromptTuning(SourcePrompts):
 
     # --- prompts and loss -------------------------------------------------------------------------------------------------------
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put before every text the prompt of its task."""
         if self.stage == "teachers":
-            return super().encoder_inputs(embeds, batch, particles)
+            return super().input_embeds(embeds, batch, particles)
         prompts = low_rank_product(self.full, self.u, self.v)
-        return prepend_own(prompts[batch.task_index.to(embeds.device)][None], embeds)
+        return prepend_chosen(prompts[None], batch.task_index, embeds)
 
     @property
     def _distils(self) -> bool:
@@ -127,13 +127,12 @@ class MultitaskPromptTuning(SourcePrompts):
         """
         if not self._distils:
             return super().forward(batch, particles)
-        own_teacher = self.teachers[batch.task_index.to(self.teachers.device)][None]
         with torch.no_grad():
-            self.taught = self._read(batch, lambda embeds: prepend_own(own_teacher, embeds))
-        return self._read(batch, lambda embeds: self.encoder_inputs(embeds, batch))
+            self.taught = self._read(batch, lambda embeds: prepend_chosen(self.teachers[None], batch.task_index, embeds))
+        return self._read(batch, lambda embeds: self.input_embeds(embeds, batch))
 
-    def _read(self, batch: Batch, encoder_inputs: EncoderInputs) -> Forward:
-        return self.backbone.log_likelihood(batch, encoder_inputs, self.reduction, states=True)
+    def _read(self, batch: Batch, input_embeds: InputEmbeds) -> Forward:
+        return self.backbone.log_likelihood(batch, input_embeds, self.reduction, states=True)
 
     def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum over texts of minus log-likelihood + lambda (KL to the teacher + distances of states)."""

@@ -45,7 +45,7 @@ class PromptTuning(Method):
         self.target_tasks = [task.name for task in tasks]
         self.own(self.start(*self.target_tasks)[None])
 
-    def encoder_inputs(
+    def input_embeds(
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Put each of the particles before every text."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,20 @@ from bpt_dist.tasks.spec import Protocol, TaskSpec, column
 
 ROW_ID = "_row_id"
 Row = dict[str, Any]
+
+
+class TextForm(NamedTuple):
+    """How a family of models reads a text and its answer; the words are the same for all.
+
+    With `continues` the answer goes on in the sequence of the text, as a decoder-only model reads it: a blank before its first
+    word, and no end token behind the text. `start` is the token a text begins with, where the model wants one.
+    """
+
+    continues: bool = False
+    start: int | None = None
+
+
+ENCODED = TextForm()  # an encoder reads the text to its end token, a decoder begins the answer
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,11 @@ class TargetOutputs:
                 posterior=self._posterior_facts(),
             )
             folder = self.directory.path(layout.TARGET, name) / layout.ADAPTER
-            path, revision = self.backbone.path, self.backbone.revision
+            path, revision, facts = self.backbone.path, self.backbone.revision, self.backbone.facts
             if pairs is None:
-                facts = self.backbone.facts
                 export_prompt(prompts[name], folder, base_model=path, revision=revision, config_facts=facts, card=card)
             else:
-                export_low_rank(pairs.pairs, pairs.alpha, folder, base_model=path, revision=revision, card=card)
+                export_low_rank(pairs.pairs, pairs.alpha, folder, base_model=path, revision=revision, config_facts=facts, card=card)
 
     def export_weights(self, tasks: Sequence[TaskData], trained: Mapping[str, Tensor], stage: str) -> None:
         """Write the trained tensors of a method that is no soft prompt."""

@@ -31,6 +31,7 @@ from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import with_snapshots
 from bpt_dist.training.evaluation import Evaluated, evaluate
 from bpt_dist.training.outputs import TargetOutputs
+from bpt_dist.training.positions import check_positions
 from bpt_dist.training.stage import TrainingStage
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class TrainingRun:
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         for needed in data_of_run(config):
             self._data[needed.stage] = self._prepare(needed.names, needed.options, needed.splits)
+        check_positions([task for tasks in self._data.values() for task in tasks], config, self.backbone)
 
     def _resolve_rates(self) -> None:
         """Make learning rates in units of the word embeddings absolute, for the log and for tracking (collective)."""
@@ -81,8 +83,10 @@ class TrainingRun:
 
     def _prepare_task(self, name: str, options: DataConfig, splits: Sequence[str]) -> TaskData:
         def prepared(files: Mapping[str, StoredFile] | None = None) -> TaskData:
-            tokenizer, seed, handed = self.backbone.tokenizer, self.config.seed, {name: files or {}}
-            (task,) = prepare([name], options, tokenizer, splits=splits, seed=seed, heartbeat=self.heartbeat, handed=handed)
+            (task,) = prepare(
+                [name], options, self.backbone.tokenizer, splits=splits, seed=self.config.seed, heartbeat=self.heartbeat,
+                handed={name: files or {}}, form=self.backbone.text_form,
+            )  # fmt: skip
             return task
 
         task, problem = None, None

@@ -51,7 +51,8 @@ def _losses(run: TrainingRun, tasks: Sequence[TaskData], candidates: Float[Tenso
 
     def limits(batch: Batch) -> MicroBatchLimits:
         overhead = backbone.padding_overhead(batch.target_ids.shape[1])
-        return MicroBatchLimits(settings.pass_size, candidates.shape[1], overhead, backbone.synced)
+        num_added = 0 if backbone.reads_prompts_once else candidates.shape[1]
+        return MicroBatchLimits(settings.pass_size, num_added, overhead, backbone.synced)
 
     def around(unit: MicroBatch) -> AbstractContextManager[None]:
         run.heartbeat(place)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.backbones.t5.attention import Attention
+from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.t5.layout import Layout
 
 Rows = Sequence[tuple[int, int]]  # of each group of tokens: number of sequences, positions of each

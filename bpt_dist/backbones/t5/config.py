@@ -20,7 +20,7 @@ from transformers import MT5Config, T5Config
 from transformers.activations import ACT2FN
 
 from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, first_line
-from bpt_dist.errors import ConfigError
+from bpt_dist.backbones.families import kind_of
 
 FAMILIES: dict[str, type[T5Config] | type[MT5Config]] = {"t5": T5Config, "mt5": MT5Config}
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "relative_attention_num_buckets",
@@ -37,19 +37,13 @@ def read_config(checkpoint: Checkpoint) -> T5Config:
     Raises ConfigError for another family, quantised weights, an adapter beside them and values no T5 can have; OSError for a
     config.json that cannot be had.
     """
-    facts = checkpoint.config()
-    kind = facts.get("model_type")
+    kind = kind_of(checkpoint)
     if kind not in FAMILIES:
-        raise ConfigError(
-            f"backbone.path: {checkpoint.path} is a {kind!r} model; this project prompts T5-family models only; "
-            f"choose one whose {CONFIG} has model_type {' or '.join(FAMILIES)}"
-        )
-    if facts.get("quantization_config") is not None:
         raise checkpoint.error(
-            f"has quantised weights (quantization_config in {CONFIG}), which are not read; "
-            "give the checkpoint they were made from, or dequantise and save it"
+            f"is a {kind!r} model, and what is asked for here is known of T5 models only; give one whose {CONFIG} has model_type "
+            "t5 or mt5"
         )
-    return config_of(checkpoint, kind, facts)
+    return config_of(checkpoint, kind, checkpoint.config())
 
 
 def config_of(checkpoint: Checkpoint, kind: str, facts: Mapping[str, Any]) -> T5Config:
@@ -87,8 +81,3 @@ def complete_tokens(config: T5Config, tokenizer: Any, checkpoint: Checkpoint) ->
         if not ids or not good:
             raise checkpoint.error(f"has {name} {ids} of {config.vocab_size} tokens; fix it in {CONFIG}")
     config.eos_token_id = ends if len(ends) > 1 else ends[0]
-
-
-def end_tokens(config: Any) -> list[int]:
-    """Return the ids that end a generated text."""
-    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from bpt_dist.backbones.base import Backbone, EncoderInputs, Forward, average_distributions
-from bpt_dist.backbones.t5.attention import ATTENTIONS
-from bpt_dist.backbones.t5.config import end_tokens
+from bpt_dist.backbones.attention import ATTENTIONS
+from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, average_distributions, end_tokens
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
-
-# FLOPs lost by the host time of a pass (1.1 ms a block) at the rate of one core or one GPU, over the 48 D^2 FLOPs that a token
-# costs in a block, forward and backward.
-PASS_FLOPS = {"cpu": 1.1e-3 * 5e10 / 48, "cuda": 1.1e-3 * 3e14 / 48}
 
 
 class PromptedT5(nn.Module):
@@ -46,19 +41,19 @@ class PromptedT5(nn.Module):
         }
         return run[task](*args, **kwargs)
 
-    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], encoder_inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
+    def _inputs(self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], input_embeds: InputEmbeds) -> tuple[Tensor, Tensor]:
         """Return inputs [m*N, L, D] and their mask [m*N, L]."""
-        inputs = encoder_inputs(self.model.shared(ids))
+        inputs = input_embeds(self.model.shared(ids))
         num_particles, _, length, _ = inputs.shape
         ones = mask.new_ones(mask.shape[0], length - mask.shape[1])
         full_mask = torch.cat([ones, mask], dim=1).repeat(num_particles, 1)
         return inputs.flatten(0, 1).to(self.model.dtype), full_mask
 
     def _log_likelihood(
-        self, ids: Tensor, mask: Tensor, target_ids: Tensor, encoder_inputs: EncoderInputs, reduction: Reduction, states: bool
+        self, ids: Tensor, mask: Tensor, target_ids: Tensor, input_embeds: InputEmbeds, reduction: Reduction, states: bool
     ) -> tuple[Tensor, ...]:
         """Return log-likelihoods [rows] and logits [rows, U, V]; with `states`, also the last states of encoder and decoder."""
-        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        inputs, full_mask = self._inputs(ids, mask, input_embeds)
         targets = target_ids.repeat(len(inputs) // len(ids), 1)
         start = self.model._shift_right(targets)
         decoded: list[Tensor] = []
@@ -72,10 +67,10 @@ class PromptedT5(nn.Module):
         return sequence_log_likelihood(output.logits, targets, reduction), output.logits, *last
 
     def _rank(
-        self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+        self, ids: Tensor, mask: Tensor, candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds
     ) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood (summed over tokens) of every candidate for every text; the encoder runs once."""
-        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        inputs, full_mask = self._inputs(ids, mask, input_embeds)
         encoded = BaseModelOutput(last_hidden_state=self.model.encoder(inputs_embeds=inputs, attention_mask=full_mask)[0])
         columns = []
         for candidate in candidates:
@@ -86,13 +81,13 @@ class PromptedT5(nn.Module):
         return torch.stack(columns, dim=-1)
 
     def _generate(
-        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, max_new_tokens: int, synced: bool, average: bool
+        self, ids: Tensor, mask: Tensor, input_embeds: InputEmbeds, max_new_tokens: int, synced: bool, average: bool
     ) -> Int[Tensor, "rows U"]:
         """Decode greedily; `synced` keeps partitioned ranks in lock-step until the last of them is done.
 
         With `average` the particles of a text write one target together, by the mean of their next-token distributions.
         """
-        inputs, full_mask = self._inputs(ids, mask, encoder_inputs)
+        inputs, full_mask = self._inputs(ids, mask, input_embeds)
         num_particles = len(inputs) // len(ids)
         processors = [lambda _written, logits: average_distributions(logits, num_particles)] if average else []
         generate: Any = self.model.generate  # type: ignore[misc]  # its signature is not that of a method
@@ -165,6 +160,11 @@ class T5Backbone(Backbone):
         return type(self.model.encoder.block[0])
 
     @property
+    def word_embeddings(self) -> nn.Module:
+        """The table that encoder and decoder share."""
+        return self.model.shared
+
+    @property
     def num_blocks(self) -> dict[str, int]:
         """How many blocks each stack has."""
         return {"encoder": len(self.model.encoder.block), "decoder": len(self.model.decoder.block)}
@@ -203,32 +203,32 @@ class T5Backbone(Backbone):
             return None
         return None if self.model.shared.weight.requires_grad else self.packed
 
-    def log_likelihood(self, texts: Any, encoder_inputs: EncoderInputs, reduction: Reduction, *, states: bool = False) -> Forward:
+    def log_likelihood(self, texts: Any, input_embeds: InputEmbeds, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
         ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
         if (packed := self.packed_pass_for(targets.shape[1])) is not None:
-            return packed.log_likelihood(ids, mask, targets, encoder_inputs, reduction, states)
-        log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, encoder_inputs, reduction, states)
+            return packed.log_likelihood(ids, mask, targets, input_embeds, reduction, states)
+        log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, input_embeds, reduction, states)
         logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
         return Forward(log_likelihood.view(-1, len(ids)), lambda: logits, (last[0], last[1]) if last else None)
 
     @torch.no_grad()
-    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs) -> Float[Tensor, "m N C"]:
+    def rank(self, texts: Any, candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         if (packed := self.packed_pass_for(candidates.shape[1])) is not None:
-            return packed.rank(ids, mask, candidates.to(self.device), encoder_inputs)
-        rows: Tensor = self.call("rank", ids, mask, candidates.to(self.device), encoder_inputs)
+            return packed.rank(ids, mask, candidates.to(self.device), input_embeds)
+        rows: Tensor = self.call("rank", ids, mask, candidates.to(self.device), input_embeds)
         return rows.view(-1, len(ids), len(candidates))
 
     @torch.no_grad()
-    def generate(self, texts: Any, encoder_inputs: EncoderInputs, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
+    def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         if (packed := self.packed_pass_for(max_new_tokens)) is not None:
-            tokens = packed.generate(ids, mask, encoder_inputs, max_new_tokens, average)
+            tokens = packed.generate(ids, mask, input_embeds, max_new_tokens, average)
         else:
-            tokens = self.call("generate", ids, mask, encoder_inputs, max_new_tokens, self.synced, average)
+            tokens = self.call("generate", ids, mask, input_embeds, max_new_tokens, self.synced, average)
             tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         written = tokens[:1] if average else tokens  # on average all particles write the same
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]

@@ -7,21 +7,19 @@ It replaces transformers' modules where a rank holds the whole T5, nothing of it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from bpt_dist.backbones.base import EncoderInputs, Forward, average_distributions
-from bpt_dist.backbones.t5.attention import Attention, plain_attention
+from bpt_dist.backbones.attention import Attention, plain_attention
+from bpt_dist.backbones.base import Forward, InputEmbeds, average_distributions, end_tokens
+from bpt_dist.backbones.candidates import MOST_LOGITS, Tree
 from bpt_dist.backbones.t5.blocks import Decoder, Encoder
-from bpt_dist.backbones.t5.config import end_tokens
 from bpt_dist.backbones.t5.layout import Layout
 from bpt_dist.objective import IGNORED, Reduction
-
-MOST_LOGITS = 1 << 26  # numbers, 256 MB: what ranking holds at once of an output as large as the vocabulary
 
 
 class PackedT5:
@@ -36,13 +34,13 @@ class PackedT5:
         ids: Int[Tensor, "N T"],
         mask: Int[Tensor, "N T"],
         target_ids: Int[Tensor, "N U"],
-        encoder_inputs: EncoderInputs,
+        input_embeds: InputEmbeds,
         reduction: Reduction,
         states: bool,
     ) -> Forward:
         """Return the log-likelihood of each target; logits are made for positions that have a target only."""
         num_targets = (target_ids != IGNORED).sum(1)
-        inputs, layout = self._lay_out(ids, mask, encoder_inputs, num_targets.tolist())
+        inputs, layout = self._lay_out(ids, mask, input_embeds, num_targets.tolist())
         encoded = self.encoder(layout.encoder_tokens(inputs), layout)
         start = layout.decoder_tokens(self.model._shift_right(target_ids))
         decoded = self.decoder(self._embed(start), _memory(encoded, layout), layout.decoder_rows)
@@ -58,14 +56,14 @@ class PackedT5:
         return Forward(total, lambda: layout.unpacked_decoder(logits, length), last)
 
     def rank(
-        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], encoder_inputs: EncoderInputs
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds
     ) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood (summed over tokens) of every candidate, read by one pass of the decoder.
 
         Candidates that begin alike share the positions of their common beginning: the decoder reads a tree.
         """
         tree = Tree.of(candidates.tolist(), self.model.config.decoder_start_token_id)
-        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [len(tree.tokens)] * len(ids))
+        inputs, layout = self._lay_out(ids, mask, input_embeds, [len(tree.tokens)] * len(ids))
         encoded = self.encoder(layout.encoder_tokens(inputs), layout)
         bias = self._bias_of(tree)
         nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
@@ -78,7 +76,7 @@ class PackedT5:
         self,
         ids: Int[Tensor, "N T"],
         mask: Int[Tensor, "N T"],
-        encoder_inputs: EncoderInputs,
+        input_embeds: InputEmbeds,
         max_new_tokens: int,
         average: bool = False,
     ) -> Int[Tensor, "m N U"]:
@@ -86,16 +84,16 @@ class PackedT5:
 
         With `average` the particles of a text write one target together, by the mean of their next-token distributions.
         """
-        inputs, layout = self._lay_out(ids, mask, encoder_inputs, [1] * len(ids))
+        inputs, layout = self._lay_out(ids, mask, input_embeds, [1] * len(ids))
         encoded = self.encoder(layout.encoder_tokens(inputs), layout)
         memory, averaged = _memory(encoded, layout), layout.num_particles if average else 1
         tokens = greedy(self.decoder, self._embed, self._logits, memory, self.model.config, max_new_tokens, averaged)
         return layout.in_order(tokens)
 
     def _lay_out(
-        self, ids: Tensor, mask: Tensor, encoder_inputs: EncoderInputs, decoder_lengths: list[int]
+        self, ids: Tensor, mask: Tensor, input_embeds: InputEmbeds, decoder_lengths: list[int]
     ) -> tuple[Float[Tensor, "m N L D"], Layout]:
-        inputs = encoder_inputs(self._embed(ids))
+        inputs = input_embeds(self._embed(ids))
         num_added = inputs.shape[2] - ids.shape[1]
         return inputs, Layout(len(inputs), (mask.sum(1) + num_added).tolist(), decoder_lengths)
 
@@ -123,44 +121,6 @@ class PackedT5:
         bias = self.decoder.bias(int(depths.max()) + 1)
         between = bias[:, :, depths][..., depths]
         return between.masked_fill(~tree.visible().to(between.device), -torch.inf)
-
-
-class Tree(NamedTuple):
-    """The beginnings of all candidates: what the decoder has read at a node is the way to it from the root, the start token.
-
-    `paths` holds for each candidate the (node, next token) pairs whose log-probabilities make up its own.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    depths: list[int]
-    paths: list[list[tuple[int, int]]]
-
-    @classmethod
-    def of(cls, candidates: list[list[int]], start: int) -> Tree:
-        """Return the tree of candidates, each padded by -100."""
-        tree = cls([start], [0], [0], [])
-        nodes: dict[tuple[int, ...], int] = {(): 0}
-        for candidate in candidates:
-            ids = [token for token in candidate if token != IGNORED]
-            path = []
-            for place, token in enumerate(ids):
-                before = tuple(ids[:place])
-                if before not in nodes:
-                    nodes[before] = len(tree.tokens)
-                    tree.tokens.append(before[-1])
-                    tree.parents.append(nodes[before[:-1]])
-                    tree.depths.append(place)
-                path.append((nodes[before], token))
-            tree.paths.append(path)
-        return tree
-
-    def visible(self) -> Bool[Tensor, "n n"]:
-        """Return which nodes [query, key] are on the way from the root to each node."""
-        seen = torch.eye(len(self.tokens), dtype=torch.bool)
-        for node in range(1, len(self.tokens)):
-            seen[node] |= seen[self.parents[node]]
-        return seen
 
 
 def _memory(encoded: Float[Tensor, "tokens D"], layout: Layout) -> list[Float[Tensor, "r S D"]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from bpt_dist.backbones.t5.attention import ATTENTIONS, default_attention, plain_attention
+from bpt_dist.backbones.attention import ATTENTIONS, default_attention, plain_attention
 from bpt_dist.backbones.t5.blocks import Decoder, norm
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5

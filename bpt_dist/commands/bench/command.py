@@ -28,6 +28,13 @@ Quick = Annotated[bool, typer.Option("--quick", help="t5-small and less of every
 QUICK_SECONDS, QUICK_PARTICLES = 75.0, 2
 
 
+class Family(StrEnum):
+    """Which family of backbones is timed."""
+
+    t5 = "t5"
+    decoder = "decoder"
+
+
 class Lengths(StrEnum):
     """Where the lengths of texts come from."""
 
@@ -65,6 +72,8 @@ def source(
     threads: Threads = 1,
     device: Device = "auto",
     pass_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one of our passes, as in `source.pass_size`.")] = None,
+    backbone: Annotated[Family, typer.Option(help="`decoder`: a decoder-only model of the shape of SmolLM2-135M.")] = Family.t5,
+    prompts: Annotated[str, typer.Option(metavar="P,...", help="Prompt positions, with --backbone decoder.")] = "100,20",
 ) -> None:
     """Time the source step: PEFT in a loop over particles, the stock T5, ours, in fp32 and bf16; exit code 1 if one is wrong."""
     if context.invoked_subcommand is not None:
@@ -72,6 +81,9 @@ def source(
         if any(source is not None and source.name == "COMMANDLINE" for source in sources):
             words = f"bpt-dist bench {context.invoked_subcommand}"
             raise ConfigError(f"{words}: an option before the sub-command has no effect; write it after `{words}`")
+        return
+    if backbone is Family.decoder:
+        decoder_step(shape, quick, file, particles, repeats, threads, device, numbers("--prompts", prompts, least=1))
         return
     from bpt_dist.commands.bench.source_report import HEADER, NUMBERS, correctness_lines, source_json, table_rows
     from bpt_dist.commands.bench.source_run import Options, run_source
@@ -103,6 +115,33 @@ def source(
     say(report["notes"])
     save(report, file)
     if measured.wrong:
+        raise typer.Exit(1)
+
+
+def decoder_step(
+    shape: str | None, quick: bool, file: Path | None, particles: int | None, repeats: int | None, threads: int, device: str,
+    prompts: Sequence[int],
+) -> None:  # fmt: skip
+    """Time the source step and the ranking of label words on a decoder-only model."""
+    clock, machine = prepare(device, threads)
+    from bpt_dist.commands.bench.decoder import HEADER, SMOLLM2, decoder_rows, run_decoder, shape_of, wrong_results
+    from bpt_dist.commands.bench.screen import progress
+    from bpt_dist.commands.bench.source_run import Options
+
+    name = shape or SMOLLM2
+    config = shape_of(name, quick=quick)
+    options = Options(repeats or 3, QUICK_SECONDS if quick else None)
+    with progress() as tell:
+        report = {"command": "decoder", "shape": name, "layers": config.num_hidden_layers}
+        report |= run_decoder(config, particles or (QUICK_PARTICLES if quick else 5), prompts, clock, options, tell)
+        report["machine"] = machine()
+    say([f"{name}, {config.num_hidden_layers} layers; relative difference from transformers' modules:"])
+    checks = report["correct"].items()
+    say([f"{check['difference']:.1e}  {variant}{'' if check['right'] else '  WRONG'}" for variant, check in checks])
+    say(["", *machine_text(report)])
+    print_list(HEADER, decoder_rows(report), right=(3, 4, 5, 6, 7))
+    save(report, file)
+    if wrong_results(report):
         raise typer.Exit(1)
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
+from bpt_dist.backbones.attention import measured_attention
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.t5.attention import measured_attention
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.backbones.t5.shapes import T5Shape, shape_of
@@ -96,15 +96,22 @@ def source_work(
 
 def make_work(shape: T5Shape, num_particles: int, lengths: Sequence[tuple[int, int]], num_prompt: int, seed: int = 0) -> Work:
     """Return prompts around one common prompt, and random texts of the given numbers of source and target tokens."""
+    return work_of(shape.config.vocab_size, shape.config.d_model, num_particles, lengths, num_prompt=num_prompt, seed=seed)
+
+
+def work_of(
+    vocabulary: int, width: int, num_particles: int, lengths: Sequence[tuple[int, int]], *, num_prompt: int, seed: int
+) -> Work:
+    """Return such work for a model of which only the sizes count."""
     generator = torch.Generator().manual_seed(seed)
     source = torch.zeros(len(lengths), max(length for length, _ in lengths), dtype=torch.long)
     mask = torch.zeros_like(source)
     target = torch.full((len(lengths), max(length for _, length in lengths)), IGNORED)
     for row, (num_source, num_target) in enumerate(lengths):
-        source[row, :num_source] = _text(num_source, shape.config.vocab_size, generator)
+        source[row, :num_source] = _text(num_source, vocabulary, generator)
         mask[row, :num_source] = 1
-        target[row, :num_target] = _text(num_target, shape.config.vocab_size, generator)
-    return _with_prompts(shape, num_particles, num_prompt, _batch(source, mask, target), generator)
+        target[row, :num_target] = _text(num_target, vocabulary, generator)
+    return _with_prompts(width, num_particles, num_prompt, _batch(source, mask, target), generator)
 
 
 def real_work(shape: T5Shape, num_particles: int, *, num_prompt: int = 100, texts: int = 1, seed: int = 0) -> Work:
@@ -120,7 +127,7 @@ def real_work(shape: T5Shape, num_particles: int, *, num_prompt: int = 100, text
     data = DataConfig(root=root, max_source_length=CAP, max_train_rows=1000)
     tasks = prepare(list(SOURCE_TASKS), data, _tokenizer(root), splits=["train"], seed=seed)
     drawn = Batches([task.train.tokens for task in tasks], texts, seed).at(0)
-    return _with_prompts(shape, num_particles, num_prompt, drawn, torch.Generator().manual_seed(seed))
+    return _with_prompts(shape.config.d_model, num_particles, num_prompt, drawn, torch.Generator().manual_seed(seed))
 
 
 def data_pack() -> Path:
@@ -183,8 +190,8 @@ def _text(length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def _with_prompts(shape: T5Shape, num_particles: int, num_prompt: int, texts: Batch, generator: torch.Generator) -> Work:
-    size = (num_prompt, shape.config.d_model)
+def _with_prompts(width: int, num_particles: int, num_prompt: int, texts: Batch, generator: torch.Generator) -> Work:
+    size = (num_prompt, width)
     noise = SPREAD * torch.randn((num_particles, *size), generator=generator)
     return Work(torch.randn(size, generator=generator) + noise, texts)
 
@@ -196,16 +203,18 @@ def _tokenizer(root: Path) -> Any:
 
 
 def _backbone(model: Any, device: torch.device) -> T5Backbone:
-    backbone = T5Backbone(model, _NoTokenizer(), name="random weights", path="", identity="")
+    backbone = T5Backbone(model, NoTokenizer(), name="random weights", path="", identity="")
     backbone.device = device
     return backbone
 
 
-class _NoTokenizer:
+class NoTokenizer:
     """The tokenizer of a backbone whose texts are token ids from the start."""
 
     def get_vocab(self) -> dict[str, int]:
+        """Return an empty vocabulary."""
         return {}
 
     def batch_decode(self, rows: Tensor, **_options: Any) -> list[str]:
+        """Return the ids, in digits."""
         return [" ".join(map(str, row)) for row in rows.tolist()]

@@ -62,7 +62,7 @@ def attempt(name: str, work: Callable[[], T]) -> tuple[Finding, T | None]:
 def job_findings(config: RunConfig) -> Iterator[Finding]:
     """Check what the runs of one configuration need: backbones, tokenizers, tasks, tracking stores."""
     seen: set[str] = set()
-    tokenizers: dict[str, Any] = {}
+    tokenizers: dict[str, tuple[Any, Any]] = {}
     for run in configuration.expand(config):
         checks: dict[str, Callable[[], Iterator[Finding]]] = {
             repr(run.backbone): partial(_backbone, run, tokenizers),
@@ -75,7 +75,7 @@ def job_findings(config: RunConfig) -> Iterator[Finding]:
                 yield from examine()
 
 
-def _backbone(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
+def _backbone(run: RunConfig, tokenizers: dict[str, tuple[Any, Any]]) -> Iterator[Finding]:
     """Load the backbone and read a sentence with its tokenizer, which is kept in `tokenizers` for the texts of the tasks."""
     from bpt_dist.data.tokens import encode, plain_encoder
     from bpt_dist.distributed.mesh import World
@@ -88,11 +88,11 @@ def _backbone(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
         return
     count = sum(parameter.numel() for parameter in backbone.model.parameters())
     yield Finding("backbone", f"{backbone.name}, {count:,} parameters, {run.backbone.dtype}")
-    finding, encoder = attempt("tokenizer", lambda: plain_encoder(backbone.tokenizer))
+    finding, encoder = attempt("tokenizer", lambda: plain_encoder(backbone.tokenizer, backbone.text_form))
     if encoder is None:
         yield finding
         return
-    tokenizers[repr(run.backbone)] = backbone.tokenizer
+    tokenizers[repr(run.backbone)] = backbone.tokenizer, backbone.text_form
     (ids,) = encode(encoder, [SENTENCE], int(backbone.tokenizer.eos_token_id))
     text = backbone.tokenizer.decode(ids, skip_special_tokens=True)
     good = bool(text.strip()) and int(ids.max()) < backbone.vocabulary_size
@@ -101,7 +101,7 @@ def _backbone(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
                   None if good else "it does not belong to this backbone; give the folder or revision of both")  # fmt: skip
 
 
-def _data(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
+def _data(run: RunConfig, tokenizers: dict[str, tuple[Any, Any]]) -> Iterator[Finding]:
     """Read the rows of every task and, where there is a tokenizer, encode them as a run would."""
     from bpt_dist.data import rows
     from bpt_dist.data.prepare import WORLD_SEED, default_cache, prepare, specs
@@ -111,7 +111,7 @@ def _data(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
 
     user_tasks = specs(run.data)
     miniature = (run.data.cache or default_cache()) / "mini"
-    tokenizer = tokenizers.get(repr(run.backbone))
+    tokenizer, form = tokenizers.get(repr(run.backbone), (None, None))
     for name in dict.fromkeys((*run.data.source_tasks, *run.data.target_tasks)):
         spec = catalogue.get(name, user_tasks)
         if spec.folder is not None and spec.folder.parent == miniature:
@@ -124,7 +124,7 @@ def _data(run: RunConfig, tokenizers: dict[str, Any]) -> Iterator[Finding]:
         text = ", ".join(f"{len(kept):,} {split}" for split, kept in splits.items()) + " rows, all valid"
         text += "".join(f"; {note.removeprefix(f'task {name!r}: ')}" for note in splits.notes)
         if tokenizer is not None:
-            read = partial(prepare, [name], options, tokenizer, splits=tuple(splits), seed=run.seed)
+            read = partial(prepare, [name], options, tokenizer, splits=tuple(splits), seed=run.seed, form=form)
             finding, prepared = attempt(f"task {name}", read)
             if prepared is None:
                 yield finding

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.t5.attention import default_attention
 from bpt_dist.backbones.t5.shapes import T5Shape
 from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
 from bpt_dist.data.batches import Batch
@@ -261,7 +261,7 @@ def _added(method: Method) -> tuple[int, int]:
     ids = torch.zeros(1, 1, dtype=torch.long)
     batch = Batch(0, ids, ids, ids, torch.zeros(1, dtype=torch.long), ("plan",), torch.ones(1))
     with torch.no_grad():
-        inputs = method.encoder_inputs(torch.zeros(1, 1, method.backbone.width), batch)
+        inputs = method.input_embeds(torch.zeros(1, 1, method.backbone.width), batch)
     return inputs.shape[0], inputs.shape[2] - 1
 
 

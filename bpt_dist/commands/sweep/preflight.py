@@ -65,7 +65,8 @@ def _check_rows(config: RunConfig, backbone: Backbone) -> None:
     from bpt_dist.data.prepare import data_of_run, prepare
 
     for needed in data_of_run(config):
-        prepare(needed.names, needed.options, backbone.tokenizer, splits=needed.splits, seed=config.seed)
+        prepare(needed.names, needed.options, backbone.tokenizer, splits=needed.splits, seed=config.seed,
+                form=backbone.text_form)  # fmt: skip
 
 
 def _without_floats(options: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bpt_dist.training.optimizer import StageOptimizer, entries_of
 
 def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, world: World, group: Any) -> None:
     """Partition the backbone over `group` (None: all ranks); collective over the group."""
-    # A block returns the position biases as a view, which nothing in T5 changes in place.
+    # A T5 block returns the position biases as a view, which nothing changes in place.
     warnings.filterwarnings("ignore", category=UserWarning, message="FSDP2-wrapped module .* returned a view tensor")
     kind = world.device.type
     ranks = init_device_mesh(kind, (world.size,)) if group is None else DeviceMesh.from_group(group, kind)

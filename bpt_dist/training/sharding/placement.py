@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bpt_dist.backbones import loading
+from bpt_dist.backbones.attention import default_attention, measured_attention
 from bpt_dist.backbones.base import Backbone
-from bpt_dist.backbones.t5.attention import default_attention, measured_attention
 from bpt_dist.config import DistributionConfig, RunConfig, StageConfig
 from bpt_dist.data.prepare import default_cache
 from bpt_dist.distributed.mesh import World
@@ -62,6 +62,8 @@ def place(backbone: Backbone, distribution: DistributionConfig, world: World, *,
             f"distribution.shard: {distribution.shard} needs a process group; start with `deepspeed launcher/train.py` or torchrun"
         )
     backbone.use_stock_pass()
+    for buffer in backbone.core.buffers():  # small, never partitioned
+        buffer.data = buffer.data.to(world.device)
     # Not moved to the device first: partitioning goes block by block, so that no GPU ever holds the whole backbone.
     group, largest = None, world.size
     if distribution.scope == "node":
@@ -141,16 +143,17 @@ def load_backbone(config: RunConfig, world: World, attention: str | None = None)
     )  # fmt: skip
     fault_point("backbone.loaded")
     place(backbone, config.distribution, world, trained=config.method.TRAINS_BACKBONE)
-    if _may_pack(config, world):
+    if _may_pack(config, world, backbone):
         # One rank chooses for all: ranks that compute differently would differ in the last bits.
         backbone.use_packed_pass(world.broadcast(_attention(backbone, config, world, attention)))
     return backbone
 
 
-def _may_pack(config: RunConfig, world: World) -> bool:
+def _may_pack(config: RunConfig, world: World, backbone: Backbone) -> bool:
     """Return whether our own pass may replace transformers', and log on rank 0 why not."""
     given = config.distribution
-    reason = f"distribution.shard is {given.shard}" if given.shard != "none" else None
+    is_cut = given.shard != "none" and not backbone.packs_partitioned
+    reason = f"distribution.shard is {given.shard}" if is_cut else None
     reason = "distribution.activation_checkpointing is on" if given.activation_checkpointing else reason
     if config.backbone.forward == "stock" or reason is None:
         return config.backbone.forward != "stock"

@@ -76,7 +76,7 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
     partition.engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
     backbone.call = partition.engine.module
     # Registered after the hooks of ZeRO, which would otherwise gather the table for a gradient it does not need.
-    backbone.model.shared.register_forward_hook(_require_grad)
+    backbone.word_embeddings.register_forward_hook(_require_grad)
 
 
 def read_zero_config(path: Path) -> dict[str, Any]:

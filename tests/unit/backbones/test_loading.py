@@ -240,7 +240,7 @@ REFUSALS = {
     no_width: r"has a config\.json with d_model: 0, expected 1 or more",
     unknown_activation: r"has a config\.json that describes no T5 \(.*nothing",
     end_token_outside: r"has eos_token_id \[1, 5000\] of 128 tokens; fix it in config\.json",
-    another_architecture: r"is a 'bart' model; this project prompts T5-family models only",
+    another_architecture: r"is a 'bart' model; this project prompts text models of certain families only",
     other_weight_file: r"names other weights in config\.json \(transformers_weights: other\.safetensors\)",
     larger_tokenizer: r"tokenizer in .* has 131 pieces, the model only 128 rows",
     torn_tokenizer: r"has no usable tokenizer \(",

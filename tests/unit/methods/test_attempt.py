@@ -55,7 +55,7 @@ def test_every_text_gets_the_mixture_of_the_paper(
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path, options, target={"joint": True}), 1) as stage:
         method, batch = scattered(stage.method, 2.0), stage.batches.at(0)
         embeds = method.backbone.model.shared(batch.source_ids).detach()
-        found = method.encoder_inputs(embeds, batch)[0].detach().double().numpy()
+        found = method.input_embeds(embeds, batch)[0].detach().double().numpy()
         down, up, gain, shift, targets, sources = (
             tensor.detach().double().numpy()
             for tensor in (method.down, method.up, method.norm_scale, method.norm_shift, method.target_prompts, method.sources)

@@ -459,8 +459,8 @@ def test_a_pass_builds_the_inputs_of_its_particles_only(
     config = configured(world, tmp_path, {"num_particles": 12}, **sections)
     with tiny_run.stage_of(monkeypatch, config, stage) as found:
         built: list[int] = []
-        method, prepared = found.method, found.method.encoder_inputs
-        monkeypatch.setattr(method, "encoder_inputs", lambda *args: [built.append(len(it := prepared(*args))), it][1])
+        method, prepared = found.method, found.method.input_embeds
+        monkeypatch.setattr(method, "input_embeds", lambda *args: [built.append(len(it := prepared(*args))), it][1])
         read = [len(range(*unit.particles.indices(found.num_particles))) for unit in found.work(0)]
         train.accumulate_gradients(found)
         assert built == read

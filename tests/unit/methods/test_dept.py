@@ -52,7 +52,7 @@ def test_the_encoder_reads_prompt_then_embeddings_plus_a_times_b(
     with tiny_run.stage_of(monkeypatch, configured(world, tmp_path, options=options)) as stage:
         method, batch = randomised(stage), stage.batches.at(0)
         embeds = method.backbone.model.shared(batch.source_ids)
-        found = method.encoder_inputs(embeds, batch)[0].detach().numpy()
+        found = method.input_embeds(embeds, batch)[0].detach().numpy()
         a, b, prompt = (
             tensor.detach().double().numpy() for tensor in (method.position_factor, method.embedding_factor, method.particles)
         )

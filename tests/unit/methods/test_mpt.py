@@ -61,7 +61,7 @@ def test_the_prompts_are_those_of_peft(world: Path, tmp_path: Path, monkeypatch:
         indices = torch.arange(3).expand(len(batch), -1)
         with torch.no_grad():
             expected = theirs(indices, batch.task_index)
-            found = method.encoder_inputs(method.backbone.model.shared(batch.source_ids), batch)[0, :, :3]
+            found = method.input_embeds(method.backbone.model.shared(batch.source_ids), batch)[0, :, :3]
             exported = method.prompts()
         assert set(batch.task_index.tolist()) == {0, 1}
         torch.testing.assert_close(found, expected)

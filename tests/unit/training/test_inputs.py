@@ -14,7 +14,7 @@ import tiny_run
 
 from bpt_dist import train
 from bpt_dist.artifacts.results import collect
-from bpt_dist.backbones.t5.attention import ATTENTIONS
+from bpt_dist.backbones.attention import ATTENTIONS
 from bpt_dist.config import RunConfig
 from bpt_dist.distributed.mesh import Axis, Mesh, World
 from bpt_dist.errors import ConfigError, Stopped

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpt_dist.backbones.t5.attention import plain_attention
+from bpt_dist.backbones.attention import plain_attention
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.backbones.t5.shapes import T5Shape
 from bpt_dist.commands.bench import correctness

@@ -26,16 +26,16 @@ CLEARLY = 1.25
 
 
 def plain_attention(
-    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H S d"], v: Float[Tensor, "r H S d"], bias: Float[Tensor, "1 H S S"]
+    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H K d"], v: Float[Tensor, "r H K d"], bias: Float[Tensor, "#r #H S K"]
 ) -> Float[Tensor, "r H S d"]:
-    """Return softmax(q k^T + bias) v by matrix products; T5 does not divide by sqrt(d)."""
+    """Return softmax(q k^T + bias) v by matrix products; who wants scores divided by sqrt(d) divides the queries."""
     scores = q @ k.mT
     scores += bias
     return scores.softmax(-1) @ v
 
 
 def sdpa_attention(
-    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H S d"], v: Float[Tensor, "r H S d"], bias: Float[Tensor, "1 H S S"]
+    q: Float[Tensor, "r H S d"], k: Float[Tensor, "r H K d"], v: Float[Tensor, "r H K d"], bias: Float[Tensor, "#r #H S K"]
 ) -> Float[Tensor, "r H S d"]:
     """Return the same by torch's fused kernel."""
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)

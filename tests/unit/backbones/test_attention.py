@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpt_dist.backbones.t5 import attention as packed_attention
-from bpt_dist.backbones.t5.attention import ATTENTIONS, CLEARLY, default_attention, measured_attention
+from bpt_dist.backbones import attention as packed_attention
+from bpt_dist.backbones.attention import ATTENTIONS, CLEARLY, default_attention, measured_attention
 
 CPU = torch.device("cpu")
 

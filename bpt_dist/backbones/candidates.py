@@ -1,0 +1,51 @@
+"""The candidates of a ranking as a tree: those that begin alike are read together, whatever family reads them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bpt_dist.objective import IGNORED
+
+MOST_LOGITS = 1 << 26  # numbers, 256 MB: what ranking holds at once of an output as large as the vocabulary
+
+
+class Tree(NamedTuple):
+    """The beginnings of all candidates: what the decoder has read at a node is the way to it from the root, the start token.
+
+    `paths` holds for each candidate the (node, next token) pairs whose log-probabilities make up its own.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: list[list[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, candidates: list[list[int]], start: int) -> Tree:
+        """Return the tree of candidates, each padded by -100."""
+        tree = cls([start], [0], [0], [])
+        nodes: dict[tuple[int, ...], int] = {(): 0}
+        for candidate in candidates:
+            ids = [token for token in candidate if token != IGNORED]
+            path = []
+            for place, token in enumerate(ids):
+                before = tuple(ids[:place])
+                if before not in nodes:
+                    nodes[before] = len(tree.tokens)
+                    tree.tokens.append(before[-1])
+                    tree.parents.append(nodes[before[:-1]])
+                    tree.depths.append(place)
+                path.append((nodes[before], token))
+            tree.paths.append(path)
+        return tree
+
+    def visible(self) -> Bool[Tensor, "n n"]:
+        """Return which nodes [query, key] are on the way from the root to each node."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node in range(1, len(self.tokens)):
+            seen[node] |= seen[self.parents[node]]
+        return seen

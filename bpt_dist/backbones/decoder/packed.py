@@ -1,0 +1,189 @@
+"""Our own pass through a decoder-only model: each prompt is read once for all its texts, nothing is padded; exact.
+
+A prompt comes first in a causal sequence, so its states depend on no text. A pass is one call of transformers' own modules with all
+prompts and texts in one row; only attention is ours (`attention.py`). Gradients to a prompt are those of all its texts, summed by
+the backward pass. Logits are made for positions that have a target only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from bpt_dist.backbones.attention import Attention
+from bpt_dist.backbones.base import InputEmbeds, average_distributions, end_tokens
+from bpt_dist.backbones.candidates import MOST_LOGITS, Tree
+from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts, Reader, our_attention
+from bpt_dist.backbones.decoder.layout import Layout
+from bpt_dist.backbones.shared_prompts import shared_prompts_of
+from bpt_dist.objective import IGNORED
+
+
+def logits_of(model: Any, hidden: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+    """Return the logits of last hidden states in float32, soft-capped where the family does so."""
+    logits = model.lm_head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return (logits if cap is None else torch.tanh(logits / cap) * cap).float()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass reads: the prompts that some text has, which one each text has, the texts [m, N, L, D] and their lengths."""
+
+    prompts: Float[Tensor, "m S P D"]
+    choice: list[int]
+    texts: Float[Tensor, "m N L D"]
+    num_source: list[int]
+
+    @classmethod
+    def of(cls, inputs: Float[Tensor, "m N L D"], lengths: Sequence[int], num_added: int) -> Inputs:
+        """Take inputs apart into shared prompts and texts; where none were noted, what was added belongs to each text."""
+        shared = shared_prompts_of(inputs)
+        if shared is None:
+            nothing = inputs.new_zeros(len(inputs), 1, 0, inputs.shape[-1])
+            return cls(nothing, [0] * len(lengths), inputs, [length + num_added for length in lengths])
+        used, choice = shared.choice.unique(return_inverse=True)
+        prompts = shared.prompts if len(used) == shared.prompts.shape[1] else shared.prompts[:, used]
+        return cls(prompts, choice.tolist(), inputs[:, :, num_added:], list(lengths))
+
+    def layout(self, num_behind: Sequence[int], tree: Tree | None = None) -> Layout:
+        """Return the order of the tokens when so many are read behind each source."""
+        m, s, p = self.prompts.shape[:3]
+        return Layout((m, s, p), self.choice, self.num_source, num_behind, tree)
+
+
+class Scored(NamedTuple):
+    """Results of one pass: sums over target tokens; logits and states of all target tokens; on request, states of all tokens."""
+
+    sums: Float[Tensor, "m N"]
+    logits: Float[Tensor, "m targets V"]
+    target_states: Float[Tensor, "m targets D"]
+    states: Float[Tensor, "tokens D"]
+    layout: Layout
+
+
+class PackedDecoder:
+    """Log-likelihood, ranking and generation as `PromptedDecoder` does them; results are the stock pass's to rounding."""
+
+    def __init__(self, model: Any, attention: Attention) -> None:
+        self.model, self.attention = model, attention
+
+    def score(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        target_ids: Int[Tensor, "N U"],
+        embeds: InputEmbeds,
+        states: bool,
+    ) -> tuple[Any, ...]:
+        """Return the fields of `Scored` as a plain tuple, in which a partitioned model finds its tensors."""
+        inputs = self._inputs(ids, mask, embeds)
+        num_targets = (target_ids != IGNORED).sum(1).tolist()
+        layout = inputs.layout([number - 1 for number in num_targets])
+        tokens = layout.pack(inputs.prompts, inputs.texts, self._embed(target_ids.clamp_min(0)))
+        of_all = self._run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        places = [first + source - 1 + torch.arange(number) for first, source, number in
+                  zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
+        of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
+        logits = logits_of(self.model, of_targets)
+        labels = target_ids[target_ids != IGNORED].expand(len(logits), -1)
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        sums = torch.stack([-part.sum(1) for part in losses.split(num_targets, dim=1)], dim=1)
+        return sums, logits, of_targets, (of_all if states else of_all[:0]).clone(), layout
+
+    def rank(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], embeds: InputEmbeds
+    ) -> Float[Tensor, "m N C"]:
+        """Return the log-likelihood (summed over tokens) of every candidate; the source is read once, the candidates as a tree."""
+        inputs, tree = self._inputs(ids, mask, embeds), Tree.of(candidates.tolist(), 0)  # the root is the source's last token
+        nodes = torch.tensor(tree.tokens[1:], dtype=torch.long, device=ids.device)
+        layout = inputs.layout([len(nodes)] * len(ids), tree)
+        tokens = layout.pack(inputs.prompts, inputs.texts, self._embed(nodes).expand(len(ids), -1, -1))
+        states = self._run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        starts = layout.first + torch.tensor(inputs.num_source) - 1
+        places = (starts.flatten()[:, None] + torch.arange(len(tree.tokens))).to(states.device)
+        rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
+        sums = [self._along(tree, states[part]) for part in places.split(rows_at_once)]
+        return torch.cat(sums).view(*layout.first.shape, -1)
+
+    def generate(
+        self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], embeds: InputEmbeds, max_new_tokens: int, average: bool = False
+    ) -> Int[Tensor, "m N U"]:
+        """Return greedily decoded ids; a sequence that has ended costs nothing more.
+
+        With `average` the particles of a text write one target together, by the mean of their next-token distributions. Behind the
+        end token is padding.
+        """
+        inputs = self._inputs(ids, mask, embeds)
+        layout = inputs.layout([0] * len(ids))
+        reader = PromptsAndTexts(layout, self.attention, keep=True)
+        tokens = layout.pack(inputs.prompts, inputs.texts, inputs.texts.new_zeros(len(ids), 0, inputs.texts.shape[-1]))
+        states = self._run(tokens, layout.positions(), reader)
+        assert reader.kept is not None
+        # Rows are in the order of the layout: group by group, particle by particle.
+        rows = [(particle, text) for texts, _ in layout.groups for particle in range(layout.num_particles) for text in texts]
+        particles, texts = (torch.tensor(part, device=ids.device) for part in zip(*rows, strict=True))
+        starts = layout.first.to(ids.device)[particles, texts] + torch.tensor(inputs.num_source, device=ids.device)[texts]
+        positions = layout.prompt_length + torch.tensor(inputs.num_source, device=ids.device)[texts]
+        averaged = layout.num_particles if average else 1
+        written = self._write(states[starts - 1], positions, NextTokens(reader.kept, self.attention), layout.num_rows,
+                              max_new_tokens, averaged)  # fmt: skip
+        found = torch.empty(*layout.first.shape, written.shape[1], dtype=torch.long, device=ids.device)
+        found[particles, texts] = written
+        return found
+
+    def _write(
+        self, states: Tensor, positions: Tensor, reader: NextTokens, num_rows: list[int], max_new_tokens: int, averaged: int
+    ) -> Int[Tensor, "rows U"]:
+        """Return what follows the last states of sequences in groups, one token a step."""
+        config, device = self.model.config, states.device
+        tokens = torch.full((len(states), max_new_tokens), config.pad_token_id, device=device)
+        ends, alive = torch.tensor(end_tokens(config), device=device), torch.arange(len(states), device=device)
+        for step in range(max_new_tokens):
+            if step:
+                states = self._run(self._embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader)
+            scores = logits_of(self.model, states)
+            if averaged > 1:
+                scores = torch.cat([average_distributions(group, averaged) for group in scores.split(num_rows)])
+            tokens[alive, step] = scores.argmax(-1)
+            continues = ~torch.isin(tokens[alive, step], ends)
+            if not continues.any():
+                return tokens[:, : step + 1]
+            parts = list(continues.split(num_rows))
+            reader.drop(parts)
+            num_rows = [int(part.sum()) for part in parts if part.any()]
+            alive = alive[continues]
+        return tokens
+
+    def _inputs(self, ids: Tensor, mask: Tensor, embeds: InputEmbeds) -> Inputs:
+        inputs = embeds(self._embed(ids))
+        return Inputs.of(inputs, mask.sum(1).tolist(), inputs.shape[2] - ids.shape[1])
+
+    def _embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """Return the word embeddings, multiplied where the family does so; prompts are put before them as they are."""
+        rows: Tensor = self.model.model.embed_tokens(ids)
+        return rows
+
+    def _run(self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader) -> Float[Tensor, "t D"]:
+        """Return the last hidden states of tokens whose attention `reader` computes."""
+        with our_attention(self.model.config):
+            output = self.model.model(
+                inputs_embeds=tokens.to(self.model.dtype)[None],
+                position_ids=positions.to(tokens.device)[None],
+                use_cache=False,
+                reader=reader,
+            )
+        states: Tensor = output.last_hidden_state[0]
+        return states
+
+    def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"]) -> Float[Tensor, "rows C"]:
+        """Return the log-likelihood of each candidate from the states of the nodes of some sequences."""
+        of_nodes = logits_of(self.model, states).log_softmax(-1)
+        paths = [torch.tensor(path, device=states.device) for path in tree.paths]
+        return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)
