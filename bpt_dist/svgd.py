@@ -115,7 +115,7 @@ def stein_direction(
 ) -> Direction:
     """Return the direction of steepest ascent towards the posterior whose `score` is given, for all or some `rows`.
 
-    `score` is computed once per particle beforehand: the T5 runs M times, not M^2. Finite for every finite input of
+    `score` is computed once per particle beforehand: the backbone runs M times, not M^2. Finite for every finite input of
     magnitude below 1e30, coincident particles included. No gradient flows through the result.
     """
     rule = KernelOptions(kernel, scope, bandwidth, form)

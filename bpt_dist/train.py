@@ -194,7 +194,7 @@ def accumulate_gradients(stage: TrainingStage) -> Losses:
         stage.heartbeat()
         fault_point("step.before_forward", step=stage.step, stage=stage.name)
         with stage.memory_for(unit):
-            forward = stage.method(unit.batch, unit.particles)  # log-likelihood [m, N] through the frozen T5
+            forward = stage.method(unit.batch, unit.particles)  # log-likelihood [m, N] through the frozen backbone
             stage.optimizer.backward(stage.method.loss(forward, unit.batch))
         total.add(unit, forward.log_likelihood)
     losses = total.close()

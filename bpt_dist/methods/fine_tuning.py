@@ -50,5 +50,5 @@ class FineTuning(Method):
             part.copy_(pretrained.get(name, part))
 
     def num_trainable(self) -> int:
-        """Return the number of weights of the whole T5, of which this rank may hold a part."""
+        """Return the number of weights of the whole backbone, of which this rank may hold a part."""
         return sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.parameters())

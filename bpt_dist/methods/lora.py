@@ -27,7 +27,9 @@ class Config(MethodConfig):
     rank: int = Field(8, ge=1, le=1024, description="Rank of the change of each weight (R).")
     alpha: float = Field(8.0, gt=0, description="The change is scaled by alpha / rank.")
     targets: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")], ...], Field(strict=False, min_length=1)] = Field(
-        ("q", "v"), description="Linear layers that are changed, of self- and cross-attention alike: q, k, v, o, wi, wo."
+        ("q", "v"),
+        description="Linear layers that are changed, of self- and cross-attention alike: q, k, v, o, wi, wo, or by their "
+        "own names.",,
     )
     init: Literal["gaussian", "kaiming"] = Field(
         "gaussian", description="Start of A: the paper's N(0, 1/rank^2), or `kaiming`, uniform, as the authors' code."
@@ -66,6 +68,6 @@ class Lora(InsertedMethod):
         return (2 * torch.rand(rank, num_inputs, generator=source) - 1) / num_inputs**0.5
 
     def low_rank_pairs(self) -> LowRankPairs:
-        """Return the trained pairs under the names of T5's layers."""
+        """Return the trained pairs under the names of the backbone's layers."""
         pairs = {key.replace("/", "."): (a.detach().cpu(), self.b[key].detach().cpu()) for key, a in self.a.items()}
         return LowRankPairs(self.config.alpha, pairs)

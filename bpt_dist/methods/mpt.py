@@ -123,7 +123,7 @@ class MultitaskPromptTuning(SourcePrompts):
     def forward(self, batch: Batch, particles: slice = slice(None)) -> Forward:
         """Return log-likelihoods of the batch's targets; where a teacher is to be followed, run it first.
 
-        First, because a partitioned T5 is gathered for the forward pass that `backward` undoes last.
+        First, because a partitioned backbone is gathered for the forward pass that `backward` undoes last.
         """
         if not self._distils:
             return super().forward(batch, particles)

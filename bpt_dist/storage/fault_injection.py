@@ -18,7 +18,7 @@ from bpt_dist.errors import ConfigError
 POINTS = {
     "run.opened": "rank 0 holds the lock; run.json and status.json are written",
     "data.row": "between two rows while data is read",
-    "backbone.loaded": "the frozen T5 is in memory, before it is partitioned",
+    "backbone.loaded": "the frozen backbone is in memory, before it is partitioned",
     "step.before_forward": "the batch of the step is known",
     "step.after_backward": "gradients are summed over the texts, nothing is agreed yet",
     "step.before_update": "gradients are summed, finite and agreed",

@@ -129,7 +129,7 @@ def _answers(spec: TaskSpec, row: Row) -> tuple[str, ...]:
 
 
 def _pad_punctuation(text: str) -> str:
-    """Surround everything but letters, marks, digits, underscores and blanks by blanks, as T5 does for SQuAD."""
+    """Surround everything but letters, marks, digits, underscores and blanks by blanks, as T5's own data do for SQuAD."""
 
     def pad(match: re.Match[str]) -> str:
         return match[0] if unicodedata.category(match[0]).startswith("M") else f" {match[0]} "

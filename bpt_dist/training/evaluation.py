@@ -52,7 +52,7 @@ def evaluate(
 ) -> Evaluated:
     """Score `method` on one of the stage's `tasks` (collective: every rank).
 
-    Ranks take rows in turns from the longest down and make the same number of passes, because a partitioned T5 is gathered in
+    Ranks take rows in turns from the longest down and make the same number of passes, because a partitioned backbone is gathered in
     every one of them; what pads the last pass is dropped.
     """
     task, decode = tasks[index], decoding(tasks[index], settings)
@@ -69,7 +69,7 @@ def evaluate(
             batch = collate([each.splits[split].tokens for each in tasks], picks, [1.0] * len(picks), step=0)
             shape = f"{len(picks)} text(s) of {batch.source_ids.shape[1]} tokens"
             with explain_out_of_memory(world, f"the evaluation of {task.spec.name}", shape, "lower evaluation.batch_size"):
-                # A list: also the pass that only keeps a partitioned T5 in step, whose rows are none, has to run.
+                # A list: also the pass that only keeps a partitioned backbone in step, whose rows are none, has to run.
                 predicted = list(_predict(method, task, tokens, batch, decode, predict, settings))
             predictions += zip(rows, predicted, strict=False)
     gathered = dict(pair for share in world.gather_objects(predictions) for pair in share)

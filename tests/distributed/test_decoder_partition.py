@@ -71,10 +71,13 @@ def compare(world: World, folder: str, shard: str, forward: str) -> tuple[list[f
     return distances, held / sum(weight.numel() for weight in whole.model.parameters()), written[0] == written[1]
 
 
-@pytest.mark.parametrize("forward", ["auto", "stock"])
-@pytest.mark.parametrize("shard", ["deepspeed", "fsdp2"])
-def test_two_ranks_hold_a_part_each_and_compute_as_one(folder: str, shard: str, forward: str) -> None:
-    for distances, share, is_equal in ranks.run(compare, 2, folder, shard, forward):
+@pytest.mark.parametrize(
+    ("shard", "forward", "size"),
+    [("deepspeed", "auto", 2), ("deepspeed", "stock", 2), ("fsdp2", "auto", 2), ("fsdp2", "stock", 2), ("deepspeed", "auto", 4)],
+)
+def test_ranks_hold_a_part_each_and_compute_as_one(folder: str, shard: str, forward: str, size: int) -> None:
+    for distances, share, is_equal in ranks.run(compare, size, folder, shard, forward):
         assert max(distances) < 1e-5
-        assert share < 0.6
+        # ZeRO keeps what is smaller than its threshold, such as norms, on every rank.
+        assert share < 1 / size + 0.1
         assert is_equal

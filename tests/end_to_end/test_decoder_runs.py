@@ -121,5 +121,5 @@ def test_an_export_says_how_a_decoder_only_model_is_loaded(world: Path, capsys: 
     config = tiny_run.load(world, settings(world, {"name": "vanilla_transfer"}, name="exported"))
     folder = tiny_run.trained(config)
     capsys.readouterr()
-    main(["export", str(folder), "--task", "mood", "--out", str(folder / "out")], standalone_mode=False)
+    assert main(["export", str(folder), "--task", "mood", "--out", str(folder / "out")]) == 0
     assert "AutoModelForCausalLM.from_pretrained" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,11 @@ class Models:
         longest = max(lengths)
         ids = torch.stack([row.roll(longest - length) for row, length in zip(work.texts.source_ids, lengths, strict=True)])
         mask = torch.stack([row.roll(longest - length) for row, length in zip(work.texts.source_mask, lengths, strict=True)])
-        found: Tensor = self.peft.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=num_tokens, num_beams=1, do_sample=False, pad_token_id=END
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT counts them itself
+            found: Tensor = self.peft.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=num_tokens, num_beams=1, do_sample=False, pad_token_id=END
+            )
         return found
 
     def rank(self, work: Work, words: Tensor, *, stock: bool = False) -> Tensor:
