@@ -29,7 +29,7 @@ class Config(MethodConfig):
     targets: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")], ...], Field(strict=False, min_length=1)] = Field(
         ("q", "v"),
         description="Linear layers that are changed, of self- and cross-attention alike: q, k, v, o, wi, wo, or by their "
-        "own names.",,
+        "own names.",
     )
     init: Literal["gaussian", "kaiming"] = Field(
         "gaussian", description="Start of A: the paper's N(0, 1/rank^2), or `kaiming`, uniform, as the authors' code."
