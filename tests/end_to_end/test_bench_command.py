@@ -186,3 +186,31 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(option: tuple[str, st
     for place in (tmp_path / "file" / "found", tmp_path):
         assert main([*words, str(place)]) == 2
         assert f"{place}: " in capsys.readouterr().err
+
+
+def test_a_decoder_only_model_is_compared_with_peft(capsys, tmp_path) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    transformers.Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path / "qwen3")
+    words = ("--backbone", "decoder", "--shape", tmp_path / "qwen3", "--particles", 2, "--repeats", 2, "--prompts", "3")
+    code, out, err, report = bench(capsys, tmp_path, *words)
+    assert code == 0, err
+    assert all(check["right"] for check in report["correct"].values())
+    step = {row["variant"]: row for row in report["rows"] if row["work"] == "source step, P = 3" and row["dtype"] == "fp32"}
+    texts = [28 + 3, 40 + 6, 48 + 5, 62 + 5, 190 + 5, 256 + 4]
+    assert step["PEFT loop"]["tokens"] == 2 * 6 * (3 + 260)
+    assert step["text by text, stock"]["tokens"] == 2 * (6 * 3 + sum(texts) - 6)
+    assert step["ours, prompt read once"]["tokens"] == 2 * (3 + sum(texts) - 6)
+    assert step["ours, prompt read once"]["padding"] == 0
+    assert step["PEFT loop"]["padding"] == pytest.approx(1 - (6 * 3 + sum(texts)) / (6 * 263), abs=1e-4)
+    ratio = step["PEFT loop"]["seconds"] / step["ours, prompt read once"]["seconds"]
+    assert step["ours, prompt read once"]["ratio"]["median"] == pytest.approx(ratio, rel=0.5)
+    assert step["ours, prompt read once"]["flop_limit"] > 1
+    assert {row["variant"] for row in report["rows"]} > {"ours, ranked as a tree", "PEFT generate, 10 tokens"}
+    assert out.index("relative difference") < out.index("FLOP limit")
+
+
+def test_a_shape_that_is_no_decoder_only_model_is_refused(shape, capsys, tmp_path) -> None:
+    for name, message in ((shape, "is a 't5' model; give one of llama"), ("gpt9", "is not known; choose smollm2-135m")):
+        code, _, err, _ = bench(capsys, tmp_path, "--backbone", "decoder", "--shape", name)
+        assert code == 2
+        assert message in err

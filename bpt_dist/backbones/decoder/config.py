@@ -7,7 +7,6 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from bpt_dist.backbones.base import end_tokens
 from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, first_line
 from bpt_dist.backbones.families import kind_of
 
@@ -93,5 +92,4 @@ def export_facts(config: Any) -> dict[str, Any]:
         "d_model": config.hidden_size,
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "eos_token_id": end_tokens(config),
     }
