@@ -86,5 +86,5 @@ def test_a_starts_with_the_spread_of_peft_and_b_at_zero(folder: Path, init: str,
 
 
 def test_a_layer_the_t5_does_not_have_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no layer of this T5 matches query; its layers are called .* q, "):
+    with pytest.raises(ConfigError, match=r"no layer of this backbone matches query; its layers are called .* q, "):
         inserted.begun(folder, "lora", targets=("q", "query"))
