@@ -100,7 +100,7 @@ def export_multitask(
     def build(place: Path) -> None:
         tensors = {"prompt_embeddings": shared, **factors}
         _write_adapter(place, peft_config, tensors, base_model)
-        what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks), task_type=peft_config.task_type)
+        what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks), task_type=_task_type(config_facts))
         _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, tasks=tasks)
 
     return _publish(Path(folder), build, shared.nbytes)
@@ -221,7 +221,7 @@ def _write_prompt(
 
     peft_config = PromptTuningConfig(**_common(prompt, base_model, revision, config_facts))
     _write_adapter(place, peft_config, {"prompt_embeddings": prompt}, base_model)
-    what = prompt_in_words((prompt.shape[0], prompt.shape[1]), task_type=peft_config.task_type)
+    what = prompt_in_words((prompt.shape[0], prompt.shape[1]), task_type=_task_type(config_facts))
     _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts)
 
 

@@ -70,13 +70,14 @@ class PromptsAndTexts:
         prefix = [states[: layout.num_prefix].view(*shape, *states.shape[1:]) for states in (q, k, v)]
         if layout.num_prefix:
             alone = Group((), layout.prompt_length)
-            states = [part.flatten(0, 1) for part in prefix]
-            read.append(self._read(*states, self._bias(alone, window, q)).flatten(0, 1))
+            asked, keys, values = (part.flatten(0, 1) for part in prefix)
+            read.append(grouped_attention(self.attention, asked, keys, values, self._bias(alone, window, q)).flatten(0, 1))
         for group, part in layout.parts():
             rows = (layout.num_particles, len(group.texts), group.length)
             own = [states[part].view(*rows, *states.shape[1:]) for states in (q, k, v)]
             keys, values = (self._behind(*pair, group).flatten(0, 1) for pair in zip(prefix[1:], own[1:], strict=True))
-            read.append(self._read(own[0].flatten(0, 1), keys, values, self._bias(group, window, q)).flatten(0, 1))
+            asked = own[0].flatten(0, 1)
+            read.append(grouped_attention(self.attention, asked, keys, values, self._bias(group, window, q)).flatten(0, 1))
             if self.kept is not None:
                 self.kept.setdefault(layer, []).append((keys, values))
         return torch.cat(read)
@@ -95,9 +96,6 @@ class PromptsAndTexts:
             seen = layout.visible(group, window).to(like.device)
             self._biases[key] = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         return self._biases[key]
-
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Float[Tensor, "r S H d"]:
-        return grouped_attention(self.attention, q, k, v, bias)
 
 
 class NextTokens:

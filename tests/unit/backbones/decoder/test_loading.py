@@ -84,6 +84,13 @@ def test_a_special_piece_of_the_tokenizer_needs_no_row(tmp_path: Path) -> None:
     assert len(loading.load(str(folder)).tokenizer) == tiny_decoder.NUM_PIECES + 1
 
 
+def test_the_weights_that_tokens_pass_are_those_of_the_linear_layers(tmp_path: Path) -> None:
+    backbone = loading.load(str(tiny_decoder.make(tmp_path, "gemma3_text")))
+    weights = load_file(tmp_path / "model.safetensors")
+    of_layers = sum(weight.numel() for name, weight in weights.items() if name.endswith("_proj.weight"))
+    assert backbone.matmul_weights() == (of_layers, of_layers + tiny_decoder.WIDTH * tiny_decoder.NUM_PIECES)
+
+
 def remove_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
