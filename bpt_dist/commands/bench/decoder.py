@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig
 
 from bpt_dist.backbones.attention import measured_attention
 from bpt_dist.backbones.base import DTYPES
@@ -51,8 +51,8 @@ def shape_of(name: str, *, quick: bool) -> Any:
     if name == SMOLLM2:
         return LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=6 if quick else 30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100_000.0, tie_word_embeddings=True, bos_token_id=1,
-            eos_token_id=END, pad_token_id=END,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1, eos_token_id=END,
+            pad_token_id=END, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         )  # fmt: skip
     if not (Path(name) / "config.json").is_file():
         raise ConfigError(f"--shape {name}: is not known; choose {SMOLLM2}, or name a folder with a config.json")
@@ -68,8 +68,7 @@ class Models:
 
     def __init__(self, config: Any, dtype: str, device: torch.device, num_prompt: int) -> None:
         torch.manual_seed(0)
-        chosen = LlamaForCausalLM if config.model_type == "llama" else model_class(config)
-        model: Any = chosen(copy.deepcopy(config)).to(DTYPES[dtype]).to(device)
+        model = model_class(config)(copy.deepcopy(config)).to(DTYPES[dtype]).to(device)
         self.backbone = DecoderBackbone(model, NoTokenizer(), start=None, name="random weights", path="", identity="")
         self.backbone.device = device
         peft = import_peft()
