@@ -1,7 +1,7 @@
 """Decomposed prompt tuning (DePT): Shi & Lipani, ICLR 2024 (arXiv 2309.05173).
 
 The numbers of a long prompt are spent on a shorter one and on a low-rank update of the input word embeddings: the token at position
-t of the text enters the encoder as w_t + (A B)_t. Both parts have their own learning rate. It transfers nothing from source tasks:
+t of the text enters the backbone as w_t + (A B)_t. Both parts have their own learning rate. It transfers nothing from source tasks:
 this is the strong single-task prompt baseline of the table.
 """
 
@@ -81,7 +81,7 @@ class DecomposedPromptTuning(PromptTuning):
     ) -> Float[Tensor, "m N L D"]:
         """Put the prompt before every text whose embeddings are updated by position.
 
-        Pads are updated too, but the mask hides them from the encoder, so a text does not depend on how far it is padded.
+        Pads are updated too, but no text sees them, so a text does not depend on how far it is padded.
         """
         update = self.position_factor[: embeds.shape[1]] @ self.embedding_factor
         if self.config.scale_update:

@@ -153,7 +153,7 @@ def import_deepspeed() -> Any:
 def _require_grad(_module: nn.Module, _args: Any, output: Tensor) -> None:
     """Let word embeddings ask for a gradient: a block none of whose inputs does is gathered for the backward pass and stays so.
 
-    That is the case where a method adds nothing to the encoder's inputs but trains tensors inside the blocks.
+    That is the case where a method adds nothing to the inputs but trains tensors inside the blocks.
     """
     if torch.is_grad_enabled():
         output.requires_grad_()
