@@ -44,7 +44,7 @@ def trained(world: World, config: RunConfig) -> None:
 
 
 def predictions(run: Path) -> list[str]:
-    lines = (run / "target" / "mood" / layout.predictions("validation", "map")).read_text().splitlines()
+    lines = (run / "target" / "mood" / layout.predictions("test", "map")).read_text().splitlines()
     return [json.loads(line)["prediction"] for line in lines]
 
 
