@@ -78,7 +78,9 @@ def test_a_rank_that_hangs_is_named_in_status_and_all_leave_within_the_time_out(
     began = time.monotonic()
     codes = ranks.launch(lambda: run_all(config), 2, BPT_FAULT="step.before_forward,step=2,rank=1,stage=source,sleep:60")
     assert codes == [69, 69]
-    assert time.monotonic() - began < 45  # the time-out of 2 s, the naming, and the start on a busy machine; not the 60 s of the sleeper
+    assert (
+        time.monotonic() - began < 45
+    )  # the time-out of 2 s, the naming, and the start on a busy machine; not the 60 s of the sleeper
     status = read_json(config.directory / "status.json")
     assert status["state"] == "failed"
     assert "is furthest behind, at 'source step 2'" in status["reason"]

@@ -13,7 +13,7 @@ from trials import Job, Trials
 
 FULL = os.environ.get("FAULTS") == "full"
 TIMEOUT = 4
-# From the timeout to the notice of the others: the promise of docs/faults.md, which is measured on an idle machine, and a bar for a busy one.
+# From the timeout to the notice of the others: the promise of docs/faults.md for an idle machine, or a bar for a busy one.
 SLACK = 2.0 if FULL else 20.0
 LIMITS = {"distribution": {"startup_timeout": 60, "step_timeout": TIMEOUT}}
 CASES = {
