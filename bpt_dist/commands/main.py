@@ -213,6 +213,7 @@ def table(
             "May be repeated.",
         ),
     ] = None,
+    costs: Annotated[bool, typer.Option(help="Show what training took in the place of the scores.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the results table of finished runs."""
@@ -221,7 +222,7 @@ def table(
     chosen = "json" if as_json else None if form is None else form.value
     print_table(
         runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [],
-        compared=compare or [],
+        compared=compare or [], costs=costs,
     )  # fmt: skip
 
 
