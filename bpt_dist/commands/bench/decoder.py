@@ -73,7 +73,9 @@ class Models:
         self.backbone.device = device
         peft = import_peft()
         settings = peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=num_prompt)
-        self.peft: Any = peft.get_peft_model(model, settings).to(device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.peft: Any = peft.get_peft_model(model, settings).to(device).eval()
         self.backbone.use_packed_pass(measured_attention(device, DTYPES[dtype], default_cache()))
 
     def load(self, particle: Tensor) -> Tensor:
