@@ -167,8 +167,8 @@ def plain_encoder(tokenizer: Any, form: TextForm = ENCODED) -> PlainEncoder:
     Raises ConfigError for a tokenizer without an engine, without an end token, or that pads an encoder's texts with another id.
     """
     engine = getattr(tokenizer, "backend_tokenizer", None)
-    pads_otherwise = not form.continues and tokenizer.pad_token_id != PAD_ID  # what pads one sequence is never read
-    if engine is None or tokenizer.eos_token_id is None or pads_otherwise:
+    # What pads a single sequence is never read.
+    if engine is None or tokenizer.eos_token_id is None or (not form.continues and tokenizer.pad_token_id != PAD_ID):
         pad = "" if form.continues else f" and pad id {PAD_ID}"
         raise ConfigError(
             f"backbone.path: its tokenizer ({type(tokenizer).__name__}) must be a fast one (tokenizer.json) "
