@@ -66,6 +66,7 @@ class AttentionalMixture(SourcePrompts):
     paper = "Asai et al. 2022 (ATTEMPT)"
     summary = "K frozen source prompts and a target prompt, mixed for each text by attention"
     reference_tensors = frozenset({"sources"})
+    prompt_of_each_text = True
     source_tensors: ClassVar[dict[str, str]] = {"prompts": "K P D"}
     config: Config
     down: nn.Parameter

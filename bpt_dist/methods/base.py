@@ -72,6 +72,9 @@ class Method(nn.Module):
     # Why the method is nothing without an encoder; None for the others, which work on any backbone.
     needs_encoder: ClassVar[str | None] = None
 
+    # Whether every text has a prompt of its own, so that none can be read once for several texts.
+    prompt_of_each_text: ClassVar[bool] = False
+
     # With a source stage. What a target stage needs of it: tensor name to axes, "K P D", where D is the width of the backbone. A
     # method that names nothing starts from its own posteriors only.
     source_tensors: ClassVar[Mapping[str, str]] = {}

@@ -131,13 +131,18 @@ class TrainingStage:
         """Count the tokens and FLOPs of a batch; ranks along the particle axis read as much, with other particles."""
         copies = num_particles * self.mesh.particle.size
         targets = batch.num_target_tokens()
-        num_prompts = 1 if self.method.backbone.reads_prompts_once else len(batch)
+        num_prompts = 1 if self._prompts_are_shared else len(batch)
         sources = int(batch.source_mask.sum()) + num_prompts * self._prompt_length
         weights = self.method.backbone.matmul_weights()
         # A pass forward, one back through the activations, and one more where the weights themselves get gradients.
         passes = 2 + self.method.config.TRAINS_BACKBONE + self.method.extra_forwards
         flops = 0 if weights is None else 2 * passes * (weights[0] * sources + weights[1] * targets)
         self.cost.count(copies * (sources + targets), copies * flops)
+
+    @property
+    def _prompts_are_shared(self) -> bool:
+        """Whether a pass reads a prompt once, however many texts it has."""
+        return self.method.backbone.reads_prompts_once and not self.method.prompt_of_each_text
 
     @property
     def _prompt_length(self) -> int:
@@ -154,7 +159,7 @@ class TrainingStage:
     def passes(self, batch: Batch) -> MicroBatchLimits:
         """Return what limits the passes over the texts of a batch."""
         backbone = self.method.backbone
-        num_added = 0 if backbone.reads_prompts_once else self._prompt_length
+        num_added = 0 if self._prompts_are_shared else self._prompt_length
         return MicroBatchLimits(
             self.settings.pass_size, num_added, backbone.padding_overhead(batch.target_ids.shape[1]), backbone.synced
         )
