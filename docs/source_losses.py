@@ -20,6 +20,8 @@ def last_losses(run: Path) -> dict[str, float]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["metrics"] for record in records if record["stage"] == "source" and "source/loss" in record["metrics"]][-LAST:]
     names = {name for metrics in steps for name in metrics if name.startswith("source/loss/")}
+    if not names:  # a run with one source task
+        return {run.name.rsplit("-s", 1)[0]: fmean(metrics["source/loss"] for metrics in steps)}
     return {name.removeprefix("source/loss/"): fmean(metrics[name] for metrics in steps if name in metrics) for name in names}
 
 
