@@ -303,6 +303,17 @@ def export(
     export_run(run, task, out, particles=particles)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A GGUF file, a part of one, or an installed package with one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; `backbone.path` of a run.")],
+) -> None:
+    """Make a backbone from a GGUF file: safetensors, configuration, tokenizer, and where they come from."""
+    from bpt_dist.commands.convert.command import convert as run
+
+    run(source, out)
+
+
 @app.command("eval")
 def evaluate(
     prompt: Annotated[Path, typer.Argument(metavar="RUN|PROMPT", help="A run, an exported folder, a .npy or a .safetensors file.")],
