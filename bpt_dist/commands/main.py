@@ -238,11 +238,14 @@ def run_table(
     choose: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a configuration of each method's best row on validation.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The smaller version that the file describes in its section `quick`.")
+    ] = False,
 ) -> None:
     """Train every row and seed that is not finished and write the table; rerun the command to resume."""
     from bpt_dist.commands.table.command import run_table as run
 
-    code = run(config, overrides or [], workers, processes, choose)
+    code = run(config, overrides or [], workers, processes, choose, quick=quick)
     if code:
         raise typer.Exit(code)
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-import gguf
 
 F32 = gguf.GGMLQuantizationType.F32
 CONTEXT = 64
@@ -54,9 +53,12 @@ def model_of(family: str, width: int = 32, **changes: Any) -> PreTrainedModel:
     """Return a random model of a family, whose norms and biases differ from their first values."""
     num_pieces = len(pieces()[0])
     settings = {
-        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": width // 4, "vocab_size": num_pieces, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
-        "bos_token_id": num_pieces - 2, "eos_token_id": num_pieces - 1, "pad_token_id": num_pieces - 1, **FAMILIES[family][1], **changes,
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": width // 4, "vocab_size": num_pieces,
+        "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "bos_token_id": num_pieces - 2,
+        "eos_token_id": num_pieces - 1, "pad_token_id": num_pieces - 1,
+        **FAMILIES[family][1],
+        **changes,
     }  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
@@ -159,7 +161,8 @@ def vocabulary(model: PreTrainedModel) -> dict[str, Any]:
     """Return the keys of a byte-level tokenizer."""
     tokens, types, merges = pieces()
     return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": model.config.bos_token_id,
         "tokenizer.ggml.eos_token_id": model.config.eos_token_id, "tokenizer.ggml.padding_token_id": model.config.pad_token_id,
         "tokenizer.ggml.add_bos_token": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from bpt_dist.commands.convert.header import Header
@@ -33,6 +34,7 @@ def build_tokenizer(header: Header, file: Path, *, num_rows: int, max_length: in
             f"with one of {', '.join(SPLITS)}"
         )
     tokenizer = _rebuilt(header, file)
+    _drop_strangers(tokenizer, header.length("tokenizer.ggml.tokens"))
     if len(tokenizer) > num_rows:
         raise ConfigError(
             f"{header.name}: its tokenizer has {len(tokenizer)} pieces and its word embeddings {num_rows} rows; give a file in "
@@ -57,6 +59,16 @@ def _rebuilt(header: Header, file: Path) -> PreTrainedTokenizerFast:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ConfigError(f"{header.name}: its tokenizer cannot be rebuilt ({reason}); give another file of the model") from error
     return tokenizer
+
+
+def _drop_strangers(tokenizer: PreTrainedTokenizerFast, num_pieces: int) -> None:
+    """Remove the pieces that the file has not: `transformers` gives byte-level vocabularies without an unknown piece one of GPT-2."""
+    from tokenizers import Tokenizer
+
+    if len(tokenizer) > num_pieces:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < num_pieces]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _complete(tokenizer: PreTrainedTokenizerFast, split: str | None) -> None:

@@ -73,7 +73,8 @@ def test_numbers_are_what_gguf_dequantises(kind: Any, tmp_path: Path) -> None:
     stored = {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
     }
-    for theirs, ours in (("token_embd.weight", "model.embed_tokens.weight"), ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight"),
+    for theirs, ours in (("token_embd.weight", "model.embed_tokens.weight"),
+                         ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight"),
                          ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight")):  # fmt: skip
         np.testing.assert_array_equal(weights[ours].view(np.uint32), np.ascontiguousarray(stored[theirs]).view(np.uint32))
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["tensors"][kind.name] >= 15
