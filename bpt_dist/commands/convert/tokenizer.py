@@ -62,7 +62,7 @@ def _rebuilt(header: Header, file: Path) -> PreTrainedTokenizerFast:
 
 
 def _drop_strangers(tokenizer: PreTrainedTokenizerFast, num_pieces: int) -> None:
-    """Remove the pieces that the file has not: `transformers` gives byte-level vocabularies without an unknown piece one of GPT-2."""
+    """Remove pieces that the file has not: `transformers` gives byte-level vocabularies GPT-2's unknown piece if they have none."""
     from tokenizers import Tokenizer
 
     if len(tokenizer) > num_pieces:
