@@ -23,7 +23,7 @@ PARTS = {
 GEMMA_PARTS = {**PARTS, "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
                "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 # Family -> the architecture that a GGUF of it names, and settings of `transformers` beside those that all have.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,8 +35,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"model_type": "qwen2", "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16}),
     "smollm3": ("smollm3", {"model_type": "smollm3", "num_hidden_layers": 4, "tie_word_embeddings": True}),
-    "gemma3": ("gemma3", {"model_type": "gemma3_text", "sliding_window": 8, "num_hidden_layers": 6, "head_dim": 16,
-                          "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3", {"model_type": "gemma3_text", "sliding_window": 8, "num_hidden_layers": 6, "head_dim": 256,
+                          "query_pre_attn_scalar": 256}),
 }  # fmt: skip
 
 

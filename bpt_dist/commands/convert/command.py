@@ -93,7 +93,7 @@ def _model(header: Header, settings: dict[str, Any]) -> tuple[PreTrainedConfig, 
         config = AutoConfig.for_model(**settings)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (AssertionError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{header.name}: its settings make no model ({reason}); give another file of it") from error
     config.architectures, config.dtype = [type(model).__name__], torch.float32

@@ -49,7 +49,7 @@ def _rebuilt(header: Header, file: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     split = header.get("tokenizer.ggml.pre")
-    # llama.cpp puts the begin token before texts of these vocabularies also where the file does not say so.
+    # llama.cpp puts the begin token before texts of these vocabularies also where the file says nothing.
     implied = {"add_bos_token": True} if split in LLAMA3_SPLITS and "tokenizer.ggml.add_bos_token" not in header else {}
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), gguf_file=file.name)

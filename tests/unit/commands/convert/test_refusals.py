@@ -101,6 +101,11 @@ def with_one(name: str) -> Callable[[dict[str, np.ndarray]], None]:
     return lambda tensors: tensors.update({name: np.ones((32, 32), dtype=np.float32)})
 
 
+def fewer_rows(tensors: dict[str, np.ndarray]) -> None:
+    tensors["token_embd.weight"] = tensors["token_embd.weight"][:200]
+
+
+SPECIAL = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")]
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"change": dict.clear}, "holds a vocabulary without weights; give the file of the model"),
     "adapter": ({"keys": {"general.type": "adapter"}}, "holds no model but a GGUF of type adapter; give the file of the model"),
@@ -123,13 +128,13 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no embeddings": ({"change": without("token_embd.weight")}, "lacks token_embd.weight, the word embeddings; "),
     "strange tensor": ({"change": with_one("blk.0.attn_sinks.weight")},
           "holds tensors that llama has not (blk.0.attn_sinks.weight); "),
-    "other shape": ({"keys": {"llama.feed_forward_length": 48}}, "is [32, 64] and its settings ask for [32, 48]; "),
+    "other shape": ({"keys": {"llama.feed_forward_length": 48}}, "is [64, 32] and its settings ask for [48, 32]; "),
     "no tokenizer": ({"tokenizer": False}, "has no tokenizer; give a GGUF file with one"),
     "kind of tokenizer": ({"keys": {"tokenizer.ggml.model": "rwkv"}}, "its tokenizer is of the kind rwkv, not gpt2 or llama; "),
     "way to cut": ({"keys": {"tokenizer.ggml.pre": "default"}},
           "cuts texts by a rule that is not converted (tokenizer.ggml.pre = default); "),
-    "too many pieces": ({"change": lambda tensors: tensors.update({"token_embd.weight": tensors["token_embd.weight"][:200]})},
-          "and its word embeddings 200 rows; "),
+    "too many pieces": ({"change": fewer_rows, "keys": dict.fromkeys(SPECIAL)}, "and its word embeddings 200 rows; "),
+    "special piece": ({"change": fewer_rows}, "its settings make no model (Padding_idx must be within num_embeddings); "),
 }  # fmt: skip
 
 
