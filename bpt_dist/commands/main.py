@@ -277,11 +277,14 @@ def run_table(
     choose: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a configuration of each method's best row on validation.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The smaller version that the file describes in its section `quick`.")
+    ] = False,
 ) -> None:
     """Train every row and seed that is not finished and write the table; rerun the command to resume."""
     from bpt_dist.commands.table.command import run_table as run
 
-    code = run(config, overrides or [], workers, processes, choose)
+    code = run(config, overrides or [], workers, processes, choose, quick=quick)
     if code:
         raise typer.Exit(code)
 
@@ -340,6 +343,17 @@ def export(
     from bpt_dist.commands.export import export_run
 
     export_run(run, task, out, particles=particles)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A GGUF file, a part of one, or an installed package with one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; `backbone.path` of a run.")],
+) -> None:
+    """Make a backbone from a GGUF file: safetensors, configuration, tokenizer, and where they come from."""
+    from bpt_dist.commands.convert.command import convert as run
+
+    run(source, out)
 
 
 @app.command("eval")

@@ -15,6 +15,7 @@ from bpt_dist.config.keys import other_unit
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.mlflow_environment import experiment_of_environment
 from bpt_dist.config.overrides import Overridden, apply, drop_idle_source
+from bpt_dist.config.quick import QUICK, in_section, quick_data
 from bpt_dist.config.sections import (
     RunConfig,
 )
@@ -22,18 +23,19 @@ from bpt_dist.config.strict_yaml import Document, Key, Problem, read
 from bpt_dist.config.validation import validate
 from bpt_dist.errors import ConfigError
 
-OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "tracking")
+OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "quick", "tracking")
 """Keys that belong to the whole file and may not be in a row."""
 
 
-def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS) -> RunConfig:
-    """Return the configuration at `path` with `key=value` overrides applied.
+def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS, *, quick: bool = False) -> RunConfig:
+    """Return the configuration at `path`, with `quick` its smaller version, with `key=value` overrides applied.
 
     Raises ConfigError whose lines name every problem: `file:line: key: what is wrong (got VALUE); remedy`.
     """
     document = read(path)
-    overridden = apply(document.data, overrides, methods)
-    problems = document.problems + overridden.problems
+    given, smaller = quick_data(document.data) if quick else (document.data, [])
+    overridden = apply(given, overrides, methods)
+    problems = document.problems + smaller + overridden.problems
     try:
         data = _plain(overridden.data)
     except OmegaConfBaseException as error:
@@ -44,6 +46,7 @@ def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS) -> 
     problems += invalid
     if config is not None:
         problems += _expansion(config, methods)[1]
+        problems += [] if config.quick is None else _quick_problems(document.data, methods)
     if config is None or problems:
         raise _refusal(document, overridden, problems)
     return config
@@ -78,7 +81,7 @@ def _plain(data: Any) -> dict[str, Any]:
 def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[Problem]]:
     if config.rows is None and config.seeds is None:
         alone = "has no effect in a file without rows and seeds; remove it"
-        return [config], [Problem(("comparisons",), alone)] if config.comparisons else []
+        return [config], [Problem((key,), alone) for key in ("comparisons", QUICK) if getattr(config, key)]
     runs: list[RunConfig] = []
     problems: list[Problem] = []
     for position, row in enumerate(config.rows or ({},)):
@@ -98,6 +101,15 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
     ]
     problems += [] if problems else _comparison_problems(config, runs)
     return runs, list(dict.fromkeys(problems))
+
+
+def _quick_problems(data: dict[str, Any], methods: Path) -> list[Problem]:
+    """Return what is wrong with the smaller version of a file whose whole version is right."""
+    smaller, problems = quick_data(data)
+    if problems:
+        return problems
+    config, invalid = validate(_plain(smaller), methods)
+    return list(in_section(data, invalid if config is None else _expansion(config, methods)[1]))
 
 
 def _comparison_problems(config: RunConfig, runs: Sequence[RunConfig]) -> Iterator[Problem]:
@@ -124,7 +136,7 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     """Return the plain data of the run of one row and seed; the row wins over the rest of the file."""
     # What the file leaves out is left out here: a default must not meet a row's `lr_full_relative` as if it were given.
     given = config.model_dump(mode="json", exclude_unset=True)
-    base = {key: value for key, value in given.items() if key not in ("rows", "seeds", "comparisons")}
+    base = {key: value for key, value in given.items() if key not in ("rows", "seeds", "comparisons", QUICK)}
     row = {key: value for key, value in row.items() if key not in OF_THE_FILE}
     label = row.pop("label", None)
     if isinstance(row.get("method"), str):

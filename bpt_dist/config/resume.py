@@ -16,7 +16,7 @@ from bpt_dist.config.strict_yaml import read
 from bpt_dist.errors import ConfigError
 
 CHANGEABLE = frozenset({
-    "name", "output", "run_dir", "rows", "seeds", "comparisons", "figures",
+    "name", "output", "run_dir", "rows", "seeds", "comparisons", "quick", "figures",
     "data.cache",
     "source.pass_size", "target.pass_size",
     "source.checkpoint_every", "source.log_every", "target.checkpoint_every", "target.log_every",

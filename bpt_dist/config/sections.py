@@ -357,6 +357,11 @@ class RunConfig(Section):
         description="Rows that the sentences below the table compare, `FIRST:SECOND` or `FIRST:SECOND@TASK,...`; "
         "`LABEL/ensemble` is a row's line of averaged predictions.",
     )
+    quick: dict[str, Any] | None = Field(
+        default=None,
+        description="A smaller version of the table: keys that `bpt-dist run-table --quick` puts in the place of the file's; its "
+        "folder is `<name>-quick`.",
+    )
 
     def particles_share_texts(self, stage: StageConfig) -> bool:
         """Return whether ranks may share the particles of a text: not where each has texts of its own, nor with `exact`."""

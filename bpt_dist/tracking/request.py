@@ -17,7 +17,7 @@ from bpt_dist.tracking.names import ROW, log10_name
 from bpt_dist.tracking.places import store_uri
 
 LONGEST_PARAMETER = 500
-UNTRACKED = ("name", "output", "run_dir", "seed", "tracking", "figures", "data.cache", "rows", "seeds", "comparisons")
+UNTRACKED = ("name", "output", "run_dir", "seed", "tracking", "figures", "data.cache", "rows", "seeds", "comparisons", "quick")
 
 
 @dataclass(frozen=True, kw_only=True)

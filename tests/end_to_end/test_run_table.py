@@ -233,3 +233,19 @@ def test_the_rows_of_a_quick_start_from_the_majority_to_the_ensemble(tmp_path: P
     for entry in numbers["majority"]:
         answers = [json.loads(line)["target"] for line in (folder / "bpt-s0/target" / entry["task"] / "predictions.jsonl").open()]
         assert entry["mean"] == pytest.approx(100 * max(map(answers.count, answers)) / 30)
+
+
+def test_quick_trains_the_smaller_version_and_leaves_the_whole_one_alone(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write_config(world, tmp_path, PROMPT)
+    assert main(["run-table", str(file), "--quick"]) == 2
+    assert capfd.readouterr().err.endswith(
+        "quick: is missing, so the file has no smaller version; add the section or leave out --quick\n"
+    )
+    file.write_text(file.read_text() + "quick: {seeds: [0], data: {target_tasks: [mood]}}\n")
+    assert main(["run-table", str(file), "--workers", "1", "--quick"]) == 0
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/*/results.json")] == ["prompt_tuning-s0"]
+    found = json.loads((tmp_path / "runs" / "table-quick" / "table.json").read_text())
+    assert {cell["task"] for row in found["rows"] for cell in row["cells"]} == {"mood"}
+    assert not (tmp_path / "runs" / "table").exists()

@@ -42,14 +42,16 @@ SO_FAR = "table_so_far"
 SUFFIXES = {".tex": "latex", ".csv": "csv", ".json": "json"}
 
 
-def run_table(file: Path, overrides: Sequence[str], workers: int | None, processes: int | None, chosen: Path | None) -> int:
-    """Train what is not finished, write the table, and return the exit code.
+def run_table(
+    file: Path, overrides: Sequence[str], workers: int | None, processes: int | None, chosen: Path | None, *, quick: bool = False
+) -> int:
+    """Train what is not finished, write the table, and return the exit code. `quick`: the smaller version of the file.
 
     Raises ConfigError for a configuration that cannot be run, before anything is started.
     """
     if workers is not None and processes is not None:
         raise ConfigError("--workers, --processes: runs go side by side or each over several processes; give one of them")
-    config = configuration.load(file, overrides)
+    config = configuration.load(file, overrides, quick=quick)
     runs = configuration.expand(config)
     if chosen is not None:
         check_equal_trials(config, runs)
@@ -67,7 +69,7 @@ def run_table(file: Path, overrides: Sequence[str], workers: int | None, process
         code = jobs.train(trainers) if trainers else 0
     _write_table(runs, jobs, folder, split, config.comparisons)
     if chosen is not None and code == 0:
-        _write_choice(config, runs, chosen, shlex.join(["bpt-dist", "run-table", str(file), *overrides]))
+        _write_choice(config, runs, chosen, shlex.join(["bpt-dist", "run-table", str(file), *overrides, *["--quick"] * quick]))
     return code
 
 

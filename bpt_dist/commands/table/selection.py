@@ -74,7 +74,7 @@ def chosen_yaml(config: RunConfig, by_group: dict[Group, list[Trial]], command: 
     """
     num_trials = len(next(iter(by_group.values())))
     plain = config.model_dump(mode="json", exclude_unset=True)
-    plain = {"name": f"{config.name}-chosen"} | {key: plain[key] for key in plain if key not in ("name", "rows", "seeds")}
+    plain = {"name": f"{config.name}-chosen"} | {key: plain[key] for key in plain if key not in ("name", "rows", "seeds", "quick")}
     plain["evaluation"] = {key: value for key, value in plain.get("evaluation", {}).items() if key != "splits"}
     shared = {key: value for key, value in plain.items() if value != {}}
     lines = [
