@@ -115,7 +115,7 @@ def provenance(found: Source, header: Header, config: PreTrainedConfig, rms: flo
         "model": {
             "name": header.get("general.name"),
             "gguf_architecture": header.architecture,
-            "architecture": config.architectures[0] if config.architectures else None,
+            "architecture": next(iter(config.architectures or ()), None),
             "parameters": sum(math.prod(int(size) for size in tensor.shape) for tensor in header.tensors.values()),
             "embedding_rms": round(rms, 6),
         },

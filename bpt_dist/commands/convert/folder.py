@@ -98,7 +98,7 @@ def write_weights(found: Sequence[Parameter], file: Path, done: Callable[[Parame
                 )
             if parameter.name.endswith("embed_tokens.weight"):
                 rms = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
-            stream.write(values.data.cast("B"))
+            stream.write(values.data)
             done(parameter)
     return rms
 
