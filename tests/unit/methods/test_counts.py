@@ -79,7 +79,7 @@ def test_a_shape_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         ("README.md", "quickstart.yaml", 1),
         ("README.md", "table/mini.yaml", 1),
         ("docs/miniature_world.md", "mini_comparison.yaml", 2),
-    ],  # fmt: skip
+    ],
 )
 def test_tables_of_the_pages_show_what_the_methods_train(page: str, config: str, times: int) -> None:
     """Tables are copied into pages by hand, and BitFit's stayed when its biases became fewer."""

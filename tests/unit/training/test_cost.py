@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bpt_dist.training import cost
-from bpt_dist.training.cost import StepCost, known_peak
+from bpt_dist.training.cost import StepCost, known_peak, peak_memory
 
 CPU = torch.device("cpu")
 
