@@ -227,18 +227,21 @@ class BayesianPromptTuning(VanillaTransfer):
         return prepend_own(self.target_prompts(particles)[:, batch.task_index.to(embeds.device)], embeds)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
-        """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt.
+        """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt."""
+        prompts = self.target_prompts(slice(1)) if predict == "map" else self._hypotheses()
+        return prepend_own(prompts[:, batch.task_index.to(embeds.device)], embeds)
+
+    def _hypotheses(self) -> Float[Tensor, "m K P D"]:
+        """Return the prompts of an ensemble: the adapted particles, or samples around the MAP prompt of each target.
 
         Samples have the covariance of the source particles: the posterior's own directions, moved to the target's prompt.
         """
-        adapted = predict != "map" and self.adapts_particles
-        prompts = self.target_prompts(slice(1, None) if adapted else slice(1))[:, batch.task_index.to(embeds.device)]
-        if adapted or predict == "map":
-            return prepend_own(prompts, embeds)
+        if self.adapts_particles:
+            return self.target_prompts(slice(1, None))
         num_samples, num_particles = self.evaluation.num_samples or 0, len(self.deviations)
-        noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(embeds.device)
+        noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(self.deviations.device)
         offsets = torch.einsum("sm,mpd->spd", noise, self.deviations) / max(num_particles - 1, 1) ** 0.5
-        return prepend_own(prompts + offsets[:, None], embeds)
+        return self.target_prompts(slice(1)) + offsets[:, None]
 
     def penalty(self) -> Float[Tensor, ""] | None:
         """Return minus the log prior of each effective prompt, as objective.py scales it, weighted as the target's likelihood is.
@@ -274,3 +277,9 @@ class BayesianPromptTuning(VanillaTransfer):
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
         """Return the effective MAP prompt of each target task."""
         return dict(zip(self.target_tasks, self.target_prompts(slice(1))[0].detach().cpu(), strict=True))
+
+    def ensemble_prompts(self) -> dict[str, Float[Tensor, "m P D"]] | None:
+        """Return the prompts of each target task that `evaluation.predict: ensemble` averages over."""
+        if self.evaluation.predict != "ensemble":
+            return None
+        return dict(zip(self.target_tasks, self._hypotheses().detach().cpu().unbind(1), strict=True))
