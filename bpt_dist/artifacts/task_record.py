@@ -25,7 +25,6 @@ from bpt_dist.tasks.spec import Decoding, Kind, Protocol, TaskSpec
 from bpt_dist.tasks.writings import ALSO_READ, WRITINGS
 
 if TYPE_CHECKING:
-    from bpt_dist.backbones.base import Backbone
     from bpt_dist.config import EvaluationConfig
 
 SHA256 = r"^[0-9a-f]{64}$"
@@ -141,14 +140,13 @@ class TaskRecord(_Part):
         return self
 
     @classmethod
-    def of(cls, backbone: Backbone, dtype: str, tasks: Iterable[TaskEntry]) -> TaskRecord:
+    def of(cls, backbone: BackboneEntry, tokenizer_sha256: str, tasks: Iterable[TaskEntry]) -> TaskRecord:
         """Return the record of one prompt for `tasks`, in the folder of the file."""
-        entry = {"path": backbone.path, "revision": backbone.revision, "sha256": backbone.identity, "dtype": dtype}
         return cls(
             format=1,
             written_by=_program(),
-            backbone=BackboneEntry.model_validate(entry),
-            tokenizer_sha256=backbone.tokenizer_hash,
+            backbone=backbone,
+            tokenizer_sha256=tokenizer_sha256,
             predict="map",
             prompts=(".",),
             tasks=tuple(tasks),
@@ -163,10 +161,6 @@ class TaskRecord(_Part):
         return self.model_copy(
             update={"tasks": tuple(task.model_copy(update={"task_id": number}) for number, task in enumerate(self.tasks))}
         )
-
-    def joined(self, others: Iterable[TaskRecord]) -> TaskRecord:
-        """Return the record of the tasks of several records of one backbone."""
-        return self.model_copy(update={"tasks": self.tasks + tuple(task for other in others for task in other.tasks)})
 
     def as_json(self) -> dict[str, Any]:
         """Return what `task.json` holds."""

@@ -74,7 +74,7 @@ class Backbone(InsertionPoints, ABC):
         self.core = self.call = core
         self.tokenizer, self.name, self.path, self.revision = tokenizer, name, path, revision
         self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
-        self.tokenizer_hash = _hash_tokenizer(tokenizer)
+        self.tokenizer_hash = hash_tokenizer(tokenizer)
         self.synced = False  # whether generation must keep the ranks in step
         self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
         self.attention: str | None = None  # how the family's own pass computes attention, where it is used
@@ -243,7 +243,7 @@ def _hash_tensors(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """Return the SHA-256 over the vocabulary: two pieces swapped is another tokenizer."""
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(repr(pieces).encode()).hexdigest()

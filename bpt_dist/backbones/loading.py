@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from bpt_dist.backbones.base import DTYPES, Backbone
+from bpt_dist.backbones.base import DTYPES, Backbone, hash_tokenizer
 from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
 from bpt_dist.backbones.t5.config import complete_tokens, read_config
 from bpt_dist.backbones.t5.model import T5Backbone
@@ -59,6 +59,16 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise checkpoint.cannot_load(error) from error
     return T5Backbone(model, tokenizer, name=name or path, path=path, identity=identity, revision=revision)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> tuple[Any, str]:
+    """Return the tokenizer of a checkpoint and its hash, as `load` has them. Raises ConfigError where there is none."""
+    checkpoint = Checkpoint(path, revision)
+    try:
+        tokenizer = _load_tokenizer(checkpoint, int(checkpoint.config()["vocab_size"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise checkpoint.cannot_load(error) from error
+    return tokenizer, hash_tokenizer(tokenizer)
 
 
 def _load_tokenizer(checkpoint: Checkpoint, num_rows: int) -> Any:

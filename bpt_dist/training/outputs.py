@@ -12,7 +12,7 @@ from bpt_dist.artifacts.model_card import CardFacts, PosteriorFacts
 from bpt_dist.artifacts.peft_export import export_ensemble, export_low_rank, export_prompt
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.artifacts.results import Result
-from bpt_dist.artifacts.task_record import TaskEntry, TaskRecord
+from bpt_dist.artifacts.task_record import BackboneEntry, TaskEntry, TaskRecord
 from bpt_dist.artifacts.weights import write_weights
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import RunConfig
@@ -133,4 +133,5 @@ def record_of(tasks: Sequence[TaskData], config: RunConfig, backbone: Backbone) 
     """Return the `task.json` of one prompt for `tasks` as this run words and evaluates them."""
     limit = config.data.max_source_length
     entries = [TaskEntry.of(task.spec, task.protocol, config.evaluation, limit, backbone.tokenizer) for task in tasks]
-    return TaskRecord.of(backbone, config.backbone.dtype, entries)
+    entry = BackboneEntry(path=backbone.path, revision=backbone.revision, sha256=backbone.identity, dtype=config.backbone.dtype)
+    return TaskRecord.of(entry, backbone.tokenizer_hash, entries)

@@ -24,10 +24,13 @@ class Export:
 def read_exports(place: Path, name: str | None = None, *, ensemble: bool = False) -> list[Export]:
     """Return the prompts of an export, of all exports of a finished run, or of all exports that a folder holds.
 
-    `name` replaces the task's name, where there is one. With `ensemble` a run gives the prompts its ensembles average over.
+    `name` replaces the task's name, where there is one. Where a task has both a prompt and an ensemble, `ensemble` chooses.
     Raises ConfigError for a folder without a prompt, or with more than `name` can name.
     """
     found = [export for folder in _folders(place, ensemble) for export in _of_folder(folder)]
+    wanted = "ensemble" if ensemble else "map"
+    as_asked = {export.name for export in found if export.record.predict == wanted}
+    found = [export for export in found if export.record.predict == wanted or export.name not in as_asked]
     if name is None:
         return found
     if len(found) > 1:

@@ -195,7 +195,7 @@ def test_prompts_come_and_go(world: Path, predictor: Predictor) -> None:
     assert own.predict([row])[0].error == "task 'mood' is not known here; set `task` to one of none yet"
     own.add(predictor.tasks["mood"])
     assert own.predict([row])[0].error is None
-    with pytest.raises(ConfigError, match="has a prompt already, .*; give .* another name"):
+    with pytest.raises(ConfigError, match=r"has a prompt already, .*; give .* another name"):
         own.add(predictor.tasks["mood"])
     own.remove("mood")
     with pytest.raises(ConfigError, match="'mood': has no prompt here"):
