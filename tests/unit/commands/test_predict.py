@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,26 @@ def test_what_cannot_be_used_is_refused_before_anything_is_answered(
     old = shutil.copytree(adapter, tmp_path / "old")
     (old / "task.json").unlink()
     assert "has no task.json" in refusal(capsys, str(old), "--rows", rows)
+
+
+def test_the_examples_of_the_page_do_what_it_says(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "predicting.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    rows, answers = (block.splitlines() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    Path("rows.jsonl").write_text("\n".join(rows) + "\n")
+    (words,) = re.findall(r"^bpt-dist (predict .*)$", page, re.MULTILINE)
+    assert main(words.replace("runs/NAME", str(run)).split()) == 2
+    found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    shown = [json.loads(line) for line in answers]
+    assert [list(line) for line in found] == [list(line) for line in shown]
+    assert found[0]["probabilities"].keys() == shown[0]["probabilities"].keys()
+    assert found[1] == shown[1]
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    capsys.readouterr()
+    exec(compile(program.replace("runs/NAME", str(run)), "page", "exec"), {})
+    assert capsys.readouterr().out.startswith(found[0]["prediction"] + " {'good': ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
