@@ -227,6 +227,23 @@ def evaluation(
 
 
 @bench.command()
+def predict(
+    shape: Shape = None,
+    quick: Quick = False,
+    file: Json = None,
+    repeats: Repeats = None,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Time rows of 1, 10 and 100 tasks in one batch against PEFT switching adapters; exit code 1 if the answers differ."""
+    from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict
+
+    clock, machine = prepare(device, threads)
+    report = on_shape("predict", shape, quick, repeats, clock, run_predict)
+    print_rows(report, machine(), HEADER, predict_rows(report), file, other_answers(report))
+
+
+@bench.command()
 def passes(
     shape: Shape = None,
     file: Json = None,
