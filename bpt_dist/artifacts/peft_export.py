@@ -74,7 +74,7 @@ def export_prompt(
     prompt = _checked(prompt, config_facts, "prompt")
 
     def build(place: Path) -> None:
-        given = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+        given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
         _write_prompt(prompt, place, **given, card=card, record=record)
 
     return _publish(Path(folder), build, prompt.nbytes)
@@ -133,7 +133,7 @@ def export_particles(
     """
     prompts = {f"particles/{m:02d}": particle for m, particle in enumerate(particles)}
     more = {"mean": particles.mean(0)}
-    given = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+    given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
     return _export_several(prompts, more, folder, **given, card=card, record=record)
 
 
@@ -149,7 +149,7 @@ def export_ensemble(
 ) -> Path:
     """Write the prompts whose predictions an ensemble averages as PEFT PROMPT_TUNING folders (`00`, `01`, ...)."""
     several = {f"{number:02d}": prompt for number, prompt in enumerate(prompts)}
-    given = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+    given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
     return _export_several(several, {}, folder, **given, card=card, record=record)
 
 

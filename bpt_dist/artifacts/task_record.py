@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from bpt_dist.errors import ConfigError
 from bpt_dist.storage import layout
@@ -42,13 +42,15 @@ class Slot(_Part):
     """A place of the text that a row fills."""
 
     column: str = Field(min_length=1, description="The column of the row; dots lead into nested objects.")
-    written: str = Field(description="How the column becomes text.", json_schema_extra={"enum": list(WRITINGS)})
+    written: str = Field(pattern=f"^({'|'.join(WRITINGS)})$", description="How the column becomes text.")
 
-    @model_validator(mode="after")
-    def _known(self) -> Slot:
-        if self.written not in WRITINGS:
-            raise ValueError(f"written: should be one of {', '.join(WRITINGS)} (got {self.written!r})")
-        return self
+
+def _kind_of(piece: Any) -> str:
+    return "words" if isinstance(piece, str) else "slot"
+
+
+# With a tag for each an error names the one that is meant.
+Piece = Annotated[Annotated[str, Tag("words")] | Annotated[Slot, Tag("slot")], Discriminator(_kind_of)]
 
 
 class TaskEntry(_Part):
@@ -57,8 +59,8 @@ class TaskEntry(_Part):
     name: str = Field(min_length=1, description="The name of the task.")
     kind: Kind = Field(description="What the answers are.")
     protocol: Protocol = Field(description="Whose wording the template repeats: ours, or that of the published code.")
-    template: tuple[str | Slot, ...] = Field(
-        min_length=1, description="The text: printed words, and places that columns of the row fill, joined by single blanks."
+    template: tuple[Piece, ...] = Field(
+        description="The text: printed words, and places that columns of the row fill, joined by single blanks."
     )
     fields: tuple[str, ...] = Field(description="The columns a row must have.")
     label_words: tuple[str, ...] = Field(description="The possible answers; empty for free text.")
@@ -73,6 +75,8 @@ class TaskEntry(_Part):
     @model_validator(mode="after")
     def _agrees(self) -> TaskEntry:
         needed = _columns(self.pieces)
+        if not needed:
+            raise ValueError("template: reads no column")
         if set(self.fields) != set(needed):
             raise ValueError(f"fields: should be those of the template, {', '.join(needed)} (got {', '.join(self.fields)})")
         if self.decode == "rank" and not self.label_words:
@@ -128,13 +132,15 @@ class TaskRecord(_Part):
     tokenizer_sha256: str = Field(pattern=SHA256, description="SHA-256 over the vocabulary.")
     predict: Literal["map", "ensemble"] = Field(description="One prompt, or the mean over the distributions of several.")
     prompts: tuple[Annotated[str, Field(pattern=FOLDER)], ...] = Field(description="Folders of the prompts, relative to this file.")
-    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    tasks: tuple[TaskEntry, ...] = Field(description="The tasks the prompts serve.")
 
     @model_validator(mode="after")
     def _agrees(self) -> TaskRecord:
         if self.predict == "map" and len(self.prompts) > 1:
             raise ValueError(f"prompts: should be one folder with predict map (got {len(self.prompts)})")
         names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError("tasks: is empty")
         if len(set(names)) < len(names):
             raise ValueError("tasks: holds a name twice")
         return self
@@ -207,7 +213,7 @@ def _problem(entry: Any) -> str:
     for part in entry["loc"]:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part not in ("str", "Slot"):  # the branches of a union
+        elif part not in ("words", "slot"):  # the tags of a union
             place += f".{part}" if place else part
     given = "" if entry["type"] in ("missing", "value_error") else f" (got {str(entry['input'])[:60]!r})"
     return f"{place or 'the file'}: {entry['msg'].removeprefix('Value error, ')}{given}"

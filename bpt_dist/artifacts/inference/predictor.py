@@ -230,7 +230,7 @@ class Predictor:
 
 def _answer_to(question: Question, **found: Any) -> Answer:
     cut = len(question.ids) < question.num_tokens
-    lengths = {"num_tokens": question.num_tokens, "kept_tokens": len(question.ids)} if cut else {}
+    lengths: dict[str, Any] = {"num_tokens": question.num_tokens, "kept_tokens": len(question.ids)} if cut else {}
     return Answer(task=question.prompt.export.name, id=question.id, **lengths, **found)
 
 
