@@ -31,7 +31,7 @@ def answers_of_card(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, 
     program = blocks[-1].replace(PLACE, str(folder)) + ANSWER_ALL.format(rows=json.dumps(rows))
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['bpt_dist'] = None\n" + program],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(done.stdout.rpartition("ANSWERS ")[2])
