@@ -8,6 +8,9 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR ?= cpu
 TRIALS ?= 500
+# With RERUN=1 tests that failed run once more, alone: tests that wait for processes can fail on a machine that others use too.
+AGAIN = { test $$? -eq 1 && echo 'run once more: only what failed' && $(BIN)/pytest -q -rs $(1) -n 0 --last-failed --last-failed-no-failures none; }
+PYTEST = $(BIN)/pytest -q $(1)$(if $(RERUN), || $(AGAIN))
 FAULT_TESTS := tests/support:tests/distributed:tests/faults
 
 .PHONY: schema-walk sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean remove-runs
@@ -36,19 +39,19 @@ types: $(READY)  ## static types
 	$(BIN)/mypy bpt_dist launcher
 
 unit: $(READY)   ## pure functions, one process
-	$(BIN)/pytest -q -n 2 tests/unit
+	$(call PYTEST,-n 2 tests/unit)
 
 contract: $(READY)  ## every task and every method behind its interface
-	$(BIN)/pytest -q -n 2 tests/contract
+	$(call PYTEST,-n 2 tests/contract)
 
 distributed: $(READY)  ## 2-4 gloo processes on this machine
-	$(BIN)/pytest -q tests/distributed
+	$(call PYTEST,tests/distributed)
 
 end-to-end: $(READY)  ## commands as a user gives them
-	$(BIN)/pytest -q -n 2 tests/end_to_end
+	$(call PYTEST,-n 2 tests/end_to_end)
 
 test-faults: $(READY)  ## kills, hangs, full disks, damaged files and other faults that must not harm a run
-	$(BIN)/pytest -q -rs -n 2 --dist loadfile tests/faults
+	$(call PYTEST,-rs -n 2 --dist loadfile tests/faults)
 
 campaign: $(READY)  ## random faults, e.g. `make campaign TRIALS=500 SEED=7`; failures are kept as tests
 	PYTHONPATH=$(FAULT_TESTS) $(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --exact 0.4 $(if $(SEED),--seed $(SEED))
@@ -57,7 +60,7 @@ fault-table: $(READY)  ## write docs/faults.md from what the fault tests measure
 	PYTHONPATH=$(FAULT_TESTS) $(BIN)/python tests/faults/table.py
 
 test-hosts: $(READY)  ## two hosts on this machine: namespaces, sshd, pdsh; needs root, installs nothing
-	$(BIN)/pytest -q -rs tests/hosts
+	$(call PYTEST,-rs tests/hosts)
 
 sweep-campaign: $(READY)  ## kill a sweep at 10 random moments and compare with undisturbed runs
 	PYTHONPATH=tests/support $(BIN)/python tests/end_to_end/sweep_campaign.py $$(mktemp -d) 10 $$(date +%s)

@@ -9,6 +9,7 @@ Conventions, fixed here once (other libraries differ; the golden test states the
   x times that h, for each kernel of scope `token` its own;
 - scope `prompt`: one kernel for a whole prompt; `token`: an independent kernel for every prompt position;
 - form `svgd`: phi_i = 1/M sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)];
+  form `shared_scores`: phi_i = 1/M sum_j k(x_j, x_i) s_j, which is `svgd` without its repulsive term;
   form `repulsive_ensemble` (D'Angelo & Fortuin 2021): phi_i = s_i - sum_j grad_{x_i} k(x_i, x_j) / sum_j k(x_i, x_j).
 
 Both kernels satisfy grad_{x_j} k(x_j, x_i) = g_ij (x_i - x_j) with a non-negative `slope` g_ij = -2 dk/d(d2).
@@ -34,7 +35,7 @@ from torch import Tensor
 
 Kernel = Literal["rbf", "imq"]
 Scope = Literal["prompt", "token"]
-Form = Literal["svgd", "repulsive_ensemble"]
+Form = Literal["svgd", "shared_scores", "repulsive_ensemble"]
 
 
 class MedianTimes(NamedTuple):
@@ -173,7 +174,7 @@ def direction_terms(
         driving[place], repulsive[place] = drive, push
     driving, repulsive = (_unblock(term, particles.shape) for term in (driving, repulsive))
     one = 0 if rule.scope == "prompt" else slice(None)
-    own = score[chosen] / len(particles) if rule.form == "svgd" else score[chosen]
+    own = score[chosen] if rule.form == "repulsive_ensemble" else score[chosen] / len(particles)
     return Direction(driving, own, repulsive, weights.kernel[one], weights.bandwidth[one], weights.squared_distances[one])
 
 
@@ -330,6 +331,8 @@ def _terms(
         some, own, coordinates = place
         if form == "svgd":
             yield place, driving.div_(num_particles), repulsive.div_(num_particles)
+        elif form == "shared_scores":
+            yield place, driving.div_(num_particles), repulsive.zero_()
         else:
             yield place, scores[some, rows, coordinates][:, own], repulsive.div_(partial_sums[some, rows][:, own])
 

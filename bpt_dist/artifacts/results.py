@@ -13,7 +13,7 @@ from bpt_dist.storage import layout
 from bpt_dist.storage.files import read_json
 from bpt_dist.storage.run_directory import RunStatus, read_status
 
-OPTIONAL = ("majority", "selected_step", "inputs", "start_particle")
+OPTIONAL = ("majority", "selected_step", "inputs", "start_particle", "chosen_particle")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Result:
     `value` and `majority` are percent, but for `nll` (nats); `n` counts the examples of the split. `selected_step` is the step of
     the best validation, 0 without one; results of version 0.1.0 and later have it. `inputs` holds the SHA-256 of what the run read
     beside its backbone and rows; results of earlier versions lack it. `start_particle` is the source particle that the target stage
-    started from where it chose one, counted from 0. `folder`, where the run is, is not written.
+    started from where it chose one, counted from 0; `chosen_particle` the adapted one that predicts where
+    validation chose it. `folder`, where the run is, is not written.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Result:
     selected_step: int | None = None
     inputs: dict[str, str] | None = None
     start_particle: int | None = None
+    chosen_particle: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry as `results.json` holds it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,27 @@ import typer
 from bpt_dist import config as configuration
 from bpt_dist.commands.output import print_list
 from bpt_dist.config.method_source import METHODS, method_names
+from bpt_dist.distributed.environment import cores, num_gpus
 from bpt_dist.errors import ConfigError
+from bpt_dist.storage.provenance import git_state, versions
 from bpt_dist.tasks import catalogue
 from bpt_dist.tasks.mini import TASKS as MINIATURE
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
 SHOWN_ATTRIBUTES = {"summary": "what is trained", "paper": "paper"}
+
+
+def print_version() -> None:
+    """Print the versions, the commit, the interpreter and the machine that a bug report needs; nothing heavy is imported."""
+    installed, git = versions(), git_state()
+    commit = "" if git is None else f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}"
+    lines = [
+        f"bpt_dist {installed.pop('bpt_dist', '(not installed)')}{commit}",
+        f"Python {platform.python_version()} on {platform.platform()}, {cores()} core(s), {num_gpus()} GPU(s)",
+        ", ".join(f"{name} {version}" for name, version in installed.items()),
+    ]
+    typer.echo("\n".join(lines))
 
 
 def print_methods(shape: str | None, *, as_json: bool) -> None:

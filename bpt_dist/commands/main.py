@@ -15,14 +15,14 @@ import typer
 
 from bpt_dist.commands.bench.command import bench
 from bpt_dist.commands.check.hostfile import DEFAULT_PORT
+from bpt_dist.commands.train import main as train_program
 from bpt_dist.distributed import environment
 from bpt_dist.errors import INTERNAL_ERROR, ConfigError, UserError
 
 app = typer.Typer(
     name="bpt-dist",
-    help="Look at, plan, check and pass on what `launcher/train.py` trains.",
+    help="Train, look at, plan, check and pass on soft prompts of frozen language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 example = typer.Typer(help="Small computations with a known answer.", no_args_is_help=True)
@@ -70,11 +70,14 @@ class Split(StrEnum):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for usage and configuration, or that of the error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:  # it prepares its process and shows its log in its own way
+        return train_program(words[1:], program="bpt-dist train")
     # The commands share cores with training; set OMP_NUM_THREADS for more threads.
     environment.prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        app(list(arguments) if arguments is not None else None, prog_name="bpt-dist")
+        app(words, prog_name="bpt-dist")
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -87,6 +90,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return INTERNAL_ERROR
     return 0
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from bpt_dist.commands.lists import print_version
+
+        print_version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print what a bug report needs and stop.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train as a configuration says: the same program and options as `launcher/train.py`; the same command resumes."""
+    raise typer.Exit(train_program(context.args, program="bpt-dist train"))
+
+
+@app.command()
+def configs(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Files or folders to copy.")] = None,
+    to: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy below this folder; here by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the configurations that come with the package, or copy some of them."""
+    from bpt_dist.commands.configs import print_configs
+
+    print_configs(names or [], to, as_json=as_json)
 
 
 @app.command()
@@ -218,6 +256,7 @@ def table(
             "May be repeated.",
         ),
     ] = None,
+    costs: Annotated[bool, typer.Option(help="Show what training took in the place of the scores.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the results table of finished runs."""
@@ -226,7 +265,7 @@ def table(
     chosen = "json" if as_json else None if form is None else form.value
     print_table(
         runs or [Path("runs")], chosen, out, published=published, split=split.value, by=by.value, metrics=metric or [],
-        compared=compare or [],
+        compared=compare or [], costs=costs,
     )  # fmt: skip
 
 

@@ -103,7 +103,8 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
 def _comparison_problems(config: RunConfig, runs: Sequence[RunConfig]) -> Iterator[Problem]:
     """Yield what a comparison names and the table will not have."""
     by_label = {row_label(run): run for run in runs}
-    rows = {*by_label, *(f"{label}/ensemble" for label, run in by_label.items() if run.evaluation.predict == "ensemble")}
+    beside = (f"{label}/{run.evaluation.predict}" for label, run in by_label.items() if run.evaluation.predict != "map")
+    rows = {*by_label, *beside}
     for position, text in enumerate(config.comparisons):
         key: Key = ("comparisons", position)
         names, _, tasks = text.partition("@")
@@ -114,7 +115,7 @@ def _comparison_problems(config: RunConfig, runs: Sequence[RunConfig]) -> Iterat
             if row not in rows:
                 yield Problem(key, f"{row} is no row of the table; rows are {', '.join(sorted(rows))}{did_you_mean(row, rows)}")
                 continue
-            targets = by_label[row.removesuffix("/ensemble")].data.target_tasks
+            targets = by_label[row.rpartition("/")[0] or row].data.target_tasks
             for task in (task for task in tasks.split(",") if task and task not in targets):
                 yield Problem(key, f"{task} is no target task of row {row}; it has {', '.join(targets)}")
 

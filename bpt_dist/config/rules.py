@@ -83,10 +83,12 @@ def _particles(config: RunConfig) -> Iterator[str]:
         reason = f"with method {config.method.name}, which has no particles"
         for problem in without_effect(config.source, reason, "shared_texts"):
             yield f"source.{problem}"
-        if config.evaluation.predict == "ensemble":
-            yield f"evaluation.predict: ensemble needs particles, method {config.method.name} has none; use map"
-    elif config.evaluation.predict == "ensemble" and getattr(config.method, "num_particles", 2) == 1:
-        yield "evaluation.predict: ensemble needs two particles, method.num_particles is 1; raise it or use map"
+        if config.evaluation.predict != "map":
+            predict = config.evaluation.predict
+            yield f"evaluation.predict: {predict} needs particles, method {config.method.name} has none; use map"
+    elif config.evaluation.predict != "map" and getattr(config.method, "num_particles", 2) == 1:
+        predict = config.evaluation.predict
+        yield f"evaluation.predict: {predict} needs two particles, method.num_particles is 1; raise it or use map"
 
 
 def _trained_backbone_is_partitioned(config: RunConfig) -> Iterator[str]:

@@ -20,7 +20,7 @@ from bpt_dist.config.base import NAME, Folder, MethodConfig, Names, Section, giv
 
 NATURAL_KEY = {"backbone": "path", "method": "name"}
 """Sections that may be written as one value, and the key that it is the value of."""
-_LABEL = NAME[1:-1] + "(/ensemble)?"
+_LABEL = NAME[1:-1] + "(/(ensemble|best))?"
 COMPARISON = rf"{_LABEL}:{_LABEL}(@{NAME[1:-1]}(,{NAME[1:-1]})*)?"
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -211,7 +211,11 @@ class EvaluationConfig(Section):
     decode: Literal["auto", "rank", "generate"] = Field(
         default="auto", description="`rank` compares label words, `generate` writes text; auto ranks where labels are closed."
     )
-    predict: Literal["map", "ensemble"] = Field(default="map", description="One prompt, or the average over several.")
+    predict: Literal["map", "ensemble", "best"] = Field(
+        default="map",
+        description="`map`: one prompt. `ensemble`: also the average over several. `best`: also the adapted particle with the best "
+        "validation score.",
+    )
     num_samples: int | None = Field(
         default=None, ge=2, description="Samples around the adapted prompt for `ensemble`; null averages adapted particles."
     )
@@ -220,7 +224,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _idle(self) -> Self:
-        idle = without_effect(self, "with predict map", "num_samples") if self.predict == "map" else []
+        idle = without_effect(self, f"with predict {self.predict}", "num_samples") if self.predict != "ensemble" else []
         if self.decode == "rank":
             idle += without_effect(self, "with decode rank", "max_new_tokens")
         refuse(idle)

@@ -118,7 +118,7 @@ def read(path: Path) -> Document:
 def _read_text(path: Path) -> str:
     try:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such configuration file; see configs/ for those that are shipped")
+            raise ConfigError(f"{path}: no such configuration file; `bpt-dist configs` lists those that are shipped")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:

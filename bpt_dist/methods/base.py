@@ -90,6 +90,9 @@ class Method(nn.Module):
     # Which of `candidate_starts` the target stage has started from; None where there was nothing to choose.
     start_particle: int | None = None
 
+    # How many particles a target stage adapts beside its prompt; `evaluation.predict: best` chooses one of them for each target.
+    num_adapted: int = 0
+
     backbone: Backbone
 
     def __init__(
@@ -173,7 +176,7 @@ class Method(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def num_predicting(self, predict: str) -> int:
-        """Return how many of the trained numbers a prediction uses; `predict` is `map` or `ensemble`."""
+        """Return how many of the trained numbers a prediction uses; `predict` is `map`, `ensemble` or `best`."""
         return self.num_trainable()
 
     def end(self) -> None:
@@ -183,7 +186,7 @@ class Method(nn.Module):
     # --- every method: how it predicts --------------------------------------------------------------------------------------------
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
-        """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map` or `ensemble`."""
+        """Return the encoder's inputs of each hypothesis a prediction averages over; `predict` is `map`, `ensemble` or `best`."""
         return self.encoder_inputs(embeds, batch)
 
     def rank(self, batch: Batch, candidates: Int[Tensor, "C U"], predict: str) -> Float[Tensor, "m N C"]:
@@ -231,6 +234,10 @@ class Method(nn.Module):
     def start_from(self, candidate: int) -> None:
         """Start the target stage from one of `candidate_starts`, counted from 0, and remember it in `start_particle`."""
         raise NotImplementedError(f"{type(self).__name__} names no candidates")
+
+    def predict_with(self, task: int, particle: int) -> None:
+        """Let `best` predict a target task of the stage with one of `num_adapted` particles, both counted from 0."""
+        raise NotImplementedError(f"{type(self).__name__} adapts no particles")
 
     # --- particles: hypotheses trained side by side -------------------------------------------------------------------------------
 

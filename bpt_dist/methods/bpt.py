@@ -44,7 +44,11 @@ class Config(FactoredPromptOptions):
         "median",
         description="h in units of squared distance; `median` is median(d^2) / log(M + 1), `{median_times: x}` x times that.",
     )
-    form: Literal["svgd", "repulsive_ensemble"] = Field("svgd", description="How scores and repulsion are combined.")
+    form: Literal["svgd", "shared_scores", "repulsive_ensemble"] = Field(
+        "svgd",
+        description="`svgd`: scores are shared and particles repel; `shared_scores`: the same without the repulsion; "
+        "`repulsive_ensemble`: own scores, and a repulsion.",
+    )
     particle_init: Literal["common", "independent"] = Field(
         "common", description="One initial prompt plus noise, or one for each particle."
     )
@@ -178,6 +182,7 @@ class BayesianPromptTuning(VanillaTransfer):
         self.starts = torch.cat([mean[None], cloud]) if self.adapts_particles else mean[None]
         self.deviations = cloud - mean
         self.candidates, self.start_particle = cloud if config.start == "best" else None, None
+        self.num_adapted, self.predicting = len(self.starts) - 1, [0] * len(tasks)
         if config.prior != "none":
             self.prior_std = config.sigma or sigma_from_relative(mean, config.sigma_relative or 1.0)
         self.own(self.starts)
@@ -203,13 +208,17 @@ class BayesianPromptTuning(VanillaTransfer):
 
     @property
     def adapts_particles(self) -> bool:
-        """Whether every particle is adapted beside the MAP prompt, to be averaged over at prediction."""
-        return self.evaluation.predict == "ensemble" and self.evaluation.num_samples is None
+        """Whether every particle is adapted beside the MAP prompt, to be averaged over or chosen from at prediction."""
+        return self.evaluation.predict != "map" and self.evaluation.num_samples is None
+
+    def predict_with(self, task: int, particle: int) -> None:
+        """Let `best` predict a target task with one of the adapted particles."""
+        self.predicting[task] = particle
 
     def num_predicting(self, predict: str) -> int:
-        """Return the numbers of the MAP prompt, or for an ensemble of adapted particles those of all of them."""
+        """Return the numbers of one prompt, or for an ensemble of adapted particles those of all of them."""
         copies = len(self.starts)  # the MAP prompt's own first
-        return self.num_trainable() // copies * (1 if predict == "map" else max(1, copies - 1))
+        return self.num_trainable() // copies * (max(1, copies - 1) if predict == "ensemble" else 1)
 
     def target_prompts(self, particles: slice = slice(None)) -> Float[Tensor, "m K P D"]:
         """Return the effective prompt theta of each target task for some `particles`; the first is the MAP prompt."""
@@ -227,14 +236,18 @@ class BayesianPromptTuning(VanillaTransfer):
         return prepend_own(self.target_prompts(particles)[:, batch.task_index.to(embeds.device)], embeds)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
-        """Put the MAP prompt before every text, or for an ensemble the adapted particles or samples around the MAP prompt."""
+        """Put the MAP prompt before every text; for `best` the chosen particle; for an ensemble adapted particles or samples."""
+        task_index = batch.task_index.to(embeds.device)
+        if predict == "best":
+            copies = torch.tensor(self.predicting, device=embeds.device)[task_index] + 1
+            return prepend_own(self.target_prompts()[copies, task_index][None], embeds)
         prompts = self.target_prompts(slice(1)) if predict == "map" else self._hypotheses()
-        return prepend_own(prompts[:, batch.task_index.to(embeds.device)], embeds)
+        return prepend_own(prompts[:, task_index], embeds)
 
     def _hypotheses(self) -> Float[Tensor, "m K P D"]:
         """Return the prompts of an ensemble: the adapted particles, or samples around the MAP prompt of each target.
 
-        Samples have the covariance of the source particles: the posterior's own directions, moved to the target's prompt.
+        Samples have the covariance of the source particles: the posterior's own directions.
         """
         if self.adapts_particles:
             return self.target_prompts(slice(1, None))

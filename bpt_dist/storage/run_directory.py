@@ -196,7 +196,7 @@ class RunDirectory:
 
     def _describe(self, config_yaml: str, fingerprint: str, changed: Changed, is_same: IsSame, extra: dict[str, Any]) -> None:
         argv = [part for part in map(redacted, sys.argv) if not part.startswith("--local_rank")]
-        self._command = extra.get("command") or shlex.join(["python", *argv])
+        self._command = extra.get("command") or _command_line(argv)
         opening = {
             "time": _now(),
             "argv": argv,
@@ -339,6 +339,16 @@ def _checked_folder(run_dir: Path) -> Path:
     if run_dir.is_symlink() or (run_dir.exists() and not run_dir.is_dir()):
         raise ConfigError(f"{text}: is a link or a file instead of a directory; choose another name= or output=")
     return run_dir.resolve()
+
+
+def _command_line(argv: Sequence[str]) -> str:
+    """Return the command that started this process, to be given again; `python` stands for whatever interpreter it was."""
+    program, *words = argv or ["?"]
+    if Path(program).name == "bpt-dist":
+        return shlex.join(["bpt-dist", *words])
+    if Path(program).is_absolute() and Path(program).parent.name == "commands":  # `-m` and `--module` give the file of the module
+        return shlex.join(["python", "-m", f"bpt_dist.commands.{Path(program).stem}", *words])
+    return shlex.join(["python", program, *words])
 
 
 def _now() -> str:

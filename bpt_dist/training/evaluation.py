@@ -76,6 +76,28 @@ def evaluate(
     return _score(task, split, [gathered[row] for row in range(len(tokens))], decode)
 
 
+def choose_particle(
+    method: Method,
+    tasks: Sequence[TaskData],
+    index: int,
+    settings: EvaluationConfig,
+    world: World,
+    heartbeat: Callable[[str], None],
+) -> int:
+    """Let `best` predict a target with the adapted particle of the best validation score; return it (collective: every rank).
+
+    Equal scores keep the earlier particle.
+    """
+    scores = []
+    for particle in range(method.num_adapted):
+        method.predict_with(index, particle)
+        scored = evaluate(method, tasks, index, "validation", "best", settings, world, heartbeat)
+        scores.append(scored.metrics[tasks[index].spec.headline])
+    chosen = max(range(len(scores)), key=scores.__getitem__)
+    method.predict_with(index, chosen)
+    return chosen
+
+
 def _passes(rows: Sequence[int], num_passes: int, size: int) -> Iterator[list[int]]:
     for number in range(num_passes):
         yield list(rows[number * size : (number + 1) * size])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +37,7 @@ class TargetOutputs:
     method: Method
     posterior: Posterior | None
     inputs: Mapping[str, str]
+    chosen: dict[str, int] = field(default_factory=dict)  # target -> the adapted particle that predicts it under `best`
 
     def entries(
         self, task: TaskData, split: str, predict: str, evaluated: Evaluated, stage: TrainingStage, num_tasks: int
@@ -68,6 +69,7 @@ class TargetOutputs:
                 folder=self.directory.folder,
                 inputs=dict(self.inputs),
                 start_particle=self.method.start_particle,
+                chosen_particle=self.chosen.get(spec.name) if predict == "best" else None,
             )
             for name, value in evaluated.metrics.items()
         ]

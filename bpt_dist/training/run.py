@@ -29,7 +29,7 @@ from bpt_dist.storage.files import read_json, write_json_atomic
 from bpt_dist.storage.metrics_log import BEST_SCORE, MetricsLog, iter_records
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import with_snapshots
-from bpt_dist.training.evaluation import Evaluated, evaluate
+from bpt_dist.training.evaluation import Evaluated, choose_particle, evaluate
 from bpt_dist.training.outputs import TargetOutputs, record_of
 from bpt_dist.training.stage import TrainingStage
 
@@ -257,6 +257,8 @@ class TrainingRun:
         outputs = TargetOutputs(self.config, self.directory, self.backbone, self.method, self.posterior, self.inputs)
         scored = []
         for index, task in enumerate(tasks):
+            if self.config.evaluation.predict == "best":
+                outputs.chosen[task.spec.name] = self._choose_particle(tasks, index)
             for split in self.config.evaluation.splits:
                 for predict in dict.fromkeys(("map", self.config.evaluation.predict)):
                     one = evaluate(self.method, tasks, index, split, predict, self.evaluation, self.world, self.heartbeat)
@@ -277,6 +279,14 @@ class TrainingRun:
                 self._write_result(stage, entries)
             self.world.barrier()
         self.has_results(tasks)
+
+    def _choose_particle(self, tasks: Sequence[TaskData], index: int) -> int:
+        """Return the adapted particle that predicts a target, chosen by validation (collective)."""
+        chosen = choose_particle(self.method, tasks, index, self.evaluation, self.world, self.heartbeat)
+        if self.directory.rank == 0:
+            name, adapted = tasks[index].spec.name, self.method.num_adapted
+            log.info("%s: particle %d of 0 to %d has the best validation score", name, chosen, adapted - 1)
+        return chosen
 
     def _write_result(self, stage: TrainingStage, entries: Sequence[Result]) -> None:
         """Write what says that a target stage is over; all else of it is on disk."""

@@ -37,7 +37,7 @@ RULES = [
     KernelOptions(kernel, scope, bandwidth, form)
     for kernel in ("rbf", "imq")
     for scope in ("prompt", "token")
-    for form in ("svgd", "repulsive_ensemble")
+    for form in ("svgd", "shared_scores", "repulsive_ensemble")
     for bandwidth in ("median", 30.0)
 ]
 # Particles and positions: few and many particles (differences, matrix products), uneven slices, one position a rank, M that W

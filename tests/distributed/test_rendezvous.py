@@ -80,11 +80,11 @@ def test_a_rank_on_another_kind_of_device_is_named_before_anybody_waits(unlike, 
     """B8: a host whose driver is broken came up on gloo, the others on NCCL; all waited until the limit."""
     port, began = ranks.free_port(), time.monotonic()
     others = [rank for rank in range(3) if rank != unlike]
-    with started("a", others, 3, port) as codes, started("a", [unlike], 3, port, device="cuda") as code:
+    with started("a", others, 3, port, 120) as codes, started("a", [unlike], 3, port, 120, device="cuda") as code:
         pass
     assert code == [2]
     assert 2 in codes
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     said = capfd.readouterr().out
     host = socket.gethostname()
     assert f"on {host} computes on" in said
@@ -108,9 +108,9 @@ def test_a_program_that_accepts_and_stays_silent_is_not_waited_for(monkeypatch, 
     monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started_at = time.monotonic()
-        with started("a", [1], 2, silent.getsockname()[1]) as codes:
+        with started("a", [1], 2, silent.getsockname()[1], 120) as codes:
             pass
-        assert time.monotonic() - started_at < 10
+        assert time.monotonic() - started_at < 60
     assert codes == [2]
     assert "something other than rank 0 of this job answers there" in capfd.readouterr().out
 

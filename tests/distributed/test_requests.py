@@ -126,7 +126,7 @@ def test_a_refusal_wakes_ranks_that_wait(clients: Any) -> None:
     began = time.monotonic()
     found = checked_in(clients(3), [0, 1, 2], rank2="cuda")
     assert all(isinstance(error, ConfigError) for error in found.values())
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # not the 30 s they would wait
 
 
 def detectors(stores: list[CountedStore], absent: int | None = None) -> dict[int, FailureDetector]:

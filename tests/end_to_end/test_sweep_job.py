@@ -80,7 +80,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
             process.wait()
         for each in processes_of(tmp_path):
             each.kill()
-        assert not psutil.wait_procs(processes_of(tmp_path), timeout=10)[1]
+        assert not psutil.wait_procs(processes_of(tmp_path), timeout=60)[1]
         shutil.rmtree(folder)
 
 

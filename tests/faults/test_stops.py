@@ -88,7 +88,7 @@ def test_a_rank_that_cannot_stop_in_time_leaves_when_the_grace_is_over(trials: T
         assert ended.codes == [69, 75], ended.screen
         assert "still at 'source step 3' after the grace period" in (job.directory / "logs" / "rank-1.stuck").read_text()
         figures["worst_seconds"] = round(max(ended.seconds), 2)
-        assert max(ended.seconds) <= 15
+        assert max(ended.seconds) <= 45  # 15 on an idle machine; without the end of the grace it is more than 60
         figures["worst_lost_steps"] = lost_steps(job)
         assert figures["worst_lost_steps"] <= 1
         job.finish(SIZE)

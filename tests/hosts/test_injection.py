@@ -65,7 +65,7 @@ def built(folder: Path, cases: Sequence[tuple[list[str], dict[str, str]]]) -> li
 
 def side_effect(folder: Path, command: str) -> bool:
     """Run what a host's shell would get and return whether it did what it should not."""
-    subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, check=False, timeout=20)
+    subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, check=False, timeout=60)
     canary = folder / CANARY
     happened = canary.exists()
     canary.unlink(missing_ok=True)

@@ -142,7 +142,7 @@ def test_a_hostfile_that_is_not_there_does_not_become_a_small_job(hosts: TwoHost
     assert ended.returncode == 2, ended.output
     assert ended.output.count("distribution.expect_world_size is 2, but 1 process(es) were started") == 1
     assert "check that the hostfile is found" in ended.output
-    assert ended.seconds <= 60, "10 s on an idle machine, most of them the launcher's own imports"
+    assert ended.seconds <= 100, "10 s on an idle machine, most of them the launcher's own imports"
     assert not (hosts.folder / "runs" / "small").exists()
     nothing_is_left(hosts)
     record_figure("F8", "two hosts, no such hostfile", worst_seconds=round(ended.seconds, 1))

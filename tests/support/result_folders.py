@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tiny_run
+
+from bpt_dist import config as configuration
 from bpt_dist.artifacts.results import collect
 from bpt_dist.commands.table.table import Table
+from bpt_dist.config import RunConfig
 
 
 def entry(**changes):
@@ -43,3 +47,23 @@ def grid(table: Table) -> dict[str, dict[str, str]]:
     rows = [row for block in sheet.blocks for row in block.rows]
     texts = [[f"**{c.text}**" if c.bold else c.text for c in row] for row in rows]
     return {row[0]: dict(zip(sheet.header, row, strict=True)) for row in texts}
+
+
+def runs_of(tmp_path: Path, *rows: dict, seeds: tuple[int, ...] = (0, 1, 2)) -> list[RunConfig]:
+    tiny_run.write_tasks(tmp_path / "tasks")
+    plain = tiny_run.settings(tmp_path, {"name": "bpt"}, rows=list(rows), seeds=list(seeds))
+    return configuration.expand(tiny_run.load(tmp_path, plain))
+
+
+def finish(run: RunConfig, scores: dict[str, float], predict: str = "map") -> None:
+    """Leave what the curve reads of a finished run."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    (run.directory / "config.yaml").write_text(configuration.resolved_yaml(run))
+    (run.directory / "status.json").write_text(json.dumps({"state": "finished"}))
+    file = run.directory / "results.json"
+    entries = json.loads(file.read_text()) if file.exists() else []
+    entries += [
+        entry(method=run.method.name, run=run.name, seed=run.seed, task=task, value=value, predict=predict, stage=f"target/{task}")
+        for task, value in scores.items()
+    ]
+    file.write_text(json.dumps(entries))

@@ -15,13 +15,14 @@ import typer
 from command_lines import ROOT, Line
 
 from bpt_dist import config as configuration
+from bpt_dist.commands import train
 from bpt_dist.commands.main import app
 from bpt_dist.commands.sweep import settings as sweeps
-from launcher import sweep, train
+from launcher import sweep
 
 LINES = command_lines.lines()
 # Made by the reader, or by an earlier command of the same page.
-MADE = {".venv/bin/activate", "hostfile", "data", "runs/world"}
+MADE = {".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts"}
 
 
 def of(*programs: str) -> list[Line]:

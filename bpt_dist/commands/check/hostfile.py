@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bpt_dist.config.shell_words import check_words
 from bpt_dist.errors import ConfigError
 
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -24,9 +25,6 @@ _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*")
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,5})")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Without "%": pdsh replaces %h, %n and %u.
-_OUTSIDE_PATH = re.compile(r"[^A-Za-z0-9_./+-]")
-_OUTSIDE_ARGUMENT = re.compile(r"[^A-Za-z0-9_./+,:@=-]")
 _OUTSIDE_VALUE = re.compile(r"[^A-Za-z0-9_./+,:@= -]")
 _SECRET_NAME = re.compile(r"(PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL)S?(_|$)")
 _SECRET_VALUE = re.compile(r"://[^/@\s]+@")
@@ -117,28 +115,6 @@ def read_environment_file(path: Path) -> tuple[dict[str, str], list[Problem]]:
             problems += problems_with_variables({key: value}, f"{path}:{number}")
             variables[key] = value
     return variables, problems
-
-
-def problem_with_path(path: str) -> str | None:
-    """Return what the launcher, which does not quote it, must not meet in a path; None for a good one."""
-    outside = _OUTSIDE_PATH.search(path)
-    if outside is None:
-        return None if path and not path.startswith("-") else "is no path"
-    return f"contains {outside[0]!r}, which a shell would act on; use letters, digits and _./+-"
-
-
-def check_words(paths: Sequence[tuple[str, str]], overrides: Sequence[str]) -> None:
-    """Raise ConfigError when a path, given with what it is, or an override contains what a shell on the hosts would act on."""
-    problems = [f"{what} {path}: {problem}" for what, path in paths if (problem := problem_with_path(path)) is not None]
-    for override in overrides:
-        outside = _OUTSIDE_ARGUMENT.search(override)
-        if outside is not None or not re.match(r"[A-Za-z_]", override):
-            character = repr(outside[0] if outside else override[:1])
-            problems.append(
-                f"{override.partition('=')[0][:40]!r}: contains {character}, which a shell would act on; put it into a YAML file"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def command(hostfile: Path, config: Path, overrides: Sequence[str], num_slots: int, port: int = DEFAULT_PORT) -> str:

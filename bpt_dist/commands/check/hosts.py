@@ -25,6 +25,7 @@ from bpt_dist.commands.check.compare import compared, connections, of_one_host, 
 from bpt_dist.commands.check.hostfile import Host
 from bpt_dist.commands.check.job import Finding, attempt, report
 from bpt_dist.config import RunConfig
+from bpt_dist.config.shell_words import problem_with_path
 from bpt_dist.distributed.environment import home_folder
 from bpt_dist.errors import ConfigError
 from bpt_dist.tasks import mini
@@ -79,7 +80,7 @@ def _launcher(num_hosts: int, variables: dict[str, str]) -> Iterator[Finding]:
             remedy = f"export PDSH_SSH_ARGS_APPEND='{hostfile.KEEP_ALIVE}'"
             yield Finding("ssh", "a host that is cut off would be waited for without end", remedy)
     for what, place in (("python", sys.executable), ("working folder", str(Path.cwd()))):
-        problem = hostfile.problem_with_path(place) if num_hosts > 1 else None
+        problem = problem_with_path(place) if num_hosts > 1 else None
         if problem is not None:
             yield Finding(what, f"{place} {problem}", "move the project to another folder on all hosts")
     passed_on = hostfile.exported(dict(os.environ))

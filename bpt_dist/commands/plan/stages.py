@@ -167,9 +167,11 @@ def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec
 
 
 def num_hypotheses(config: RunConfig, copies: int) -> int:
-    """Return how many hypotheses an ensemble averages over, 0 where there is no ensemble; `copies` counts the MAP prompt."""
-    if config.evaluation.predict != "ensemble":
+    """Return how many hypotheses predict beside the MAP prompt; `copies` counts the MAP prompt."""
+    if config.evaluation.predict == "map":
         return 0
+    if config.evaluation.predict == "best":
+        return 1
     return config.evaluation.num_samples or copies - 1
 
 
@@ -248,10 +250,11 @@ def evaluation(
     """Return the passes of a rank, and the FLOPs of all ranks, in the validations and final evaluations of a target stage."""
     every, rows = settings.eval_every or settings.steps, config.data.max_eval_rows or ASSUMED_EVAL_ROWS
     validations = math.ceil(settings.steps / every) if settings.steps else 0
-    ensemble, hypotheses = config.evaluation.predict == "ensemble", num_hypotheses(config, copies)
+    beside, hypotheses = config.evaluation.predict != "map", num_hypotheses(config, copies)
     num_splits = len(config.evaluation.splits)
+    validations += copies - 1 if config.evaluation.predict == "best" else 0  # the choice among the particles
     at_once = 1 if config.distribution.exact else config.evaluation.batch_size
-    passes = -(-rows // (mesh.world.size * at_once)) * (validations + num_splits * (1 + ensemble))
+    passes = -(-rows // (mesh.world.size * at_once)) * (validations + num_splits * (1 + beside))
     rows_forward = rows * (validations + num_splits * (1 + hypotheses))
     return passes * len(forward_flops), rows_forward * sum(forward_flops)
 

@@ -14,10 +14,12 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from bpt_dist import config as configuration
-from bpt_dist.artifacts.results import collect
+from bpt_dist.artifacts.results import Collected, collect
 from bpt_dist.artifacts.stored_run import is_finished
 from bpt_dist.commands.output import console, duration
+from bpt_dist.commands.table.costs import cost_sheet
 from bpt_dist.commands.table.jobs import Jobs, Outcome, Trainer
+from bpt_dist.commands.table.layout import latex, markdown
 from bpt_dist.commands.table.narrow import WIDTH
 from bpt_dist.commands.table.selection import check_equal_trials, chosen_yaml, select_best
 from bpt_dist.commands.table.trainers import DeepSpeedTrainer, InProcessTrainer, WorkerTrainer
@@ -272,14 +274,20 @@ def print_table(
     by: str,
     metrics: Sequence[str],
     compared: Sequence[str],
+    costs: bool = False,
 ) -> None:
     """Print the results table, or write it to `out`. `by`: what its rows are, `method` or `task`; `compared`: `--compare`.
+
+    `costs`: print the table of what training took in its place.
 
     Raises ConfigError for a form that has no such rows and for a comparison of what is not there, DataError without results.
     """
     collected = collect(runs)
     if not collected.results:
         raise DataError("\n".join([f"{', '.join(map(str, runs))}: no finished run has results", *collected.notes]))
+    if costs:
+        _print_costs(collected, form, out)
+        return
     from bpt_dist.commands.table.table import Table  # brings scipy, which an error above does not need
 
     notes = collected.notes
@@ -306,3 +314,14 @@ def print_table(
     typer.echo(write_atomic(out, text.encode()))
     for note in collected.notes:
         typer.echo(note, err=True)
+
+
+def _print_costs(collected: Collected, form: str | None, out: Path | None) -> None:
+    chosen = form or (SUFFIXES.get(out.suffix, "markdown") if out is not None else "markdown")
+    if chosen not in ("markdown", "latex"):
+        raise ConfigError(f"--costs: has no form {chosen}; use markdown or latex")
+    text = {"markdown": markdown, "latex": latex}[chosen](cost_sheet(collected.results))
+    if out is None:
+        typer.echo("\n".join([text, *collected.notes]), nl=not text.endswith("\n") or bool(collected.notes))
+        return
+    typer.echo(write_atomic(out, text.encode()))

@@ -53,7 +53,8 @@ def markdown(sheet: Sheet) -> str:
     ]
     lines.append("|" + "|".join([":--"] + ["--:"] * (len(sheet.header) - 1)) + "|")
     for block in sheet.blocks:
-        lines.append(_markdown_line([f"*{_markdown_escape(block.caption)}*"] + [""] * (len(sheet.header) - 1)))
+        if block.caption:
+            lines.append(_markdown_line([f"*{_markdown_escape(block.caption)}*"] + [""] * (len(sheet.header) - 1)))
         lines += [_markdown_line([_markdown_cell(cell) for cell in row]) for row in block.rows]
     lines += ["", *(f"- {_markdown_escape(note)}" for note in sheet.notes), ""]
     for sentence in sheet.closing:

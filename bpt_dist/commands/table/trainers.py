@@ -19,7 +19,7 @@ from bpt_dist.artifacts.stored_run import is_finished
 from bpt_dist.commands.table.jobs import Outcome
 from bpt_dist.config import RunConfig
 from bpt_dist.distributed.environment import child_environment, free_port, num_gpus
-from bpt_dist.errors import INTERNAL_ERROR, ConfigError, PeerLost, Stopped
+from bpt_dist.errors import INTERNAL_ERROR, PeerLost, Stopped
 from bpt_dist.storage.files import write_atomic
 
 SCRIPT = Path(__file__).parents[3] / "launcher" / "train.py"
@@ -148,8 +148,6 @@ class DeepSpeedTrainer:
     """Trains every run as a job of the deepspeed launcher with several processes; they write `folder/launcher.log`."""
 
     def __init__(self, num_processes: int, folder: Path) -> None:
-        if not SCRIPT.is_file():
-            raise ConfigError(f"--processes: the launcher needs {SCRIPT}, which is not there; run from a checkout of the project")
         self.num_processes, self.folder = num_processes, folder
         self.environment = child_environment(num_processes)
         self.job: subprocess.Popen[bytes] | None = None
@@ -177,7 +175,8 @@ class DeepSpeedTrainer:
     def command(self, config: Path) -> Sequence[str]:
         """Return the command that launches one run."""
         launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_processes)]
-        return [*launcher, "--master_port", str(free_port()), str(SCRIPT), "--config", str(config)]
+        program = [str(SCRIPT)] if SCRIPT.is_file() else ["--module", "bpt_dist.commands.train"]  # a wheel has no launcher/
+        return [*launcher, "--master_port", str(free_port()), *program, "--config", str(config)]
 
     def stop(self) -> None:
         """Tell all processes of the job: the launcher would end alone."""

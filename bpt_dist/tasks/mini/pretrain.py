@@ -244,10 +244,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--log", type=Path, help="JSON lines of the run (default: OUT/../pretrain_log.jsonl)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--measure", action="store_true", help="print the accuracy of the model in OUT by skill and train nothing")
     parser.add_argument("--examples", type=int, default=64, help="examples of each skill in a measurement")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    if options.measure:
+        model = T5ForConditionalGeneration.from_pretrained(options.out).eval()
+        for name, share in accuracy(model, tokenizer.build(), options.examples, "measure").items():
+            log.info("%-18s %5.1f %%", name, 100 * share)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     log_file = options.log or options.out.parent / "pretrain_log.jsonl"
     log_file.unlink(missing_ok=True)

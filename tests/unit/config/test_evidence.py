@@ -13,6 +13,7 @@ from bpt_dist.config.loading import row_label
 
 FOLDER = Path(__file__).parents[3] / "configs" / "evidence"
 TABLES = ("equal_compute.yaml", "learning_curve.yaml")
+SEARCH = "../table/mini_search.yaml"
 RATES = ("lr_full", "lr_full_relative", "lr_low_rank")
 EVIDENCE = (Path(__file__).parents[3] / "docs" / "evidence.md").read_text()
 
@@ -37,14 +38,17 @@ def test_one_prompt_has_the_compute_of_all_particles() -> None:
     by_label = {row_label(run): run for run in runs("equal_compute.yaml")}
     compute = {label: particle_texts(run) for label, run in by_label.items()}
     assert compute.pop("vanilla-1x") * 4 == compute["bpt"]
+    chosen = by_label["independent-by-validation"]  # the same four prompts as `independent`, learnt once
+    assert chosen.source.posterior == by_label["independent"].directory.with_name(f"independent-s{chosen.seed}")
+    assert chosen.method == by_label["independent"].method
     assert len(set(compute.values())) == 1
     assert len({run.target.model_copy(update={"lr_relative": None}) for run in by_label.values()}) == 1
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_rates_of_a_row_are_a_trial_of_its_method(name: str) -> None:
-    trials = runs("search.yaml")
-    assert check_equal_trials(configuration.load(FOLDER / "search.yaml"), trials) == 3
+    trials = runs(SEARCH)
+    assert check_equal_trials(configuration.load(FOLDER / SEARCH), trials) == 4
     known = {(run.method.name, rates(run)) for run in trials}
     for run in runs(name):
         if not row_label(run).startswith("independent"):
@@ -58,7 +62,7 @@ def test_the_rates_of_a_row_are_a_trial_of_its_method(name: str) -> None:
 
 
 def test_the_search_sees_no_seed_and_no_split_of_a_table() -> None:
-    searched = runs("search.yaml")
+    searched = runs(SEARCH)
     assert {run.evaluation.splits for run in searched} == {("validation",)}
     seeds = {run.seed for name in TABLES for run in runs(name)}
     assert seeds == {0, 1, 2, 3, 4}
@@ -84,7 +88,7 @@ def test_the_posterior_follows_the_folder_of_the_table() -> None:
     assert all(place.is_relative_to("/elsewhere/evidence-learning-curve") for place in moved)
 
 
-@pytest.mark.parametrize("name", [*TABLES, "search.yaml"])
+@pytest.mark.parametrize("name", TABLES)
 def test_all_files_train_on_the_same_tasks_and_the_page_names_them(name: str) -> None:
     (first, *_) = runs("equal_compute.yaml")
     for run in runs(name):

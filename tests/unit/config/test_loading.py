@@ -321,6 +321,8 @@ def test_a_comparison_of_what_the_table_will_not_have_is_refused(load: Any, text
 def test_both_lines_of_a_row_that_predicts_both_ways_can_be_compared(load: Any) -> None:
     text = ROWS.replace("- label: own", "- label: own\n  evaluation: {predict: ensemble}")
     assert load(text + "comparisons: ['own/ensemble:own']\n").comparisons == ("own/ensemble:own",)
+    text = text.replace("{predict: ensemble}", "{predict: best}")
+    assert load(text + "comparisons: ['own/best:own']\n").comparisons == ("own/best:own",)
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------------

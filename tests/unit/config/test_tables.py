@@ -92,7 +92,7 @@ def test_every_row_has_the_rates_of_its_methods_own_file(name: str) -> None:
 
 def test_the_search_is_the_same_for_everybody_and_covers_every_row_of_the_table() -> None:
     searched, table = runs("table/mini_search.yaml"), runs("table/mini.yaml")
-    assert check_equal_trials(configuration.load(CONFIGS / "table" / "mini_search.yaml"), searched) == 3
+    assert check_equal_trials(configuration.load(CONFIGS / "table" / "mini_search.yaml"), searched) == 4
     trials = {_without_place(run) for run in searched}
     assert {_without_place(run) for run in table if run.seed == 0} <= trials
     alone = {run.method.name: rates(run) for run in table if run.seed == 0}
@@ -118,12 +118,12 @@ def test_the_trials_of_a_method_multiply_all_its_target_rates_alike() -> None:
         for other in others:
             factors = [other[name] / first[name] for name in first]
             assert max(factors) / min(factors) < 1.15, (contest, factors)  # rates are round numbers
-            assert factors[0] > 2
+            assert not 1 / 2 < factors[0] < 2
     assert len(trials[("dept", False)][0]) == len(trials[("attempt", False)][0]) == 2
 
 
 def test_real_text_is_trained_with_the_middle_rates_of_the_search() -> None:
-    middle = {run.method.name: rates(run) for run in runs("table/mini_search.yaml")[1::3] if not run.target.joint}
+    middle = {run.method.name: rates(run) for run in runs("table/mini_search.yaml")[1::4] if not run.target.joint}
     assert {run.method.name: rates(run) for run in runs("table/real.yaml", "seeds=0")} == middle
 
 

@@ -163,6 +163,8 @@ def test_one_particle_is_no_ensemble(tmp_path: Path, full: dict[str, Any]) -> No
     text = text_of(with_value(with_value(full, "method.num_particles", 1), "evaluation.predict", "ensemble"))
     (problem,) = refusal(tmp_path, text)
     assert "evaluation.predict: ensemble needs two particles, method.num_particles is 1" in problem
+    (problem,) = refusal(tmp_path, text.replace("ensemble", "best"))
+    assert "evaluation.predict: best needs two particles, method.num_particles is 1" in problem
 
 
 CROSS_FIELD = [

@@ -382,7 +382,7 @@ def test_an_outage_costs_nothing_and_sync_completes(tmp_path, store, outage):
         failing.shutdown()
         failing.server_close()
     assert slowest < 2, "a record waited for the server, which answers after 30 s or never"
-    assert delay <= 5
+    assert delay <= 15, "5 s on an idle machine; the server answers after 30 s or never"
     state = json.loads((folder / "tracking.json").read_text())
     (folder / "tracking.json").write_text(json.dumps({**state, "uri": store}))  # the server is back, elsewhere
     run = type("Folder", (), {"folder": folder})

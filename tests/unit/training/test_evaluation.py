@@ -20,7 +20,7 @@ from bpt_dist.config import EvaluationConfig
 from bpt_dist.data.prepare import TaskData, prepare
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method, load
-from bpt_dist.training.evaluation import Evaluated, evaluate, pair_agreement
+from bpt_dist.training.evaluation import Evaluated, choose_particle, evaluate, pair_agreement
 
 WORDS = {"truth": ("true", "false"), "mood": ("good", "not good"), "colour": ("red", "blue", "green")}
 
@@ -103,6 +103,30 @@ def test_agreement_counts_the_pairs_of_hypotheses_with_the_same_label(made: tupl
     alone = run(made, index, "map")
     assert "prediction_agreement" not in alone.metrics
     assert not any("agreement" in row for row in alone.predictions)
+
+
+@pytest.mark.parametrize(("index", "decode"), [(0, "rank"), (2, "rank"), (1, "generate")])
+@torch.no_grad()
+def test_best_predicts_with_the_adapted_particle_that_scores_best_in_validation(
+    made: tuple[Method, list[TaskData]], index: int, decode: str
+) -> None:
+    method, tasks = made
+    settings, alone = EvaluationConfig(decode=decode), {}
+    for particle in range(3):  # each as the only one: what an ensemble of equal prompts predicts
+        kept = method.particles.clone(), method.u.clone(), method.v.clone()
+        for tensor in (method.particles, method.u, method.v):
+            tensor[1:] = tensor[1 + particle].clone()
+        for split in ("validation", "test"):
+            alone[particle, split] = evaluate(method, tasks, index, split, "ensemble", settings, World(), lambda place: None)
+        for tensor, old in zip((method.particles, method.u, method.v), kept, strict=True):
+            tensor.copy_(old)
+    headline = tasks[index].spec.headline
+    scores = [alone[particle, "validation"].metrics[headline] for particle in range(3)]
+    chosen = choose_particle(method, tasks, index, settings, World(), lambda place: None)
+    assert chosen == scores.index(max(scores))
+    found = evaluate(method, tasks, index, "test", "best", settings, World(), lambda place: None)
+    assert [row["prediction"] for row in found.predictions] == [row["prediction"] for row in alone[chosen, "test"].predictions]
+    assert found.metrics[headline] == alone[chosen, "test"].metrics[headline]
 
 
 def test_four_hypotheses_of_which_two_agree_share_one_pair_in_six() -> None:

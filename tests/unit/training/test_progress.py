@@ -11,10 +11,10 @@ import pytest
 import tiny_run
 
 from bpt_dist import train
+from bpt_dist.commands.train import show_log
 from bpt_dist.config import RunConfig
 from bpt_dist.training import optimizer
 from bpt_dist.training.progress import StepProgress, log_name
-from launcher.train import show_log
 
 STEPS = 5
 

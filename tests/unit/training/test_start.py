@@ -74,6 +74,17 @@ def test_results_say_which_particle_it_was(world: Path, tmp_path: Path) -> None:
     assert all(str(entry["start_particle"]) == chosen[f"start of target/{entry['task']}"] for entry in entries)
 
 
+def test_results_say_which_adapted_particle_predicts(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tiny_run.trained(configured(world, tmp_path, "mean", evaluation={"predict": "best", "splits": ["validation", "test"]}))
+    entries = [entry for entry in json.loads((run / layout.RESULTS).read_text()) if entry["headline"]]
+    chosen = {(entry["task"], entry["predict"]): entry["chosen_particle"] for entry in entries}
+    assert {name: value for name, value in chosen.items() if name[1] == "map"} == {("mood", "map"): None, ("count", "map"): None}
+    for task in ("mood", "count"):
+        assert f"{task}: particle {chosen[task, 'best']} of 0 to 3 has the best validation score" in caplog.text
+        assert (run / "target" / task / "predictions-best.jsonl").is_file()
+        assert (run / "target" / task / "predictions-validation-best.jsonl").is_file()
+
+
 def test_by_default_it_starts_at_the_mean_and_nothing_is_chosen(world: Path, tmp_path: Path) -> None:
     run = tiny_run.trained(configured(world, tmp_path, "mean"))
     assert {entry["start_particle"] for entry in json.loads((run / layout.RESULTS).read_text())} == {None}

@@ -157,6 +157,8 @@ def test_rows_passes_and_copies(world, tmp_path):
     assert (target.mesh, target.num_particles, target.rows, target.rows_per_rank) == ((1, 2), 5, 15, 10)
     # 3 steps, validated every 2 and at the end, then one split by MAP and by ensemble: 4 evaluations of 6 rows.
     assert target.evaluation_passes == 4
+    best = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"predict": "best"})})
+    assert stage(estimate(best, 2), "target/mood").evaluation_passes == 8  # each of the 4 particles is validated once more
     apart = estimate(config.model_copy(update={"source": config.source.model_copy(update={"shared_texts": False})}), 2)
     assert (stage(apart, "source").passes_per_step, stage(apart, "source").rows_at_once) == (2, 6)
     assert stage(apart, "source").activation_bytes == source.activation_bytes // 2

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 import tiny_run
 import yaml
 from matplotlib.image import imread
-from result_folders import entry
+from result_folders import finish, runs_of
 from scipy import stats
 
-from bpt_dist import config as configuration
 from bpt_dist.artifacts.curves import Curve, Point, draw_curves
 from bpt_dist.commands.main import main
-from bpt_dist.config import RunConfig
 
 SHOTS = (1, 4)
-
-
-def runs_of(tmp_path: Path, *rows: dict, seeds: tuple[int, ...] = (0, 1, 2)) -> list[RunConfig]:
-    tiny_run.write_tasks(tmp_path / "tasks")
-    plain = tiny_run.settings(tmp_path, {"name": "bpt"}, rows=list(rows), seeds=list(seeds))
-    return configuration.expand(tiny_run.load(tmp_path, plain))
-
-
-def finish(run: RunConfig, scores: dict[str, float], predict: str = "map") -> None:
-    """Leave what the curve reads of a finished run."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / "config.yaml").write_text(configuration.resolved_yaml(run))
-    (run.directory / "status.json").write_text(json.dumps({"state": "finished"}))
-    file = run.directory / "results.json"
-    entries = json.loads(file.read_text()) if file.exists() else []
-    entries += [
-        entry(method=run.method.name, run=run.name, seed=run.seed, task=task, value=value, predict=predict, stage=f"target/{task}")
-        for task, value in scores.items()
-    ]
-    file.write_text(json.dumps(entries))
 
 
 def rows_over_shots() -> list[dict]:

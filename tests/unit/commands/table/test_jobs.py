@@ -189,7 +189,7 @@ def test_a_trainer_that_never_reaches_a_step_is_retired_and_others_take_its_run(
 
     class Patient(Scripted):
         def train(self, run: RunConfig) -> Outcome:
-            failed.wait(timeout=10)
+            failed.wait(timeout=60)
             return super().train(run)
 
     class Watching(Told):
