@@ -122,7 +122,7 @@ def answer_task_by_task(models: Models, mixed: Mixture) -> list[Float[Tensor, " 
             texts = mixed.texts.select(rows)
             columns = []
             for word in words:
-                labels = word[word >= 0].expand(len(rows), -1).to(device)
+                labels = word[word >= 0].repeat(len(rows), 1).to(device)
                 source = {"input_ids": texts.source_ids.to(device), "attention_mask": texts.source_mask.to(device)}
                 columns.append(sequence_log_likelihood(peft.model(**source, labels=labels).logits, labels, "token_sum"))
             found |= dict(zip(rows, torch.stack(columns, dim=-1), strict=True))
