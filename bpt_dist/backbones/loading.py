@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from bpt_dist.backbones.base import DTYPES, Backbone
+from bpt_dist.backbones.base import DTYPES, Backbone, hash_tokenizer
 from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
 from bpt_dist.backbones.families import DECODERS, kind_of
 from bpt_dist.distributed.hub import reach_hub
@@ -108,6 +108,16 @@ def facts_of(path: str, *, revision: str | None = None) -> Mapping[str, Any]:
     from bpt_dist.backbones.t5.shapes import shape_of
 
     return shape_of(path, revision=revision).config.to_dict()
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> tuple[Any, str]:
+    """Return the tokenizer of a checkpoint and its hash, as `load` has them. Raises ConfigError where there is none."""
+    checkpoint = Checkpoint(path, revision)
+    try:
+        tokenizer = _load_tokenizer(checkpoint, int(checkpoint.config()["vocab_size"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise checkpoint.cannot_load(error) from error
+    return tokenizer, hash_tokenizer(tokenizer)
 
 
 def _load_tokenizer(checkpoint: Checkpoint, num_rows: int, *, special_may_lack_rows: bool = False) -> Any:
