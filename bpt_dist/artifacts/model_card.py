@@ -86,7 +86,7 @@ def card_text(
         f"# {facts.title}",
         f"This is {what} `{base_model}`, trained with {facts.method}{purpose}. The backbone itself is unchanged.",
         *([] if record is not None and record.predict == "ensemble" else [_how_to_load(base_model, revision, tasks, auto_class)]),
-        *([] if record is None else [_how_to_use(record)]),
+        *([] if record is None else [_how_to_use(record, auto_class)]),
     ]
     sections += [_origin(facts, base_model, revision), _measurements(facts.results)]
     if facts.posterior is not None:
@@ -124,15 +124,19 @@ def _how_to_load(base_model: str, revision: str | None, tasks: Sequence[str] | N
     return "\n".join(lines)
 
 
-def _how_to_use(record: TaskRecord) -> str:
+def _how_to_use(record: TaskRecord, auto_class: str) -> str:
     names = ", ".join(f"`{task.name}`" for task in record.tasks)
     columns = ", ".join(f"`{name}`" for name in record.tasks[0].fields)
+    measured = (
+        " The run also measured the adapted particle with the best validation score, which is not exported: this is the MAP prompt."
+        if record.evaluated == "best" else ""
+    )  # fmt: skip
     return (
         f"## How to use it\n\n`task.json` says how a row of {names} becomes text and how the answer is found. This program reads "
         "it with PEFT and transformers alone. It gives the answers of the run that made this export; so does `bpt-dist predict`, "
         "in batches. A text that spells a special token, such as `</s>`, is the one exception: only the latter reads it as plain "
-        "text."
-        f"\n\n```python\n{code_of(record)}```\n\nThen `answer({{...}})` takes a row with the columns {columns}."
+        f"text.{measured}"
+        f"\n\n```python\n{code_of(record, auto_class)}```\n\nThen `answer({{...}})` takes a row with the columns {columns}."
     )
 
 

@@ -96,7 +96,7 @@ class StoredRun:
         A run of an earlier version wrote none: it is made again from its configuration, for which the tokenizer is loaded. Raises
         ConfigError where its task files or its backbone are gone or changed.
         """
-        from bpt_dist.artifacts.task_record import BackboneEntry, TaskEntry, TaskRecord, read_record
+        from bpt_dist.artifacts.task_record import BackboneEntry, FormEntry, TaskEntry, TaskRecord, read_record
         from bpt_dist.backbones.loading import load_tokenizer
         from bpt_dist.data.prepare import specs
         from bpt_dist.tasks import catalogue, mini
@@ -111,13 +111,14 @@ class StoredRun:
                 return of_posterior.with_prompts(["."])
         settings, data = self.config.backbone, self.config.data
         path, facts = mini.backbone_path(settings.path), self._hashes()
-        tokenizer, own = load_tokenizer(path, settings.revision)
+        tokenizer, own, form = load_tokenizer(path, settings.revision)
         if own != facts["tokenizer_hash"]:
             raise ConfigError(f"backbone.path: {path} has another tokenizer than the run was trained with; give the one it had")
         known, protocol, limit = specs(data), data.protocol, data.max_source_length
-        entries = [TaskEntry.of(catalogue.get(task, known), protocol, self.config.evaluation, limit, tokenizer) for task in tasks]
-        backbone = BackboneEntry(path=path, revision=settings.revision, sha256=facts["backbone_hash"], dtype=settings.dtype)
-        return TaskRecord.of(backbone, own, entries)
+        specs_of, evaluation = [catalogue.get(task, known) for task in tasks], self.config.evaluation
+        entries = [TaskEntry.of(spec, protocol, evaluation, limit, tokenizer, form) for spec in specs_of]
+        backbone = BackboneEntry.of(form, path, settings.revision, facts["backbone_hash"], settings.dtype)
+        return TaskRecord.of(backbone, own, FormEntry.of(form, tokenizer), entries, evaluation.predict)
 
     def _hashes(self) -> Mapping[str, Any]:
         """Return the result of a target stage, which names the hashes of backbone and tokenizer."""

@@ -1,10 +1,12 @@
 """`task.json` of an export: the language its prompts understand, so that they can be used without the run that trained them.
 
-    {"format": 1, "backbone": {...}, "tokenizer_sha256": "...", "predict": "map", "prompts": ["."], "tasks": [{...}]}
+    {"format": 1, "backbone": {...}, "tokenizer_sha256": "...", "text_form": {...}, "predict": "map", "prompts": ["."],
+     "evaluated": "map", "tasks": [{...}]}
 
 `prompts` are the folders of the prompts that an answer averages over, relative to the file: one for `map`, several for `ensemble`,
-none where what is stored is no soft prompt. Each of `tasks` says how a row becomes text (`template`), which answers there are, how
-long text and answer may be, and how the answer is found. What is written here words the training rows too: `tasks/text_to_text.py`.
+none where what is stored is no soft prompt. `text_form` says how this kind of backbone reads a text and its answer. Each of `tasks`
+says how a row becomes text (`template`), which answers there are, how long text and answer may be, and how the answer is found.
+What is written here words the training rows too: `tasks/text_to_text.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from bpt_dist.storage.files import decode_json
 from bpt_dist.tasks import text_to_text
 from bpt_dist.tasks.schema import DIALECT
 from bpt_dist.tasks.spec import Decoding, Kind, Protocol, TaskSpec
+from bpt_dist.tasks.text_to_text import ENCODED, TextForm
 from bpt_dist.tasks.writings import ALSO_READ, WRITINGS
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ class TaskEntry(_Part):
     decode: Decoding = Field(
         description="`rank`: the label word with the highest log-likelihood, summed over its tokens. `generate`: greedy decoding."
     )
-    max_source_length: int = Field(ge=2, description="Tokens a text is cut to, the end token included.")
+    max_source_length: int = Field(ge=2, description="Tokens a text is cut to, with the token it begins or ends with.")
     max_new_tokens: int = Field(ge=1, description="Tokens that are generated at most.")
     empty_text: Literal["keep", "refuse"] = Field(description="What happens to a row with an empty text.")
     task_id: int | None = Field(default=None, ge=0, description="The task's number in a multi-task prompt.")
@@ -92,14 +95,20 @@ class TaskEntry(_Part):
 
     @classmethod
     def of(
-        cls, spec: TaskSpec, protocol: Protocol, evaluation: EvaluationConfig, max_source_length: int | None, tokenizer: Any
+        cls,
+        spec: TaskSpec,
+        protocol: Protocol,
+        evaluation: EvaluationConfig,
+        max_source_length: int | None,
+        tokenizer: Any,
+        form: TextForm = ENCODED,
     ) -> TaskEntry:
         """Return the entry of a task as a run reads and evaluates it; `max_source_length` is `data.max_source_length`."""
-        from bpt_dist.data.tokens import encode, plain_encoder
+        from bpt_dist.data.tokens import encode_answers, plain_encoder
 
         words = spec.words(protocol)
         pieces = text_to_text.template(spec, protocol)
-        longest = max((len(ids) for ids in encode(plain_encoder(tokenizer), words, int(tokenizer.eos_token_id))), default=0)
+        ids = encode_answers(plain_encoder(tokenizer, form), words, int(tokenizer.eos_token_id), form)
         return cls(
             name=spec.name,
             kind=spec.kind,
@@ -109,7 +118,7 @@ class TaskEntry(_Part):
             label_words=words,
             decode=spec.decoding(protocol, evaluation.decode),
             max_source_length=max_source_length or spec.max_source_length,
-            max_new_tokens=evaluation.max_new_tokens or longest or spec.max_target_length,
+            max_new_tokens=evaluation.max_new_tokens or max(map(len, ids), default=0) or spec.max_target_length,
             empty_text="keep" if spec.empty_texts == "keep" else "refuse",
         )
 
@@ -121,6 +130,32 @@ class BackboneEntry(_Part):
     revision: str | None = Field(description="Revision of the hub.")
     sha256: str = Field(pattern=SHA256, description="SHA-256 over the files of its weights.")
     dtype: Literal["fp32", "bf16"] = Field(description="Type of the weights when the prompts were trained and measured.")
+    kind: Literal["encoder-decoder", "decoder-only"] = Field(description="What kind of model it is.")
+
+    @classmethod
+    def of(cls, form: TextForm, path: str, revision: str | None, sha256: str, dtype: Literal["fp32", "bf16"]) -> BackboneEntry:
+        """Return the entry of a backbone whose texts have that form."""
+        kind: Literal["encoder-decoder", "decoder-only"] = "decoder-only" if form.continues else "encoder-decoder"
+        return cls(path=path, revision=revision, sha256=sha256, dtype=dtype, kind=kind)
+
+
+class FormEntry(_Part):
+    """How the backbone reads a text and its answer."""
+
+    kind: Literal["text-to-text", "continuation"] = Field(
+        description="`text-to-text`: the encoder reads the text to its end token, the decoder begins the answer. `continuation`: "
+        "the answer goes on in the sequence of the text, behind which there is no end token."
+    )
+    start: int | None = Field(ge=0, description="The id that every text begins with; null where there is none.")
+    before_answer: Literal["", " "] = Field(description="What an answer or a label word has before it when it becomes tokens.")
+
+    @classmethod
+    def of(cls, form: TextForm, tokenizer: Any) -> FormEntry:
+        """Return the entry of a backbone's `text_form`."""
+        from bpt_dist.data.tokens import before_answer, plain_encoder
+
+        kind: Literal["text-to-text", "continuation"] = "continuation" if form.continues else "text-to-text"
+        return cls(kind=kind, start=form.start, before_answer=before_answer(plain_encoder(tokenizer, form), form))  # type: ignore[arg-type]
 
 
 class TaskRecord(_Part):
@@ -130,8 +165,13 @@ class TaskRecord(_Part):
     written_by: str = Field(description="Program and version.")
     backbone: BackboneEntry
     tokenizer_sha256: str = Field(pattern=SHA256, description="SHA-256 over the vocabulary.")
+    text_form: FormEntry
     predict: Literal["map", "ensemble"] = Field(description="One prompt, or the mean over the distributions of several.")
     prompts: tuple[Annotated[str, Field(pattern=FOLDER)], ...] = Field(description="Folders of the prompts, relative to this file.")
+    evaluated: Literal["map", "ensemble", "best"] = Field(
+        description="`evaluation.predict` of the run: what it measured beside the MAP prompt. The particle of `best` is not "
+        "exported."
+    )
     tasks: tuple[TaskEntry, ...] = Field(description="The tasks the prompts serve.")
 
     @model_validator(mode="after")
@@ -143,18 +183,32 @@ class TaskRecord(_Part):
             raise ValueError("tasks: is empty")
         if len(set(names)) < len(names):
             raise ValueError("tasks: holds a name twice")
+        expected = {"encoder-decoder": "text-to-text", "decoder-only": "continuation"}[self.backbone.kind]
+        if self.text_form.kind != expected:
+            raise ValueError(f"text_form.kind: should be {expected} for a backbone that is {self.backbone.kind}")
+        if expected == "text-to-text" and (self.text_form.start is not None or self.text_form.before_answer):
+            raise ValueError("text_form: should have start null and before_answer '' with kind text-to-text")
         return self
 
     @classmethod
-    def of(cls, backbone: BackboneEntry, tokenizer_sha256: str, tasks: Iterable[TaskEntry]) -> TaskRecord:
+    def of(
+        cls,
+        backbone: BackboneEntry,
+        tokenizer_sha256: str,
+        text_form: FormEntry,
+        tasks: Iterable[TaskEntry],
+        evaluated: Literal["map", "ensemble", "best"] = "map",
+    ) -> TaskRecord:
         """Return the record of one prompt for `tasks`, in the folder of the file."""
         return cls(
             format=1,
             written_by=_program(),
             backbone=backbone,
             tokenizer_sha256=tokenizer_sha256,
+            text_form=text_form,
             predict="map",
             prompts=(".",),
+            evaluated=evaluated,
             tasks=tuple(tasks),
         )
 

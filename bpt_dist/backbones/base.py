@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.shared_prompts import note_shared_prompts
 from bpt_dist.errors import BackboneChanged
 from bpt_dist.objective import Reduction
 from bpt_dist.tasks.text_to_text import TextForm
@@ -184,22 +185,25 @@ class Backbone(InsertionPoints, ABC):
     ) -> list[Float[Tensor, "m _C"]]:
         """Return what `rank` returns, where each text has m prompts and candidates of its own; lengths and counts may differ.
 
-        A family may do better than this: one pass for each length of prompts and each list of candidates.
+        There is one pass for each length of prompts and each list of candidates; other prompts of that length share it, and texts
+        with the very same tensor of prompts share its reading where a family reads prompts once. A family may do better.
         """
         found: dict[int, Tensor] = {}
-        for rows in _alike([(len(p[0]), id(c)) for p, c in zip(prompts, candidates, strict=True)]):
-            own = torch.stack([prompts[row] for row in rows], dim=1)
-            ranked = self.rank(texts.select(rows), candidates[rows[0]], _before_each(own))
+        contents = {id(of_text): str(of_text.tolist()) for of_text in candidates}
+        for rows in _alike([(len(p[0]), contents[id(c)]) for p, c in zip(prompts, candidates, strict=True)]):
+            ranked = self.rank(texts.select(rows), candidates[rows[0]], _before_each([prompts[row] for row in rows]))
             found |= dict(zip(rows, ranked.unbind(1), strict=True))
         return [found[row] for row in range(len(prompts))]
 
     def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
-        """Return the target of each text, written together by its m prompts, of at most so many tokens of its own."""
+        """Return the target of each text, written together by its m prompts, of at most so many tokens of its own.
+
+        There is one pass for each length of prompts and each limit, as in `rank_each`.
+        """
         found: dict[int, str] = {}
         for rows in _alike([(len(p[0]), limit) for p, limit in zip(prompts, max_new_tokens, strict=True)]):
-            own = torch.stack([prompts[row] for row in rows], dim=1)
-            limit = max_new_tokens[rows[0]]
-            written = self.generate(texts.select(rows), _before_each(own), limit, average=len(own) > 1)
+            own, limit = [prompts[row] for row in rows], max_new_tokens[rows[0]]
+            written = self.generate(texts.select(rows), _before_each(own), limit, average=len(own[0]) > 1)
             found |= dict(zip(rows, written[0], strict=True))
         return [found[row] for row in range(len(prompts))]
 
@@ -234,9 +238,19 @@ def _alike(keys: Sequence[Any]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _before_each(prompts: Float[Tensor, "m N P D"]) -> InputEmbeds:
-    """Put before the n-th text the n-th of each hypothesis' prompts."""
-    return lambda embeds: torch.cat([prompts.to(embeds), embeds[None].expand(len(prompts), -1, -1, -1)], dim=2)
+def _before_each(prompts: Sequence[Float[Tensor, "m P D"]]) -> InputEmbeds:
+    """Put before the n-th text the n-th prompt of each hypothesis, noting which texts have the very same ones."""
+    places: dict[int, int] = {}
+    choice = torch.tensor([places.setdefault(id(of_text), len(places)) for of_text in prompts])
+    known = {id(of_text): of_text for of_text in prompts}
+    different = torch.stack([known[key] for key in places], dim=1)
+
+    def inputs(embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
+        shared, chosen = different.to(embeds), choice.to(embeds.device)
+        joined = torch.cat([shared[:, chosen], embeds[None].expand(len(shared), -1, -1, -1)], dim=2)
+        return note_shared_prompts(joined, shared, chosen)
+
+    return inputs
 
 
 def average_distributions(logits: Float[Tensor, "rows V"], num_particles: int) -> Float[Tensor, "rows V"]:

@@ -12,7 +12,7 @@ from bpt_dist.artifacts.model_card import CardFacts, PosteriorFacts
 from bpt_dist.artifacts.peft_export import export_ensemble, export_low_rank, export_prompt
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.artifacts.results import Result
-from bpt_dist.artifacts.task_record import BackboneEntry, TaskEntry, TaskRecord
+from bpt_dist.artifacts.task_record import BackboneEntry, FormEntry, TaskEntry, TaskRecord
 from bpt_dist.artifacts.weights import write_weights
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import RunConfig
@@ -102,7 +102,6 @@ class TargetOutputs:
                 export_ensemble(ensembles[name], folder / layout.ENSEMBLE, **base, card=card, record=record)
 
     def _card(self, title: str, name: str, entries: Sequence[Result], predict: str) -> CardFacts:
-        chosen = [entry for entry in entries if entry.task == name and predict in ("map", entry.predict)]
         return CardFacts(
             title=title,
             method=self.config.method.name,
@@ -111,7 +110,7 @@ class TargetOutputs:
             protocol=self.config.data.protocol,
             target_tasks=[name],
             source_tasks=self.method.source_tasks,
-            results=[entry.as_json() for entry in chosen],
+            results=[entry.as_json() for entry in entries if (entry.task, entry.predict) == (name, predict)],
             posterior=self._posterior_facts(),
         )
 
@@ -133,7 +132,7 @@ class TargetOutputs:
 
 def record_of(tasks: Sequence[TaskData], config: RunConfig, backbone: Backbone) -> TaskRecord:
     """Return the `task.json` of one prompt for `tasks` as this run words and evaluates them."""
-    limit = config.data.max_source_length
-    entries = [TaskEntry.of(task.spec, task.protocol, config.evaluation, limit, backbone.tokenizer) for task in tasks]
-    entry = BackboneEntry(path=backbone.path, revision=backbone.revision, sha256=backbone.identity, dtype=config.backbone.dtype)
-    return TaskRecord.of(entry, backbone.tokenizer_hash, entries)
+    limit, form, tokenizer = config.data.max_source_length, backbone.text_form, backbone.tokenizer
+    entries = [TaskEntry.of(task.spec, task.protocol, config.evaluation, limit, tokenizer, form) for task in tasks]
+    entry = BackboneEntry.of(form, backbone.path, backbone.revision, backbone.identity, config.backbone.dtype)
+    return TaskRecord.of(entry, backbone.tokenizer_hash, FormEntry.of(form, tokenizer), entries, config.evaluation.predict)

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from bpt_dist.artifacts.inference.exports import Export
+from bpt_dist.artifacts.task_record import FormEntry
 from bpt_dist.backbones.base import Backbone, Texts
 from bpt_dist.backbones.prompts import peft_config, read_prompt
 from bpt_dist.data.row_checks import slot_problems
-from bpt_dist.data.tokens import encode, plain_encoder
+from bpt_dist.data.tokens import cut_source, encode_answers, encode_sources, plain_encoder
 from bpt_dist.errors import ConfigError
 from bpt_dist.storage.digest import SHORT
 from bpt_dist.tasks.text_to_text import Slot, written
 
 TASK, FIELDS, ID = "task", "fields", "id"  # what a row may hold beside the columns of its task
-TOKENS_AT_ONCE = 16_384  # of the encoder in one pass, prompts and hypotheses included
+TOKENS_AT_ONCE = 16_384  # read in one pass, prompts and hypotheses included
 WINDOW = 512  # rows that are looked at together: those of like length share a pass
 SHOWN = 60
 
@@ -67,6 +68,11 @@ class Loaded:
     hypotheses: Float[Tensor, "m P D"]
     candidates: Int[Tensor, "C U"] | None
 
+    @property
+    def num_target(self) -> int:
+        """Tokens of the longest answer."""
+        return self.export.task.max_new_tokens if self.candidates is None else self.candidates.shape[1]
+
 
 @dataclass(frozen=True)
 class Question:
@@ -80,7 +86,7 @@ class Question:
 
     @property
     def cost(self) -> int:
-        """Encoder positions of all hypotheses."""
+        """Positions read for all hypotheses."""
         num_hypotheses, length, _ = self.prompt.hypotheses.shape
         return num_hypotheses * (length + len(self.ids))
 
@@ -153,12 +159,18 @@ class Predictor:
                     f"{export.folder}: belongs to another {what} ({record.backbone.path}, SHA-256 {belongs[:SHORT]}; here "
                     f"{backbone.path}, {here[:SHORT]}); give its own by --backbone PATH"
                 )
+        if record.text_form != (here := FormEntry.of(backbone.text_form, backbone.tokenizer)):
+            raise ConfigError(
+                f"{export.folder}: its texts are written with {_form(record.text_form)}, those of {backbone.path} with "
+                f"{_form(here)}; give the tokenizer and config.json it was trained with, by --backbone PATH"
+            )
         places = [export.folder / folder for folder in record.prompts]
         if any((kind := peft_config(place).get("peft_type")) == "LORA" for place in places):
             raise ConfigError(
                 f"{export.folder}: is a PEFT folder of type {kind}, no soft prompt; use `bpt-dist eval {export.folder}`"
             )
-        prompts = [read_prompt(place, backbone.width, task=export.task.task_id) for place in places]
+        given: dict[str, Any] = {"task": export.task.task_id, "task_type": backbone.task_type}
+        prompts = [read_prompt(place, backbone.width, **given) for place in places]
         if len({len(prompt) for prompt in prompts}) > 1:
             raise ConfigError(f"{export.folder}: its prompts differ in length; export the run again with `bpt-dist export RUN`")
         candidates = self._candidates(export) if export.task.decode == "rank" else None
@@ -167,7 +179,8 @@ class Predictor:
     def _candidates(self, export: Export) -> Int[Tensor, "C U"]:
         """Return the ids of the label words, padded by -100."""
         tokenizer = self.backbone.tokenizer
-        ids = encode(plain_encoder(tokenizer), export.task.label_words, int(tokenizer.eos_token_id))
+        form = self.backbone.text_form
+        ids = encode_answers(plain_encoder(tokenizer, form), export.task.label_words, int(tokenizer.eos_token_id), form)
         padded = torch.full((len(ids), max(map(len, ids))), -100, dtype=torch.long)
         for word, of_word in enumerate(ids):
             padded[word, : len(of_word)] = torch.as_tensor(of_word)
@@ -185,13 +198,25 @@ class Predictor:
             if not isinstance(found, Answer):
                 prompt, fields = found
                 texts.append((place, prompt, written(prompt.export.task.pieces, fields), row.get(ID)))
-        tokenizer = self.backbone.tokenizer
-        ids = encode(plain_encoder(tokenizer), [text for _, _, text, _ in texts], int(tokenizer.eos_token_id)) if texts else ()
+        tokenizer, form = self.backbone.tokenizer, self.backbone.text_form
+        plain = [text for _, _, text, _ in texts]
+        ids = encode_sources(plain_encoder(tokenizer, form), plain, int(tokenizer.eos_token_id), form) if texts else ()
         for (place, prompt, _, name), of_text in zip(texts, ids, strict=True):
-            limit = prompt.export.task.max_source_length
-            kept = of_text.tolist() if len(of_text) <= limit else [*of_text[: limit - 1].tolist(), int(of_text[-1])]
-            read[place] = Question(place, prompt, len(of_text), kept, name)
+            kept = cut_source(of_text, prompt.export.task.max_source_length, form).tolist()
+            read[place] = self._fitting(Question(place, prompt, len(of_text), kept, name))
         return [one for one in read if one is not None]
+
+    def _fitting(self, question: Question) -> Question | Answer:
+        """Return the question, or why prompt, text and answer have more positions than the backbone."""
+        most, prompt = self.backbone.max_positions, question.prompt
+        num_prompt, num_source = prompt.hypotheses.shape[1], len(question.ids)
+        if most is None or num_prompt + num_source + prompt.num_target <= most:
+            return question
+        error = (
+            f"the text has {num_source} tokens, which with {num_prompt} prompt positions and {prompt.num_target} of the answer are "
+            f"more than the {most} positions of the backbone; shorten it to {max(most - num_prompt - prompt.num_target, 0)} tokens"
+        )
+        return Answer(task=prompt.export.name, kind="fields", error=error, id=question.id)
 
     def _batches(self, questions: Sequence[Question]) -> Iterator[list[Question]]:
         """Yield questions that share a pass: decoded alike, with as many hypotheses, the longest first."""
@@ -257,6 +282,11 @@ def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str,
         problems = "; ".join(dict.fromkeys(found))
         return Answer(task=name, kind="fields", error=f"{problems}; task {name!r} reads {', '.join(task.fields)}", id=own)
     return prompt, fields
+
+
+def _form(entry: FormEntry) -> str:
+    start = "no start token" if entry.start is None else f"start token {entry.start}"
+    return f"{start} and {entry.before_answer!r} before the answer"
 
 
 def _agreement(log_likelihood: Float[Tensor, "m C"]) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import exported
 import pytest
+import tiny_decoder
 import tiny_run
 from typer.testing import CliRunner
 
@@ -43,12 +44,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.world(tmp_path_factory.mktemp("world"))
 
 
+SECTIONS: dict[str, Any] = {
+    "data": {"target_tasks": list(TASKS)}, "evaluation": {"predict": "ensemble"}, "target": {"joint": True}
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(world: Path) -> Path:
-    sections: dict[str, Any] = {
-        "data": {"target_tasks": list(TASKS)}, "evaluation": {"predict": "ensemble"}, "target": {"joint": True}
-    }  # fmt: skip
-    return tiny_run.trained(tiny_run.load(world, tiny_run.settings(world, {"name": "bpt"}, **sections)))
+    return tiny_run.trained(tiny_run.load(world, tiny_run.settings(world, {"name": "bpt"}, **SECTIONS)))
+
+
+@pytest.fixture(scope="module")
+def decoder_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_decoder.world(tmp_path_factory.mktemp("decoder_world"), "gemma3_text")
+
+
+@pytest.fixture(scope="module")
+def decoder_run(decoder_world: Path) -> Path:
+    return tiny_run.trained(tiny_run.load(decoder_world, tiny_decoder.settings(decoder_world, {"name": "bpt"}, **SECTIONS)))
 
 
 @pytest.mark.parametrize("predict", ["map", "ensemble"])
@@ -81,6 +94,47 @@ def test_the_card_of_a_low_rank_change_answers_as_the_run_predicted(world: Path)
 def test_an_export_of_an_earlier_version_gets_its_record_by_exporting_again(world: Path) -> None:
     settings = tiny_run.settings(world, {"name": "prompt_tuning"}, name="old", data={"target_tasks": ["mood"]})
     folder = tiny_run.trained(tiny_run.load(world, settings)) / "target" / "mood" / "adapter"
+    before = (folder / "task.json").read_text()
+    (folder / "task.json").unlink()
+    written = CliRunner().invoke(app, ["export", str(folder.parents[2])])
+    assert written.exit_code == 0, written.output
+    assert (folder / "task.json").read_text() == before
+
+
+@pytest.mark.parametrize(("task", "predict"), [("mood", "map"), ("count", "ensemble")])
+def test_the_card_of_a_decoder_only_model_answers_as_the_run_predicted(
+    decoder_world: Path, decoder_run: Path, task: str, predict: str
+) -> None:
+    """Text and answer are one sequence, with a start token before it and a blank between."""
+    folder = decoder_run / "target" / task / ("adapter" if predict == "map" else "ensemble")
+    record = json.loads((folder / "task.json").read_text())
+    assert record["text_form"] == {"kind": "continuation", "start": 0, "before_answer": " "}
+    assert record["backbone"]["kind"] == "decoder-only"
+    page = (folder / "README.md").read_text()
+    assert "AutoModelForCausalLM" in page
+    assert "Seq2Seq" not in page
+    found = answers_of_card(folder, exported.rows(decoder_world, task))
+    exported.assert_equal(found, exported.predictions(decoder_run, task, predict))
+
+
+def test_the_card_of_a_joint_export_of_a_decoder_only_model_answers_for_every_task(decoder_world: Path, decoder_run: Path) -> None:
+    written = CliRunner().invoke(app, ["export", str(decoder_run)])
+    assert written.exit_code == 0, written.output
+    rows = [row for task in TASKS for row in exported.rows(decoder_world, task)]
+    expected = [entry for task in TASKS for entry in exported.predictions(decoder_run, task)]
+    exported.assert_equal(answers_of_card(decoder_run / "export" / "joint", rows), expected)
+
+
+def test_the_card_of_a_low_rank_change_of_a_decoder_only_model_answers_as_the_run_predicted(decoder_world: Path) -> None:
+    settings = tiny_decoder.settings(decoder_world, {"name": "lora", "rank": 2}, name="lora")
+    run = tiny_run.trained(tiny_run.load(decoder_world, settings))
+    found = answers_of_card(run / "target" / "mood" / "adapter", exported.rows(decoder_world, "mood"))
+    exported.assert_equal(found, exported.predictions(run, "mood"))
+
+
+def test_a_record_of_a_decoder_only_model_is_made_again(decoder_world: Path) -> None:
+    settings = tiny_decoder.settings(decoder_world, {"name": "prompt_tuning"}, name="old", data={"target_tasks": ["mood"]})
+    folder = tiny_run.trained(tiny_run.load(decoder_world, settings)) / "target" / "mood" / "adapter"
     before = (folder / "task.json").read_text()
     (folder / "task.json").unlink()
     written = CliRunner().invoke(app, ["export", str(folder.parents[2])])

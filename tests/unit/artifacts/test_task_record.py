@@ -10,13 +10,13 @@ import jsonschema
 import pytest
 import tiny_t5
 
-from bpt_dist.artifacts.task_record import BackboneEntry, TaskEntry, TaskRecord, read_record, record_schema
+from bpt_dist.artifacts.task_record import BackboneEntry, FormEntry, TaskEntry, TaskRecord, read_record, record_schema
 from bpt_dist.backbones.loading import load_tokenizer
 from bpt_dist.config import EvaluationConfig
 from bpt_dist.config.schema import text_of
 from bpt_dist.errors import ConfigError
 from bpt_dist.tasks.catalogue import TASKS
-from bpt_dist.tasks.text_to_text import ROW_ID, render, written
+from bpt_dist.tasks.text_to_text import ENCODED, ROW_ID, render, written
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
 ODD = "It's <b>odd</b>.<br>Yes.\n@highlight\nReally"  # what each form rewrites
@@ -50,7 +50,8 @@ def record(tokenizer: Any, tmp_path: Path) -> TaskRecord:
     file = tmp_path / "tasks.yaml"
     file.write_text("mood: {folder: m, fields: [sentence], label: y, label_words: [good, not good], metrics: [accuracy]}\n")
     entry = TaskEntry.of(load_user_tasks([file])["mood"], "fixed", EvaluationConfig(), None, tokenizer)
-    return TaskRecord.of(BackboneEntry(path="t5", revision=None, sha256="a" * 64, dtype="fp32"), "b" * 64, [entry])
+    backbone = BackboneEntry.of(ENCODED, "t5", None, "a" * 64, "fp32")
+    return TaskRecord.of(backbone, "b" * 64, FormEntry.of(ENCODED, tokenizer), [entry])
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -111,6 +112,11 @@ def changed(record: TaskRecord, path: str, value: Any) -> dict[str, Any]:
         ("backbone.sha256", "xyz", "backbone.sha256: String should match pattern"),
         ("prompts", ["../elsewhere"], "prompts[0]: String should match pattern"),
         ("prompts", ["00", "01"], "the file: prompts: should be one folder with predict map (got 2)"),
+        ("text_form", ..., "text_form: Field required"),
+        ("text_form.kind", "continuation", "text_form.kind: should be text-to-text for a backbone that is encoder-decoder"),
+        ("text_form.start", 3, "text_form: should have start null and before_answer '' with kind text-to-text"),
+        ("backbone.kind", "encoder", "backbone.kind: Input should be 'encoder-decoder' or 'decoder-only' (got 'encoder')"),
+        ("evaluated", "mean", "evaluated: Input should be 'map', 'ensemble' or 'best' (got 'mean')"),
         ("more", 1, "more: Extra inputs are not permitted"),
     ],
 )

@@ -125,6 +125,19 @@ def test_the_fast_pass_answers_as_the_stock_one(world: Path, bpt: Path, tmp_path
     exported.assert_equal(fast, answers(Predictor(backbone, exports), rows))
 
 
+def test_the_exported_prompt_is_the_map_prompt_also_where_the_best_particle_was_measured(world: Path) -> None:
+    run = trained(world, {"name": "bpt"}, name="best", data={"target_tasks": ["mood"]}, evaluation={"predict": "best"})
+    folder = run / "target" / "mood" / "adapter"
+    (export,) = read_exports(run)
+    assert (export.record.predict, export.record.evaluated) == ("map", "best")
+    given = answers(Predictor(load_backbone(export, device="cpu"), [export]), exported.rows(world, "mood"))
+    exported.assert_equal(given, exported.predictions(run, "mood"))
+    page = (folder / "README.md").read_text()
+    assert "also measured the adapted particle with the best validation score, which is not exported" in " ".join(page.split())
+    scores = [entry for entry in json.loads((run / "results.json").read_text()) if entry["predict"] == "map"]
+    assert page.count("| mood |") == len(scores)
+
+
 BAD = [
     (3, "row", "must be an object"),
     ({"task": "moood", "sentence": "the cat"}, "task", "'moood' is not known here; set `task` to one of"),
