@@ -115,7 +115,10 @@ def test_gemma_3_is_joined_from_its_four_packages(tmp_path: Path) -> None:
     assert any(name.endswith("GEMMA_TERMS.html") for name in facts["licence"]["package_files"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gemma")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma").eval()
-    inputs = tokenizer("The capital of France is", return_tensors="pt")
-    assert inputs.input_ids[0, 0] == tokenizer.bos_token_id
-    answer = model.generate(input_ids=inputs.input_ids, max_new_tokens=8, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0])
+    assert tokenizer("The sky").input_ids[0] == tokenizer.bos_token_id
+    losses = {}
+    for word in ("blue", "seven"):  # a base model: asked what it finds likely
+        ids = tokenizer(f"The colour of the sky on a clear day is {word}", return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses[word] = float(model(input_ids=ids, labels=ids).loss)
+    assert losses["blue"] < losses["seven"] - 0.1

@@ -61,6 +61,7 @@ SAMPLES: dict[str, list[Any]] = {
     "rows": [[{"label": "one"}, {"label": "two", "reduction": "token_sum"}]],
     "seeds": [[0, 2**31 - 1]],
     "comparisons": [["one:two"]],
+    "quick": [{"seeds": [3], "source": {"steps": 1}}],
     "backbone.path": ["mini"],
     "data.root": ["world:catalogue"],
     "data.cache": ["world:cache"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "bpt_dist").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bpt_dist").rglob("*.md")])
 PACKAGES = sorted(path.stem for path in (ROOT / "bpt_dist").iterdir() if path.name[0] not in "_." and path.name != "py.typed")
 # Where a path in a document may start: pages name modules from the package on.
 BASES = (ROOT, ROOT / "bpt_dist", ROOT / "docs")
