@@ -159,10 +159,10 @@ class Predictor:
                     f"{export.folder}: belongs to another {what} ({record.backbone.path}, SHA-256 {belongs[:SHORT]}; here "
                     f"{backbone.path}, {here[:SHORT]}); give its own by --backbone PATH"
                 )
-        if record.text_form != (here := FormEntry.of(backbone.text_form, backbone.tokenizer)):
+        if record.text_form != (own := FormEntry.of(backbone.text_form, backbone.tokenizer)):
             raise ConfigError(
                 f"{export.folder}: its texts are written with {_form(record.text_form)}, those of {backbone.path} with "
-                f"{_form(here)}; give the tokenizer and config.json it was trained with, by --backbone PATH"
+                f"{_form(own)}; give the tokenizer and config.json it was trained with, by --backbone PATH"
             )
         places = [export.folder / folder for folder in record.prompts]
         if any((kind := peft_config(place).get("peft_type")) == "LORA" for place in places):
