@@ -95,6 +95,7 @@ SMALL = {
 MLFLOW = {"tracking.mlflow": True, "tracking.uri": "world:mlflow.db"}
 NEEDS: dict[str, dict[str, Any]] = {
     "comparisons": {"rows": [{"label": "one"}, {"label": "two", "reduction": "token_sum"}]},
+    "quick": {"seeds": [0]},
     "source.steps=0": {"source.posterior": "world:posterior"},
     "source.lr=null": {"source.posterior": "world:posterior"},
     "source.lr_relative": {"source.lr": REMOVED},
