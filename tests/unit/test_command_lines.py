@@ -57,7 +57,7 @@ def test_bpt_dist_understands_its_lines(line: Line) -> None:
         found = command.get_command(typer.Context(command), words.pop(0))
         assert found is not None, f"{' '.join(names)}: no such command"
         command = found
-    if words == ["--help"] or (
+    if words in (["--help"], ["--version"]) or (
         not words and names[-1] in ("plan", "memory", "run-table", "sync")
     ):  # the page speaks of the command itself
         return
