@@ -61,7 +61,7 @@ def test_the_quick_start_on_two_hosts_gives_what_one_gives(hosts: TwoHosts):
             tiny_run.assert_same(trained_tensors(there), trained_tensors(here))
         elif name == "untrained-s0":  # whole weights, which ranks of one host share: the same to rounding
             found, expected = ([entry["value"] for entry in results(run)] for run in (there, here))
-            assert found == pytest.approx(expected, rel=1e-4)
+            assert found == pytest.approx(expected, rel=1e-3)
     opening = json.loads((hosts.folder / "runs" / "two" / "bpt-s0" / "run.json").read_text())["openings"][0]
     assert (opening["host"], opening["world_size"]) == ("node0", 2)
     for rank in range(2):
