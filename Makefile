@@ -73,6 +73,7 @@ schema: $(READY)  ## rewrite the schemas for editors from the settings
 	$(BIN)/bpt-dist schema configs/schema.json
 	$(BIN)/bpt-dist schema configs/sweep/schema.json --of sweep
 	$(BIN)/bpt-dist schema configs/tasks.schema.json --of tasks
+	$(BIN)/bpt-dist schema configs/export.schema.json --of export
 
 lock: $(READY)   ## rewrite constraints.txt from the environment
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.frozen

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpt_dist.artifacts.card_code import code_of
+from bpt_dist.artifacts.task_record import TaskRecord
+
 OLDEST_PEFT = "0.6.0"  # the first to read multi-task prompts, and weights as safetensors
 SEQ_2_SEQ, CAUSAL = "SEQ_2_SEQ_LM", "CAUSAL_LM"  # what PEFT calls encoder-decoders and decoder-only models
 AUTO_CLASSES = {SEQ_2_SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM"}  # transformers' names of them
@@ -71,13 +74,19 @@ def card_text(
     revision: str | None,
     tasks: Sequence[str] | None = None,
     task_type: str = SEQ_2_SEQ,
+    record: TaskRecord | None = None,
 ) -> str:
-    """Return the card in Markdown (without metadata); `what` is exported, `tasks` names the task ids of a multi-task export."""
+    """Return the card in Markdown (without metadata); `what` is exported, `tasks` names the task ids of a multi-task export.
+
+    With the `record` of an export the card holds a program that answers rows.
+    """
     purpose = f", for {', '.join(facts.target_tasks)}" if facts.target_tasks else ""
+    auto_class = AUTO_CLASSES[task_type]
     sections = [
         f"# {facts.title}",
         f"This is {what} `{base_model}`, trained with {facts.method}{purpose}. The backbone itself is unchanged.",
-        _how_to_load(base_model, revision, tasks, AUTO_CLASSES[task_type]),
+        *([] if record is not None and record.predict == "ensemble" else [_how_to_load(base_model, revision, tasks, auto_class)]),
+        *([] if record is None else [_how_to_use(record, auto_class)]),
     ]
     sections += [_origin(facts, base_model, revision), _measurements(facts.results)]
     if facts.posterior is not None:
@@ -113,6 +122,22 @@ def _how_to_load(base_model: str, revision: str | None, tasks: Sequence[str] | N
             f"\nPass `task_ids` (one id per text) to `forward` (with `labels`) and to `generate`:\n\n| id | task |\n|--:|:--|{ids}"
         )
     return "\n".join(lines)
+
+
+def _how_to_use(record: TaskRecord, auto_class: str) -> str:
+    names = ", ".join(f"`{task.name}`" for task in record.tasks)
+    columns = ", ".join(f"`{name}`" for name in record.tasks[0].fields)
+    measured = (
+        " The run also measured the adapted particle with the best validation score, which is not exported: this is the MAP prompt."
+        if record.evaluated == "best" else ""
+    )  # fmt: skip
+    return (
+        f"## How to use it\n\n`task.json` says how a row of {names} becomes text and how the answer is found. This program reads "
+        "it with PEFT and transformers alone. It gives the answers of the run that made this export; so does `bpt-dist predict`, "
+        "in batches. A text that spells a special token, such as `</s>`, is the one exception: only the latter reads it as plain "
+        f"text.{measured}"
+        f"\n\n```python\n{code_of(record, auto_class)}```\n\nThen `answer({{...}})` takes a row with the columns {columns}."
+    )
 
 
 def _origin(facts: CardFacts, base_model: str, revision: str | None) -> str:

@@ -22,8 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bpt_dist.artifacts.model_card import PIPELINES, SEQ_2_SEQ, CardFacts, card_text, is_hub_id, prompt_in_words
+from bpt_dist.artifacts.task_record import TaskRecord
 from bpt_dist.errors import ConfigError, NonFinite, StorageError
-from bpt_dist.storage.files import OS_FILES, leftovers_of, remove_leftovers, remove_tree, temporary_name, write_or_explain
+from bpt_dist.storage import layout
+from bpt_dist.storage.files import (
+    OS_FILES,
+    encode_json,
+    leftovers_of,
+    remove_leftovers,
+    remove_tree,
+    temporary_name,
+    write_or_explain,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PromptLearningConfig
@@ -55,17 +65,19 @@ def export_prompt(
     revision: str | None,
     config_facts: ConfigFacts,
     card: CardFacts,
+    record: TaskRecord | None = None,
 ) -> Path:
     """Write one prompt as a PEFT PROMPT_TUNING folder, replacing an earlier export there, and return the folder.
 
-    The logits under PEFT are bit-identical to those of the prompt put before the word embeddings by hand.
-    `base_model` must be what `from_pretrained` understands: a hub id or a folder. Raises ConfigError for a prompt of
-    another width, NonFinite, StorageError.
+    With `record`, the language of its tasks, the folder can be used alone: `task.json`. The logits under PEFT are bit-identical to
+    those of the prompt put before the word embeddings by hand. `base_model` must be what `from_pretrained` understands: a hub id or
+    a folder. Raises ConfigError for a prompt of another width, NonFinite, StorageError.
     """
     prompt = _checked(prompt, config_facts, "prompt")
 
     def build(place: Path) -> None:
-        _write_prompt(prompt, place, base_model=base_model, revision=revision, config_facts=config_facts, card=card)
+        given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+        _write_prompt(prompt, place, **given, card=card, record=record)
 
     return _publish(Path(folder), build, prompt.nbytes)
 
@@ -81,6 +93,7 @@ def export_multitask(
     revision: str | None,
     config_facts: ConfigFacts,
     card: CardFacts,
+    record: TaskRecord | None = None,
 ) -> Path:
     """Write the prompts shared * (cols @ rows) of several tasks as one PEFT MULTITASK_PROMPT_TUNING folder.
 
@@ -101,7 +114,8 @@ def export_multitask(
         tensors = {"prompt_embeddings": shared, **factors}
         _write_adapter(place, peft_config, tensors, base_model)
         what = prompt_in_words((shared.shape[0], shared.shape[1]), len(tasks), task_type=_task_type(config_facts))
-        _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, tasks=tasks)
+        given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+        _write_card(place, card, what, **given, tasks=tasks, record=record)
 
     return _publish(Path(folder), build, shared.nbytes)
 
@@ -114,16 +128,60 @@ def export_particles(
     revision: str | None,
     config_facts: ConfigFacts,
     card: CardFacts,
+    record: TaskRecord | None = None,
 ) -> Path:
-    """Write every particle (`particles/00`, `particles/01`, ...) and their mean (`mean`) as PEFT PROMPT_TUNING folders."""
-    particles = torch.stack([_checked(particle, config_facts, f"particle {m}") for m, particle in enumerate(particles)])
+    """Write every particle (`particles/00`, `particles/01`, ...) and their mean (`mean`) as PEFT PROMPT_TUNING folders.
+
+    With `record`, the language of the source tasks, the folder as a whole is the ensemble of the particles.
+    """
+    prompts = {f"particles/{m:02d}": particle for m, particle in enumerate(particles)}
+    more = {"mean": particles.mean(0)}
+    given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+    return _export_several(prompts, more, folder, **given, card=card, record=record)
+
+
+def export_ensemble(
+    prompts: Float[Tensor, "m P D"],
+    folder: Path,
+    *,
+    base_model: str,
+    revision: str | None,
+    config_facts: ConfigFacts,
+    card: CardFacts,
+    record: TaskRecord,
+) -> Path:
+    """Write the prompts whose predictions an ensemble averages as PEFT PROMPT_TUNING folders (`00`, `01`, ...)."""
+    several = {f"{number:02d}": prompt for number, prompt in enumerate(prompts)}
+    given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+    return _export_several(several, {}, folder, **given, card=card, record=record)
+
+
+def _export_several(
+    prompts: Mapping[str, Tensor],
+    more: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    base_model: str,
+    revision: str | None,
+    config_facts: ConfigFacts,
+    card: CardFacts,
+    record: TaskRecord | None,
+) -> Path:
+    """Write prompts by their places below `folder`; the ensemble of the folder is `prompts`, without those of `more`."""
+    checked = {name: _checked(prompt, config_facts, f"prompt {name}") for name, prompt in {**more, **prompts}.items()}
 
     def build(place: Path) -> None:
-        places = {"mean": particles.mean(0)} | {f"particles/{m:02d}": particle for m, particle in enumerate(particles)}
-        for name, prompt in places.items():
-            _write_prompt(prompt, place / name, base_model=base_model, revision=revision, config_facts=config_facts, card=card)
+        given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+        for name, prompt in checked.items():
+            _write_prompt(prompt, place / name, **given, card=card, record=record)
+        if record is not None:
+            (place / "README.md").write_text(f"---\nbase_model: {base_model}\nlibrary_name: peft\n---\n", encoding="utf-8")
+            shape = next(iter(checked.values())).shape
+            what = f"{len(prompts)} soft prompts of {shape[0]} positions x {shape[1]} numbers, whose predictions are averaged, for"
+            ensemble = record.with_prompts(list(prompts), "ensemble")
+            _write_card(place, card, what, **given, record=ensemble)
 
-    return _publish(Path(folder), build, particles.nbytes)
+    return _publish(Path(folder), build, sum(prompt.nbytes for prompt in checked.values()))
 
 
 def export_low_rank(
@@ -135,6 +193,7 @@ def export_low_rank(
     revision: str | None,
     card: CardFacts,
     config_facts: ConfigFacts = MappingProxyType({}),
+    record: TaskRecord | None = None,
 ) -> Path:
     """Write the changes B A alpha / R of linear layers, given by the layer's name, as a PEFT LORA folder and return the folder.
 
@@ -165,9 +224,8 @@ def export_low_rank(
         save_file(tensors, place / WEIGHTS)
         (place / "README.md").write_text(f"---\nbase_model: {base_model}\nlibrary_name: peft\n---\n", encoding="utf-8")
         what = f"a change of rank {rank} of {len(pairs)} linear layers of"
-        _write_card(
-            place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, tag="low-rank-adaptation"
-        )
+        given: dict[str, Any] = {"base_model": base_model, "revision": revision, "config_facts": config_facts}
+        _write_card(place, card, what, **given, record=record, tag="low-rank-adaptation")
 
     return _publish(Path(folder), build, sum(tensor.nbytes for tensor in tensors.values()))
 
@@ -216,13 +274,14 @@ def _write_prompt(
     revision: str | None,
     config_facts: ConfigFacts,
     card: CardFacts,
+    record: TaskRecord | None,
 ) -> None:
     from peft import PromptTuningConfig
 
     peft_config = PromptTuningConfig(**_common(prompt, base_model, revision, config_facts))
     _write_adapter(place, peft_config, {"prompt_embeddings": prompt}, base_model)
     what = prompt_in_words((prompt.shape[0], prompt.shape[1]), task_type=_task_type(config_facts))
-    _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts)
+    _write_card(place, card, what, base_model=base_model, revision=revision, config_facts=config_facts, record=record)
 
 
 def _write_adapter(place: Path, peft_config: PromptLearningConfig, tensors: Mapping[str, Tensor], base_model: str) -> None:
@@ -264,9 +323,12 @@ def _write_card(
     revision: str | None,
     config_facts: ConfigFacts,
     tasks: Sequence[str] | None = None,
+    record: TaskRecord | None = None,
     tag: str = "prompt-tuning",
 ) -> None:
-    """Replace the text of PEFT's card skeleton, keeping its metadata where the hub would accept it."""
+    """Replace the text of PEFT's card skeleton, keeping its metadata where the hub would accept it; write `task.json`."""
+    if record is not None:
+        (place / layout.TASK_RECORD).write_bytes(encode_json(record.as_json(), indent=1))
     card = ModelCard.load(place / "README.md")
     task_type = _task_type(config_facts)
     card.data.pipeline_tag = PIPELINES[task_type]
@@ -279,7 +341,8 @@ def _write_card(
     if measured:
         card.data.model_name = facts.title
         card.data.eval_results = [_eval_result(result, PIPELINES[task_type]) for result in measured]
-    card.text = card_text(facts, what=what, base_model=base_model, revision=revision, tasks=tasks, task_type=task_type)
+    given: dict[str, Any] = {"base_model": base_model, "revision": revision, "tasks": tasks}
+    card.text = card_text(facts, what=what, **given, task_type=task_type, record=record)
     card.save(place / "README.md")
 
 
@@ -342,5 +405,5 @@ def _publish(folder: Path, build: Callable[[Path], None], num_bytes: int) -> Pat
 
 
 def _is_replaceable(folder: Path) -> bool:
-    markers = (CONFIG, f"mean/{CONFIG}")
+    markers = (CONFIG, f"mean/{CONFIG}", f"00/{CONFIG}")
     return folder.is_dir() and (any((folder / m).is_file() for m in markers) or not os.listdir(folder))

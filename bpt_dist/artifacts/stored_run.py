@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bpt_dist.artifacts.model_card import CardFacts
+    from bpt_dist.artifacts.task_record import TaskRecord
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,47 @@ class StoredRun:
         path = mini.backbone_path(settings.path)
         return {"base_model": path, "revision": settings.revision, "config_facts": facts_of(path, revision=settings.revision)}
 
+    def record(self, tasks: Sequence[str]) -> TaskRecord:
+        """Return the `task.json` of one prompt for `tasks`, which were targets or sources of this run.
+
+        A run of an earlier version wrote none: it is made again from its configuration, for which the tokenizer is loaded. Raises
+        ConfigError where its task files or its backbone are gone or changed.
+        """
+        from bpt_dist.artifacts.task_record import BackboneEntry, FormEntry, TaskEntry, TaskRecord, read_record
+        from bpt_dist.backbones.loading import load_tokenizer
+        from bpt_dist.data.prepare import specs
+        from bpt_dist.tasks import catalogue, mini
+
+        places = [self.folder / layout.TARGET / task / layout.ADAPTER for task in tasks]
+        if all((place / layout.TASK_RECORD).is_file() for place in places):
+            records = [read_record(place) for place in places]
+            return records[0].model_copy(update={"tasks": tuple(record.tasks[0] for record in records)})
+        if self.posterior is not None and (self.posterior / layout.TASK_RECORD).is_file():
+            of_posterior = read_record(self.posterior)
+            if [task.name for task in of_posterior.tasks] == list(tasks):
+                return of_posterior.with_prompts(["."])
+        settings, data = self.config.backbone, self.config.data
+        path, facts = mini.backbone_path(settings.path), self._hashes()
+        tokenizer, own, form = load_tokenizer(path, settings.revision)
+        if own != facts["tokenizer_hash"]:
+            raise ConfigError(f"backbone.path: {path} has another tokenizer than the run was trained with; give the one it had")
+        known, protocol, limit = specs(data), data.protocol, data.max_source_length
+        specs_of, evaluation = [catalogue.get(task, known) for task in tasks], self.config.evaluation
+        entries = [TaskEntry.of(spec, protocol, evaluation, limit, tokenizer, form) for spec in specs_of]
+        backbone = BackboneEntry.of(form, path, settings.revision, facts["backbone_hash"], settings.dtype)
+        return TaskRecord.of(backbone, own, FormEntry.of(form, tokenizer), entries, evaluation.predict)
+
+    def _hashes(self) -> Mapping[str, Any]:
+        """Return the result of a target stage, which names the hashes of backbone and tokenizer."""
+        results = read_json(self.folder / layout.RESULTS)
+        facts: Mapping[str, Any] = read_json(self.folder / results[0]["stage"] / layout.RESULT)
+        return facts
+
     def card(self, title: str, tasks: Sequence[str], particles: Tensor | None) -> CardFacts:
         """Return the facts of a card about prompts of `tasks` that started from `particles`."""
         from bpt_dist.artifacts.model_card import CardFacts, PosteriorFacts
 
-        results = read_json(self.folder / layout.RESULTS)
-        facts: Mapping[str, Any] = read_json(self.folder / results[0]["stage"] / layout.RESULT)
+        results, facts = read_json(self.folder / layout.RESULTS), self._hashes()
         return CardFacts(
             title=title,
             method=self.config.method.name,
@@ -102,12 +138,12 @@ class StoredRun:
             tokenizer_hash=facts["tokenizer_hash"],
             protocol=self.config.data.protocol,
             target_tasks=tasks,
-            source_tasks=self._source_tasks(),
+            source_tasks=self.source_tasks(),
             results=[entry for entry in results if entry["task"] in tasks and entry["predict"] == "map"],
             posterior=None if particles is None else PosteriorFacts.of(particles, self._source_steps()),
         )
 
-    def _source_tasks(self) -> Sequence[str]:
+    def source_tasks(self) -> Sequence[str]:
         """Return the tasks the posterior was learnt from: where it was given, those of the configuration need not be."""
         if self.posterior is None:
             return self.config.data.source_tasks

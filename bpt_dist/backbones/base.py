@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.shared_prompts import note_shared_prompts
 from bpt_dist.errors import BackboneChanged
 from bpt_dist.objective import Reduction
 from bpt_dist.tasks.text_to_text import TextForm
@@ -40,6 +41,28 @@ class Forward:
         return self.make_logits()
 
 
+@dataclass(frozen=True)
+class Texts:
+    """N source texts, padded; as much of a batch as ranking and generation read."""
+
+    source_ids: Int[Tensor, "N T"]
+    source_mask: Int[Tensor, "N T"]
+
+    @classmethod
+    def of(cls, ids: Sequence[Sequence[int]]) -> Texts:
+        """Pad the ids of texts to the longest."""
+        longest = max(map(len, ids))
+        padded, mask = torch.zeros(len(ids), longest, dtype=torch.long), torch.zeros(len(ids), longest, dtype=torch.long)
+        for row, of_text in enumerate(ids):
+            padded[row, : len(of_text)], mask[row, : len(of_text)] = torch.as_tensor(of_text), 1
+        return cls(padded, mask)
+
+    def select(self, rows: Sequence[int]) -> Texts:
+        """Return some of the texts, cut to the longest of them."""
+        longest = int(self.source_mask[rows].sum(1).max())
+        return Texts(self.source_ids[rows, :longest], self.source_mask[rows, :longest])
+
+
 class Backbone(InsertionPoints, ABC):
     """A checkpoint with its tokenizer: frozen, in eval mode, never written to by a frozen-model method.
 
@@ -64,7 +87,7 @@ class Backbone(InsertionPoints, ABC):
         self.core = self.call = core
         self.tokenizer, self.name, self.path, self.revision = tokenizer, name, path, revision
         self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
-        self.tokenizer_hash = _hash_tokenizer(tokenizer)
+        self.tokenizer_hash = hash_tokenizer(tokenizer)
         self.synced = False  # whether generation must keep the ranks in step
         self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
         self.attention: str | None = None  # how the family's own pass computes attention, where it is used
@@ -157,6 +180,33 @@ class Backbone(InsertionPoints, ABC):
         With `average` there is one list: each next token is the likeliest under the mean distribution of all particles.
         """
 
+    def rank_each(
+        self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], candidates: Sequence[Int[Tensor, "_C _U"]]
+    ) -> list[Float[Tensor, "m _C"]]:
+        """Return what `rank` returns, where each text has m prompts and candidates of its own; lengths and counts may differ.
+
+        There is one pass for each length of prompts and each list of candidates; other prompts of that length share it, and texts
+        with the very same tensor of prompts share its reading where a family reads prompts once. A family may do better.
+        """
+        found: dict[int, Tensor] = {}
+        contents = {id(of_text): str(of_text.tolist()) for of_text in candidates}
+        for rows in _alike([(len(p[0]), contents[id(c)]) for p, c in zip(prompts, candidates, strict=True)]):
+            ranked = self.rank(texts.select(rows), candidates[rows[0]], _before_each([prompts[row] for row in rows]))
+            found |= dict(zip(rows, ranked.unbind(1), strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
+        """Return the target of each text, written together by its m prompts, of at most so many tokens of its own.
+
+        There is one pass for each length of prompts and each limit, as in `rank_each`.
+        """
+        found: dict[int, str] = {}
+        for rows in _alike([(len(p[0]), limit) for p, limit in zip(prompts, max_new_tokens, strict=True)]):
+            own, limit = [prompts[row] for row in rows], max_new_tokens[rows[0]]
+            written = self.generate(texts.select(rows), _before_each(own), limit, average=len(own[0]) > 1)
+            found |= dict(zip(rows, written[0], strict=True))
+        return [found[row] for row in range(len(prompts))]
+
     @abstractmethod
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
         """Return rows of the word-embedding table in float32."""
@@ -178,6 +228,29 @@ class Backbone(InsertionPoints, ABC):
     def remember_partition(self) -> None:
         """Take this rank's share of the weights as it is now as the state `verify_unchanged` compares with."""
         self._loaded_hash = _hash_tensors(self.core)
+
+
+def _alike(keys: Sequence[Any]) -> list[list[int]]:
+    """Return the places of equal keys, together."""
+    groups: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def _before_each(prompts: Sequence[Float[Tensor, "m P D"]]) -> InputEmbeds:
+    """Put before the n-th text the n-th prompt of each hypothesis, noting which texts have the very same ones."""
+    places: dict[int, int] = {}
+    choice = torch.tensor([places.setdefault(id(of_text), len(places)) for of_text in prompts])
+    known = {id(of_text): of_text for of_text in prompts}
+    different = torch.stack([known[key] for key in places], dim=1)
+
+    def inputs(embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
+        shared, chosen = different.to(embeds), choice.to(embeds.device)
+        joined = torch.cat([shared[:, chosen], embeds[None].expand(len(shared), -1, -1, -1)], dim=2)
+        return note_shared_prompts(joined, shared, chosen)
+
+    return inputs
 
 
 def average_distributions(logits: Float[Tensor, "rows V"], num_particles: int) -> Float[Tensor, "rows V"]:
@@ -211,7 +284,7 @@ def _hash_tensors(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """Return the SHA-256 over the vocabulary: two pieces swapped is another tokenizer."""
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(repr(pieces).encode()).hexdigest()

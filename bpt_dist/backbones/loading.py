@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from bpt_dist.backbones.base import DTYPES, Backbone
+from bpt_dist.backbones.base import DTYPES, Backbone, hash_tokenizer
 from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
 from bpt_dist.backbones.families import DECODERS, kind_of
 from bpt_dist.distributed.hub import reach_hub
 from bpt_dist.errors import ConfigError
+from bpt_dist.tasks.text_to_text import ENCODED, TextForm
 
 
 def identity_of(weights: Weights) -> str:
@@ -108,6 +109,31 @@ def facts_of(path: str, *, revision: str | None = None) -> Mapping[str, Any]:
     from bpt_dist.backbones.t5.shapes import shape_of
 
     return shape_of(path, revision=revision).config.to_dict()
+
+
+class Language(NamedTuple):
+    """What texts of a checkpoint are made with: its tokenizer, the hash of that, and the form of a text."""
+
+    tokenizer: Any
+    sha256: str
+    form: TextForm
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Language:
+    """Return the tokenizer of a checkpoint and its text form, as `load` has them. Raises ConfigError where there is none."""
+    checkpoint, form = Checkpoint(path, revision), ENCODED
+    try:
+        if kind_of(checkpoint) in DECODERS:
+            from bpt_dist.backbones.decoder.config import read_config, start_token
+
+            config = read_config(checkpoint)
+            tokenizer = _load_tokenizer(checkpoint, config.vocab_size, special_may_lack_rows=True)
+            form = TextForm(continues=True, start=start_token(config, tokenizer, checkpoint))
+        else:
+            tokenizer = _load_tokenizer(checkpoint, int(checkpoint.config()["vocab_size"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise checkpoint.cannot_load(error) from error
+    return Language(tokenizer, hash_tokenizer(tokenizer), form)
 
 
 def _load_tokenizer(checkpoint: Checkpoint, num_rows: int, *, special_may_lack_rows: bool = False) -> Any:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from bpt_dist.artifacts.stored_run import StoredRun
-from bpt_dist.errors import ConfigError, StorageError
+from bpt_dist.errors import ConfigError, StorageError, UserError
 from bpt_dist.storage import layout
+from bpt_dist.storage.files import write_json_atomic
 
 if TYPE_CHECKING:
     from bpt_dist.methods.base import SharedPrompt
@@ -27,7 +28,11 @@ def export_run(folder: Path, task: str | None, out: Path | None, *, particles: b
     Raises ConfigError for a run that is not finished or has no such task, StorageError.
     """
     run = StoredRun.open(folder)
-    written = list(dict.fromkeys(_single(run, name, out) for name in ([task] if task else run.targets)))
+    names = [task] if task else run.targets
+    for name in names:
+        _complete(run, name)
+    written = list(dict.fromkeys(_single(run, name, out) for name in names))
+    written += [_ensemble(run, name, out) for name in names if (_ensemble(run, name, None) / layout.TASK_RECORD).is_file()]
     destination = out or folder / "export"
     prompts = run.weights(run.targets[0]) is None
     factors = _joint_factors(run) if prompts and run.config.target.joint and task is None else None
@@ -43,10 +48,36 @@ def export_run(folder: Path, task: str | None, out: Path | None, *, particles: b
 def _single(run: StoredRun, task: str, out: Path | None) -> Path:
     """Return the export of one task, copied below `out` if that is given: the run checked and wrote it already."""
     exported = run.exported(task)
-    if out is None:
-        return exported
-    place = out / task
-    if place.exists() and not any((place / name).is_file() for name in (layout.ADAPTER_CONFIG, layout.WEIGHTS_FACTS)):
+    return exported if out is None else _copied(exported, out / task)
+
+
+def _ensemble(run: StoredRun, task: str, out: Path | None) -> Path:
+    """Return the prompts that the ensemble of a task averages over, copied as `_single` does."""
+    exported = run.folder / layout.TARGET / task / layout.ENSEMBLE
+    return exported if out is None else _copied(exported, out / f"{task}-{layout.ENSEMBLE}")
+
+
+def _complete(run: StoredRun, task: str) -> None:
+    """Write the `task.json` of an export that an earlier version made without one, where that is still possible."""
+    exported = run.exported(task)
+    if (exported / layout.TASK_RECORD).is_file():
+        return
+    try:
+        if exported == run.weights(task):
+            tasks = run.targets if run.config.target.joint else [task]
+            record = run.record(tasks).with_prompts([])
+        else:
+            record = run.record([task])
+    except UserError as error:
+        log.warning("%s: stays without %s, which `bpt-dist predict` needs: %s", exported, layout.TASK_RECORD, error)
+        return
+    write_json_atomic(exported / layout.TASK_RECORD, record.as_json())
+
+
+def _copied(exported: Path, place: Path) -> Path:
+    """Copy an export to `place`, replacing an earlier one as a whole."""
+    markers = (layout.ADAPTER_CONFIG, layout.WEIGHTS_FACTS, layout.TASK_RECORD)
+    if place.exists() and not any((place / name).is_file() for name in markers):
         raise StorageError(f"{place}: exists and is not an export; remove it or choose another --out")
     # Copied beside it and renamed: an interrupted export leaves the old one, never a mixture of two.
     copy, old = (place.with_name(f".{place.name}.{kind}") for kind in ("new", "old"))
@@ -70,7 +101,8 @@ def _joint(run: StoredRun, shared: SharedPrompt, place: Path) -> Path:
     from bpt_dist.artifacts.peft_export import export_multitask
 
     card = run.card(f"Soft prompts for {', '.join(run.targets)}", run.targets, run.particles())
-    return export_multitask(shared.full, shared.u.mT, shared.v, place, tasks=run.targets, card=card, **run.base())
+    record = run.record(run.targets).with_task_ids()
+    return export_multitask(shared.full, shared.u.mT, shared.v, place, tasks=run.targets, card=card, record=record, **run.base())
 
 
 def _joint_factors(run: StoredRun) -> SharedPrompt | None:
@@ -113,7 +145,8 @@ def _particles(run: StoredRun, place: Path) -> Path:
         raise ConfigError(f"--particles: {run.folder} has no source posterior with particles; leave the option out")
     from bpt_dist.artifacts.peft_export import export_particles
 
-    return export_particles(particles, place, card=run.card("Particles of the source posterior", (), particles), **run.base())
+    card, record = run.card("Particles of the source posterior", (), particles), run.record(run.source_tasks())
+    return export_particles(particles, place, card=card, record=record, **run.base())
 
 
 def _how_to_load(run: StoredRun, place: Path) -> str:

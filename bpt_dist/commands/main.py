@@ -58,6 +58,7 @@ class SchemaOf(StrEnum):
     run = "run"
     sweep = "sweep"
     tasks = "tasks"
+    export = "export"
 
 
 class Split(StrEnum):
@@ -150,15 +151,19 @@ def tasks(config: MaybeConfig = None, as_json: AsJson = False) -> None:
 @app.command()
 def schema(
     file: Annotated[Path | None, typer.Argument(help="Written to the screen if left out.")] = None,
-    of: Annotated[SchemaOf, typer.Option(help="What the files describe: runs and tables, sweeps, or your tasks.")] = SchemaOf.run,
+    of: Annotated[SchemaOf, typer.Option(help="Runs and tables, sweeps, your tasks, or exports.")] = SchemaOf.run,
 ) -> None:
     """Write a JSON schema, by which editors complete and check files."""
+    from bpt_dist.artifacts.task_record import record_schema
     from bpt_dist.commands.sweep.schema import sweep_schema
     from bpt_dist.config.schema import json_schema, text_of
     from bpt_dist.storage.files import write_atomic
     from bpt_dist.tasks.schema import tasks_schema
 
-    text = text_of({SchemaOf.run: json_schema, SchemaOf.sweep: sweep_schema, SchemaOf.tasks: tasks_schema}[of]())
+    schemas = {
+        SchemaOf.run: json_schema, SchemaOf.sweep: sweep_schema, SchemaOf.tasks: tasks_schema, SchemaOf.export: record_schema
+    }  # fmt: skip
+    text = text_of(schemas[of]())
     if file is None:
         typer.echo(text, nl=False)
     else:
@@ -370,6 +375,26 @@ def evaluate(
     from bpt_dist.commands.eval import print_evaluation
 
     print_evaluation(prompt, overrides or [], task, split.value, config, task_id, as_json=as_json)
+
+
+@app.command()
+def predict(
+    prompts: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, or a folder of exports.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option(metavar="JSONL", help="The rows; by default standard input.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="JSONL", help="The answers; by default standard output.")] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
+    window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
+) -> None:
+    """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""
+    from bpt_dist.commands.predict import predict as run
+
+    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, window=window)
 
 
 @app.command()

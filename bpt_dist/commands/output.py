@@ -1,18 +1,16 @@
-"""Lists on the screen: drawn by rich on a terminal, whole lines elsewhere."""
+"""Lists and progress on the screen: drawn by rich on a terminal, whole lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 PLAIN_WIDTH = 250  # a file or a pipe must not lose what a terminal would wrap
 STEP = 1024
@@ -32,6 +30,17 @@ def print_list(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: S
     for row in rows:
         table.add_row(*map(escape, row))
     console().print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """Give a function that reports progress on stderr: one line that changes on a terminal, a new line each time elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: sys.stderr.write(f"{text}\n")
+        return
+    with console.status("starting") as status:
+        yield status.update
 
 
 def size(num_bytes: float) -> str:

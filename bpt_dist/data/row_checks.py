@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from bpt_dist.errors import DataError
 from bpt_dist.tasks.spec import TaskSpec, column
-from bpt_dist.tasks.text_to_text import Row
+from bpt_dist.tasks.text_to_text import Row, Slot, template
+from bpt_dist.tasks.writings import ALSO_READ
 
 MAX_LINE_BYTES = 1_000_000
 SHOWN = 10
@@ -123,14 +124,18 @@ def empty_fields(spec: TaskSpec, row: Row) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield numbered lines split at line feeds only (U+2028 may be part of a text), never holding a huge one."""
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 2):
-            number += 1
-            yield number, line
-            while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE_BYTES + 2)
+        yield from numbered_lines(file)
+
+
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield numbered lines split at line feeds only (U+2028 may be part of a text), never holding a huge one."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 2):
+        number += 1
+        yield number, line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 2)
 
 
 def parse_line(line: bytes) -> Row:
@@ -180,18 +185,30 @@ def _repeated(spec: TaskSpec, row: Row, seen: dict[str, int], number: int) -> It
 
 def row_problems(spec: TaskSpec, row: Row) -> list[str]:
     """Return what makes a row unusable for its task: missing, empty, mistyped fields and unknown labels."""
-    kept = empty_fields(spec, row) if spec.empty_texts == "keep" else []
-    names = [field.column for field in spec.fields if field.column not in kept]
-    problems = [problem for name in names for problem in _text_problems(name, column(row, name))]
-    if spec.form == "wsc":
-        problems += [problem for name in ("span1_text", "span2_text") for problem in _text_problems(name, row.get(name))]
-        problems += [_wrong(name, row.get(name), "a word number") for name in ("span1_index", "span2_index")
-                     if not _is_int(row.get(name))]  # fmt: skip
-    if spec.form == "record" and not _is_texts(row.get("entities")):
-        problems.append(_wrong("entities", row.get("entities"), "a list of texts"))
+    may_be_empty = spec.empty_texts == "keep"
+    # `fixed` shows every field; of choices the target says which of them a row must have.
+    slots = [piece for piece in template(spec) if isinstance(piece, Slot) and piece.written != "numbered"]
+    problems = [problem for slot in slots for problem in slot_problems(slot, row, may_be_empty=may_be_empty)]
     if spec.group_column is not None and column(row, spec.group_column) is None:
         problems.append(f"field {spec.group_column!r} is missing")
     return problems + _target_problems(spec, row)
+
+
+def slot_problems(slot: Slot, row: Row, *, may_be_empty: bool = False) -> list[str]:
+    """Return what makes a row unusable for one place of the source text."""
+    value = column(row, slot.column)
+    if slot.written == "listed":
+        return [] if _is_texts(value) else [_wrong(slot.column, value, "a list of texts")]
+    if slot.written == "numbered":
+        return [] if _is_texts(value) else [_wrong(slot.column, value, "a list of texts, one a choice")]
+    empty = may_be_empty and isinstance(value, str) and not value.strip()
+    problems = [] if empty else _text_problems(slot.column, value)
+    for name in ALSO_READ.get(slot.written, ()):
+        if name.endswith("_index"):
+            problems += [] if _is_int(row.get(name)) else [_wrong(name, row.get(name), "a word number")]
+        else:
+            problems += _text_problems(name, row.get(name))
+    return problems
 
 
 def _target_problems(spec: TaskSpec, row: Row) -> list[str]:

@@ -44,7 +44,7 @@ TEXTS, FACTS = ("source", "target", "row_id"), "facts"
 # Rows become tokens in these modules; a change in one of them gives every file another key.
 MODULES = (
     "data/columns", "data/mapped_arrays", "data/prepare", "data/published", "data/row_checks", "data/rows", "data/splits",
-    "data/token_cache", "data/tokens", "data/unknown_text", "tasks/spec", "tasks/text_to_text",
+    "data/token_cache", "data/tokens", "data/unknown_text", "tasks/spec", "tasks/text_to_text", "tasks/writings",
 )  # fmt: skip
 
 

@@ -67,38 +67,49 @@ def tokenise(
     """
     encoder = plain_encoder(tokenizer, form)
     end = int(tokenizer.eos_token_id)
-    lead = leading_blank(encoder) if form.continues else ""
-    words = encode(encoder, [lead + word for word in spec.words(protocol)], end)
+    words = encode_answers(encoder, spec.words(protocol), end, form)
     _check_label_words(spec, spec.words(protocol), words, tokenizer, encoder)
     num_source = max_source_length or spec.max_source_length
     num_target = max_target_length or _longest_target(spec, words)
-    sources, cut_sources = _sources(encoder, [example.source for example in examples], end, num_source, form)
-    targets, cut_targets = _cut(encode(encoder, [lead + example.target for example in examples], end), num_target)
+    sources, cut_sources = _cut(encode_sources(encoder, [example.source for example in examples], end, form), num_source, form)
+    targets, cut_targets = _cut(encode_answers(encoder, [example.target for example in examples], end, form), num_target)
     row_ids = tuple(example.row_id for example in examples)
     tokens = TokenisedTask(spec.name, sources, targets, row_ids, words, cut_sources, cut_targets)
     _report_cuts(tokens, num_source, num_target)
     return tokens
 
 
-def leading_blank(encoder: PlainEncoder) -> str:
-    """Return what a word needs before it to become the tokens it has behind other text: a blank, or nothing.
+def before_answer(encoder: PlainEncoder, form: TextForm) -> str:
+    """Return what an answer needs before it to become the tokens it has behind the text: a blank, or nothing.
 
     Engines of the SentencePiece kind put the blank before a text themselves, and those that split at blanks know none.
     """
+    if not form.continues:
+        return ""
     first, alone, behind = (encoder.ids(encoder.engine.encode(text, add_special_tokens=False)) for text in ("a", "b", "a b"))
     return "" if behind == first + alone else " "
 
 
-def _sources(
-    encoder: PlainEncoder, texts: Sequence[str], end: int, limit: int, form: TextForm
-) -> tuple[tuple[np.ndarray, ...], int]:
-    """Return the ids of sources in the form of the model, at most `limit` each, and how many were longer."""
+def encode_answers(encoder: PlainEncoder, answers: Sequence[str], end: int, form: TextForm) -> tuple[np.ndarray, ...]:
+    """Return the ids of targets or label words in the form of the model, each followed by the end token."""
+    lead = before_answer(encoder, form)
+    return encode(encoder, [lead + answer for answer in answers], end)
+
+
+def encode_sources(encoder: PlainEncoder, texts: Sequence[str], end: int, form: TextForm) -> tuple[np.ndarray, ...]:
+    """Return the ids of source texts in the form of the model, not cut: with their start token or their end token."""
     if not form.continues:
-        return _cut(encode(encoder, texts, end), limit)
+        return encode(encoder, texts, end)
     start = [] if form.start is None else [form.start]
     encodings = encoder.engine.encode_batch(list(texts), add_special_tokens=False)
-    ids = [np.asarray([*start, *encoder.ids(encoding)], dtype=np.int32) for encoding in encodings]
-    return tuple(row[:limit] for row in ids), sum(len(row) > limit for row in ids)
+    return tuple(np.asarray([*start, *encoder.ids(encoding)], dtype=np.int32) for encoding in encodings)
+
+
+def cut_source(ids: np.ndarray, limit: int, form: TextForm) -> np.ndarray:
+    """Return at most `limit` ids of a source text; an end token stays the last."""
+    if len(ids) <= limit:
+        return ids
+    return ids[:limit] if form.continues else np.append(ids[: limit - 1], ids[-1])
 
 
 def _check_label_words(
@@ -222,7 +233,6 @@ def unknown_spans(encoder: PlainEncoder, texts: Sequence[str]) -> list[list[tupl
     ]
 
 
-def _cut(sequences: Sequence[np.ndarray], limit: int) -> tuple[tuple[np.ndarray, ...], int]:
-    """Return the sequences with at most `limit` ids, the end token kept last, and how many were longer."""
-    cut = tuple(ids if len(ids) <= limit else np.append(ids[: limit - 1], ids[-1]) for ids in sequences)
-    return cut, sum(len(ids) > limit for ids in sequences)
+def _cut(sequences: Sequence[np.ndarray], limit: int, form: TextForm = ENCODED) -> tuple[tuple[np.ndarray, ...], int]:
+    """Return the sequences with at most `limit` ids, an end token kept last, and how many were longer."""
+    return tuple(cut_source(ids, limit, form) for ids in sequences), sum(len(ids) > limit for ids in sequences)

@@ -282,6 +282,10 @@ class Method(nn.Module):
         """Return the finished soft prompt of each target task, or None when the method is not a prompt."""
         return None
 
+    def ensemble_prompts(self) -> dict[str, Float[Tensor, "m P D"]] | None:
+        """Return the prompts that an `ensemble` averages over, by target task, or None without an ensemble of prompts."""
+        return None
+
     @classmethod
     def shared_prompt(cls, trained: Tensors) -> SharedPrompt | None:
         """Return what of the trained tensors of a joint stage makes its prompts F o (sum_r u_r v_r^T), or None."""

@@ -236,22 +236,25 @@ class BayesianPromptTuning(VanillaTransfer):
         return prepend_chosen(self.target_prompts(particles), batch.task_index, embeds)
 
     def prediction_inputs(self, embeds: Float[Tensor, "N T D"], batch: Batch, predict: str) -> Float[Tensor, "m N L D"]:
-        """Put the MAP prompt before every text; for `best` the chosen particle; for an ensemble adapted particles or samples.
-
-        Samples have the covariance of the source particles around the MAP prompt: the posterior's own directions.
-        """
+        """Put the MAP prompt before every text; for `best` the chosen particle; for an ensemble adapted particles or samples."""
         if predict == "best":
             copies = torch.tensor(self.predicting, device=embeds.device) + 1
             chosen = self.target_prompts()[copies, torch.arange(len(copies), device=embeds.device)]
             return prepend_chosen(chosen[None], batch.task_index, embeds)
-        adapted = predict != "map" and self.adapts_particles
-        prompts = self.target_prompts(slice(1, None) if adapted else slice(1))
-        if adapted or predict == "map":
-            return prepend_chosen(prompts, batch.task_index, embeds)
+        prompts = self.target_prompts(slice(1)) if predict == "map" else self._hypotheses()
+        return prepend_chosen(prompts, batch.task_index, embeds)
+
+    def _hypotheses(self) -> Float[Tensor, "m K P D"]:
+        """Return the prompts of an ensemble: the adapted particles, or samples around the MAP prompt of each target.
+
+        Samples have the covariance of the source particles: the posterior's own directions.
+        """
+        if self.adapts_particles:
+            return self.target_prompts(slice(1, None))
         num_samples, num_particles = self.evaluation.num_samples or 0, len(self.deviations)
-        noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(embeds.device)
+        noise = torch.randn(num_samples, num_particles, generator=generator(self.seed, "samples")).to(self.deviations.device)
         offsets = torch.einsum("sm,mpd->spd", noise, self.deviations) / max(num_particles - 1, 1) ** 0.5
-        return prepend_chosen(prompts + offsets[:, None], batch.task_index, embeds)
+        return self.target_prompts(slice(1)) + offsets[:, None]
 
     def penalty(self) -> Float[Tensor, ""] | None:
         """Return minus the log prior of each effective prompt, as objective.py scales it, weighted as the target's likelihood is.
@@ -287,3 +290,9 @@ class BayesianPromptTuning(VanillaTransfer):
     def prompts(self) -> dict[str, Float[Tensor, "P D"]]:
         """Return the effective MAP prompt of each target task."""
         return dict(zip(self.target_tasks, self.target_prompts(slice(1))[0].detach().cpu(), strict=True))
+
+    def ensemble_prompts(self) -> dict[str, Float[Tensor, "m P D"]] | None:
+        """Return the prompts of each target task that `evaluation.predict: ensemble` averages over."""
+        if self.evaluation.predict != "ensemble":
+            return None
+        return dict(zip(self.target_tasks, self._hypotheses().detach().cpu().unbind(1), strict=True))

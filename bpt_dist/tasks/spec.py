@@ -12,6 +12,8 @@ Form = Literal["fields", "choices", "options", "multirc", "wsc", "squad", "recor
 SplitKind = Literal["official", "halves", "carve"]
 Unlabelled = Literal["drop", "refuse"]
 EmptyText = Literal["keep", "drop", "refuse"]
+Decoding = Literal["rank", "generate"]
+CLOSED: tuple[Kind, ...] = ("classification", "choice")  # the right answer is one of the label words
 
 METRICS_OF_KIND: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews", "multirc_f1a", "multirc_em"),
@@ -95,6 +97,15 @@ class TaskSpec:
         if protocol == "attempt" and self.kind in ("classification", "choice"):
             return tuple(str(index) for index in range(len(self.label_words)))
         return self.label_words
+
+    def decoding(self, protocol: Protocol, asked: str = "auto") -> Decoding:
+        """Return how the task is answered: closed sets are ranked under the fixed protocol, generated under the published one.
+
+        `asked` is `evaluation.decode`; what has no label words is generated whatever was asked for.
+        """
+        if asked == "auto":
+            return "rank" if self.kind in CLOSED and protocol == "fixed" else "generate"
+        return "rank" if asked == "rank" and self.words(protocol) else "generate"
 
     def title(self, protocol: Protocol) -> str:
         """Return the word that opens every source text of the task."""

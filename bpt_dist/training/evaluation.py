@@ -22,9 +22,8 @@ from bpt_dist.distributed.mesh import World
 from bpt_dist.methods.base import Method
 from bpt_dist.storage.fault_injection import fault_point
 from bpt_dist.tasks import metrics
+from bpt_dist.tasks.spec import CLOSED
 from bpt_dist.training.out_of_memory import explain_out_of_memory
-
-CLOSED = ("classification", "choice")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def evaluate(
     Ranks take rows in turns from the longest down and make the same number of passes, because a partitioned backbone is gathered in
     every one of them; what pads the last pass is dropped.
     """
-    task, decode = tasks[index], decoding(tasks[index], settings)
+    task = tasks[index]
+    decode = task.spec.decoding(task.protocol, settings.decode)
     tokens = task.splits[split].tokens
     order = np.argsort(-lengths_of(tokens.source_ids), kind="stable").tolist()
     own = order[world.rank :: world.size]
@@ -96,14 +96,6 @@ def choose_particle(
     chosen = max(range(len(scores)), key=scores.__getitem__)
     method.predict_with(index, chosen)
     return chosen
-
-
-def decoding(task: TaskData, settings: EvaluationConfig) -> str:
-    """Return `rank` or `generate`: closed label sets are ranked under the fixed protocol, generated under the published one."""
-    if settings.decode != "auto":
-        return settings.decode if task.spec.words(task.protocol) else "generate"
-    closed = task.spec.kind in CLOSED
-    return "rank" if closed and task.protocol == "fixed" else "generate"
 
 
 def _passes(rows: Sequence[int], num_passes: int, size: int) -> Iterator[list[int]]:

@@ -30,7 +30,7 @@ from bpt_dist.storage.metrics_log import BEST_SCORE, MetricsLog, iter_records
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import with_snapshots
 from bpt_dist.training.evaluation import Evaluated, choose_particle, evaluate
-from bpt_dist.training.outputs import TargetOutputs
+from bpt_dist.training.outputs import TargetOutputs, record_of
 from bpt_dist.training.positions import check_positions
 from bpt_dist.training.stage import TrainingStage
 
@@ -235,7 +235,12 @@ class TrainingRun:
         with self.while_rank_0_works(f"{stage.name}: posterior"):
             if self.directory.rank == 0:
                 self.log.flush()
-                Posterior(posterior.tensors, facts).save(self.directory.path(layout.SOURCE, layout.POSTERIOR))
+                folder = self.directory.path(layout.SOURCE, layout.POSTERIOR)
+                folder.mkdir(parents=True, exist_ok=True)
+                # Before the facts, which make the posterior exist.
+                record = record_of(self.source_tasks(), self.config, self.backbone).with_prompts([])
+                write_json_atomic(folder / layout.TASK_RECORD, record.as_json())
+                Posterior(posterior.tensors, facts).save(folder)
             self.world.barrier()
         stored = self.stored_posterior()
         assert stored is not None

@@ -109,6 +109,15 @@ def test_evaluation_predicts_what_the_stock_t5_predicts(shape, capsys, tmp_path)
         assert profile["variants"]["ours_fp32"]["speedup_over_generate"]["median"] > 0
 
 
+def test_rows_of_many_tasks_are_answered_as_by_peft(shape, capsys, tmp_path) -> None:
+    code, _, err, report = bench(capsys, tmp_path, "predict", "--shape", shape, "--quick", "--repeats", 2)
+    assert code == 0, err
+    assert report["same_predictions"] == {"1": True, "10": True, "100": True}
+    variants = report["variants"]
+    assert variants["ours_100"]["speedup_over_peft"]["median"] > 1, "100 small batches against a few"
+    assert variants["ours_1"]["speed_of_one_task"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
 def test_the_svgd_step_alone(capsys, tmp_path) -> None:
     words = ("svgd", "--particles", "2,20", "--coordinates", 1000, "--repeats", 2)
     code, _, err, report = bench(capsys, tmp_path, *words)

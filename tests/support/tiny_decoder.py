@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 import tiny_t5
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bpt_dist.data.batches import Batch
 
-NUM_PIECES, WIDTH, END = 128, 32, 1
+NUM_PIECES, NUM_BYTE_LEVEL, WIDTH, END = 128, 400, 32, 1
 COMMON = {
     "vocab_size": NUM_PIECES, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": END, "bos_token_id": 3, "pad_token_id": None,
@@ -45,6 +47,41 @@ def tokenizer(*, starts: bool = False) -> PreTrainedTokenizerFast:
     if starts:
         raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def byte_level(texts: Sequence[str] = ()) -> Tokenizer:
+    """Return an engine as GPT-2, Llama 3, Qwen and SmolLM have it, trained on `texts`: a blank belongs to the word behind it.
+
+    `<|begin|>` is 0, `<|end|>` 1.
+    """
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_BYTE_LEVEL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|begin|>", "<|end|>"]
+    )
+    raw.train_from_iterator([" ".join([*texts, *tiny_t5.WORDS])] * 3, trainer)
+    return raw
+
+
+def world(folder: Path, family: str) -> Path:
+    """Write a model called `decoder` and tasks into `folder` and return it.
+
+    The Llama reads whole words, and an answer as it is; the Gemma has the byte-level tokenizer, so that its texts have a token they
+    begin with, and answers a blank before them.
+    """
+    if family == "gemma3_text":
+        make(folder / "decoder", family, vocab_size=NUM_BYTE_LEVEL, bos_token_id=0)
+        own = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<|begin|>", eos_token="<|end|>")
+        own.save_pretrained(folder / "decoder")
+    else:
+        make(folder / "decoder", family)
+    tiny_run.write_tasks(folder / "tasks")
+    return folder
+
+
+def settings(world_folder: Path, method: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
+    """Return plain settings of a short run on the model of `world`."""
+    return tiny_run.settings(world_folder, method, backbone={"path": str(world_folder / "decoder")}, **sections)
 
 
 def make(folder: Path, family: str = "llama", *, seed: int = 0, starts: bool = False, **changes: Any) -> Path:

@@ -149,10 +149,10 @@ class Decoder(Stack):
         tokens: Float[Tensor, "decoder_tokens D"],
         memory: Sequence[Float[Tensor, "r S D"]],
         rows: Rows,
-        bias: Float[Tensor, "1 H U U"] | None = None,
+        biases: Sequence[Float[Tensor, "_r H _U _U"]] | None = None,
     ) -> Float[Tensor, "decoder_tokens D"]:
-        """Return the last hidden states; `bias` says who sees whom where positions are not simply one after the other."""
-        biases = [self.bias(length) if bias is None else bias for _, length in rows]
+        """Return the last hidden states; `biases` of the groups say who sees whom where positions are not one after the other."""
+        biases = biases or [self.bias(length) for _, length in rows]
         hidden = tokens
         for number in range(len(self.stack.block)):
             hidden = self.attend(number, hidden, rows, biases)

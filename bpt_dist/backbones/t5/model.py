@@ -6,7 +6,7 @@ forward of `PromptedT5`, so that a partitioned T5 gathers and releases its weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from bpt_dist.backbones.attention import ATTENTIONS
-from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, average_distributions, end_tokens
+from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, Texts, average_distributions, end_tokens
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
@@ -232,6 +232,32 @@ class T5Backbone(Backbone):
             tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         written = tokens[:1] if average else tokens  # on average all particles write the same
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]
+
+    @torch.no_grad()
+    def rank_each(
+        self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], candidates: Sequence[Int[Tensor, "_C _U"]]
+    ) -> list[Float[Tensor, "m _C"]]:
+        """Return the log-likelihood of each text's own candidates under its own prompts, in one pass where ours applies."""
+        if (packed := self.packed_pass_for(max(of_text.shape[1] for of_text in candidates))) is None:
+            return super().rank_each(texts, prompts, candidates)
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        return packed.rank_each(ids, mask, prompts, candidates)
+
+    @torch.no_grad()
+    def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
+        """Return what each text's own prompts write together, in one pass where ours applies: for targets that are not long."""
+        short = [row for row, limit in enumerate(max_new_tokens) if self.packed_pass_for(limit) is not None]
+        found: dict[int, str] = {}
+        if short:
+            assert self.packed is not None
+            some = texts.select(short)
+            ids, mask = some.source_ids.to(self.device), some.source_mask.to(self.device)
+            tokens = self.packed.generate_each(ids, mask, [prompts[n] for n in short], [max_new_tokens[n] for n in short])
+            found |= dict(zip(short, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True))
+        if rest := [row for row in range(len(prompts)) if row not in found]:
+            own = [prompts[row] for row in rest], [max_new_tokens[row] for row in rest]
+            found |= dict(zip(rest, super().generate_each(texts.select(rest), *own), strict=True))
+        return [found[row] for row in range(len(prompts))]
 
     @torch.no_grad()
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:

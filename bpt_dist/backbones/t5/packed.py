@@ -65,12 +65,55 @@ class PackedT5:
         tree = Tree.of(candidates.tolist(), self.model.config.decoder_start_token_id)
         inputs, layout = self._lay_out(ids, mask, input_embeds, [len(tree.tokens)] * len(ids))
         encoded = self.encoder(layout.encoder_tokens(inputs), layout)
-        bias = self._bias_of(tree)
+        biases = [self._bias_of(tree)] * len(layout.groups)
         nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
-        decoded = self.decoder(self._embed(nodes), _memory(encoded, layout), layout.decoder_rows, bias)
+        decoded = self.decoder(self._embed(nodes), _memory(encoded, layout), layout.decoder_rows, biases)
         rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
         sums = [self._along(tree, rows) for rows in decoded.split(rows_at_once * len(tree.tokens))]
         return layout.in_order(torch.cat(sums))
+
+    def rank_each(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        prompts: Sequence[Float[Tensor, "m _P D"]],
+        candidates: Sequence[Int[Tensor, "_C _U"]],
+    ) -> list[Float[Tensor, "m _C"]]:
+        """Return the same where each text has prompts and candidates of its own: still one pass, each text's tree is its own."""
+        known = {id(of_text): Tree.of(of_text.tolist(), self.model.config.decoder_start_token_id) for of_text in candidates}
+        trees = [known[id(of_text)] for of_text in candidates]
+        layout, tokens = self._lay_out_each(ids, mask, prompts, [len(tree.tokens) for tree in trees])
+        memory = _memory(self.encoder(tokens, layout), layout)
+        bias_of = {key: self._bias_of(tree) for key, tree in known.items()}
+        biases = []
+        for group in layout.groups:
+            of_group = [bias_of[id(candidates[text])] for text in group.texts]
+            alike = all(bias is of_group[0] for bias in of_group)
+            biases.append(of_group[0] if alike else torch.cat(of_group).repeat(layout.num_particles, 1, 1, 1))
+        order = [text for group in layout.groups for _ in range(layout.num_particles) for text in group.texts]
+        nodes = torch.tensor([token for text in order for token in trees[text].tokens], device=ids.device)
+        decoded = self.decoder(self._embed(nodes), memory, layout.decoder_rows, biases)
+        sums = self._along_own(decoded, [trees[text] for text in order])
+        found: list[list[Tensor]] = [[] for _ in trees]
+        for text, of_row in zip(order, sums, strict=True):
+            found[text].append(of_row)
+        return [torch.stack(of_text) for of_text in found]
+
+    def generate_each(
+        self,
+        ids: Int[Tensor, "N T"],
+        mask: Int[Tensor, "N T"],
+        prompts: Sequence[Float[Tensor, "m _P D"]],
+        max_new_tokens: Sequence[int],
+    ) -> Int[Tensor, "N U"]:
+        """Return the ids that the prompts of each text write together, at most so many of its own; the rest is padding."""
+        layout, tokens = self._lay_out_each(ids, mask, prompts, [1] * len(ids))
+        memory = _memory(self.encoder(tokens, layout), layout)
+        order = [text for group in layout.groups for _ in range(layout.num_particles) for text in group.texts]
+        limits = torch.tensor([max_new_tokens[text] for text in order], device=ids.device)
+        config, most = self.model.config, max(max_new_tokens)
+        written = greedy(self.decoder, self._embed, self._logits, memory, config, most, layout.num_particles, limits)
+        return layout.in_order(written)[0]
 
     def generate(
         self,
@@ -97,6 +140,22 @@ class PackedT5:
         num_added = inputs.shape[2] - ids.shape[1]
         return inputs, Layout(len(inputs), (mask.sum(1) + num_added).tolist(), decoder_lengths)
 
+    def _lay_out_each(
+        self, ids: Tensor, mask: Tensor, prompts: Sequence[Float[Tensor, "m _P D"]], decoder_lengths: Sequence[int]
+    ) -> tuple[Layout, Float[Tensor, "tokens D"]]:
+        """Return the order of the tokens and the encoder's inputs in it, where each text has prompts of its own."""
+        lengths = mask.sum(1).tolist()
+        num_encoder = [prompt.shape[1] + length for prompt, length in zip(prompts, lengths, strict=True)]
+        layout, embeds = Layout(len(prompts[0]), num_encoder, decoder_lengths), self._embed(ids)
+        parts = []
+        for group in layout.groups:
+            rows = [
+                torch.cat([prompts[text].to(embeds), embeds[text, : lengths[text]].expand(layout.num_particles, -1, -1)], dim=1)
+                for text in group.texts
+            ]
+            parts.append(torch.stack(rows, dim=1).flatten(0, 2))
+        return layout, torch.cat(parts)
+
     def _embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """Return the word embeddings in float32, the type of hidden states, so that prompts before them are not rounded."""
         rows: Tensor = self.model.shared(ids)
@@ -114,6 +173,27 @@ class PackedT5:
         of_nodes = self._logits(decoded).log_softmax(-1).unflatten(0, (-1, len(tree.tokens)))
         paths = [torch.tensor(path, device=decoded.device) for path in tree.paths]
         return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)
+
+    def _along_own(self, decoded: Float[Tensor, "nodes D"], trees: Sequence[Tree]) -> list[Float[Tensor, " _C"]]:
+        """Return the log-likelihood of each candidate of each tree from the states of all their nodes, one tree after the other."""
+        nodes, tokens, counts = [], [], [len(tree.paths) for tree in trees]
+        owners: list[int] = []
+        first = 0
+        for tree in trees:
+            for path in tree.paths:
+                nodes += [first + node for node, _ in path]
+                tokens += [token for _, token in path]
+                owners += [(owners[-1] if owners else -1) + 1] * len(path)
+            first += len(tree.tokens)
+        at, next_token = (torch.tensor(values, device=decoded.device) for values in (nodes, tokens))
+        picked = decoded.new_zeros(len(nodes), dtype=torch.float32)
+        nodes_at_once = max(1, MOST_LOGITS // self.model.config.vocab_size)
+        for begin in range(0, len(decoded), nodes_at_once):
+            logits = self._logits(decoded[begin : begin + nodes_at_once])
+            here = ((at >= begin) & (at < begin + nodes_at_once)).nonzero().flatten()
+            picked[here] = logits[at[here] - begin, next_token[here]] - logits.logsumexp(-1)[at[here] - begin]
+        sums = picked.new_zeros(sum(counts)).index_add(0, torch.tensor(owners, device=decoded.device), picked)
+        return list(sums.split(counts))
 
     def _bias_of(self, tree: Tree) -> Float[Tensor, "1 H n n"]:
         """Return the position bias between nodes: by their depths, -inf unless one is on the other's way to the root."""
@@ -136,11 +216,12 @@ def greedy(
     config: Any,
     max_new_tokens: int,
     averaged: int = 1,
+    limits: Int[Tensor, " rows"] | None = None,
 ) -> Int[Tensor, "rows U"]:
     """Return the start token and what follows, at most `max_new_tokens`, for the sequences of each group in `memory`.
 
-    A group is particle-major; with `averaged` > 1 so many particles of each text write the same tokens and end together.
-    What comes after the end token is padding, as transformers' `generate` fills it.
+    `limits` may end a sequence earlier, those of a text alike. A group is particle-major; with `averaged` > 1 so many particles of
+    each text write the same tokens and end together. After the end token comes padding, as transformers' `generate` fills it.
     """
     num_rows, device = sum(map(len, memory)), memory[0].device
     tokens = torch.full((num_rows, max_new_tokens + 1), config.pad_token_id, device=device)
@@ -158,6 +239,8 @@ def greedy(
             scores = torch.cat([average_distributions(group, averaged) for group in groups])
         tokens[alive, steps] = scores.argmax(-1)
         continues = ~torch.isin(tokens[alive, steps], ends)
+        if limits is not None:
+            continues &= limits[alive] > steps
         if not continues.all():
             parts = continues.split([len(part) for part in states])
             states = [part[keep] for part, keep in zip(states, parts, strict=True) if keep.any()]

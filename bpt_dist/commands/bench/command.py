@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpt_dist.commands.output import print_list
+from bpt_dist.commands.output import print_list, progress
 from bpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ def source(
     options = Options(repeats or 5, QUICK_SECONDS if quick else None, pass_size)
     if quick:
         options = options._replace(memory=("peft_fp32", "ours_fp32", "ours_bf16"))
-    from bpt_dist.commands.bench.screen import progress
 
     with progress() as tell:
         measured = run_source(t5_shape, work.to(clock.device), clock, options, tell)
@@ -125,7 +124,6 @@ def decoder_step(
     """Time the source step and the ranking of label words on a decoder-only model."""
     clock, machine = prepare(device, threads)
     from bpt_dist.commands.bench.decoder import HEADER, SMOLLM2, decoder_rows, run_decoder, shape_of, wrong_results
-    from bpt_dist.commands.bench.screen import progress
     from bpt_dist.commands.bench.source_run import Options
 
     name = shape or SMOLLM2
@@ -157,7 +155,6 @@ def svgd(
     """Time the SVGD step alone: naive differences, Pyro, BlackJAX (where installed), ours."""
     sizes = numbers("--particles", particles, least=2)
     clock, machine = prepare(device, threads)
-    from bpt_dist.commands.bench.screen import progress
     from bpt_dist.commands.bench.svgd import HEADER, run_svgd, svgd_rows
 
     with progress() as tell:
@@ -184,7 +181,6 @@ def scaling(
     clock, machine = prepare("cpu", 1)
     from bpt_dist.commands.bench.machine import check_dtype
     from bpt_dist.commands.bench.scaling import HEADER, run_scaling, scaling_rows
-    from bpt_dist.commands.bench.screen import progress
     from bpt_dist.commands.bench.workload import bench_shape
 
     check_dtype(dtype, clock.device)
@@ -210,7 +206,6 @@ def exchange(
     sizes, counts = numbers("--ranks", ranks, least=2), numbers("--particles", particles, least=2)
     _, machine = prepare("cpu", 1)
     from bpt_dist.commands.bench.exchange import HEADER, exchange_row, measure
-    from bpt_dist.commands.bench.screen import progress
 
     bad = [(size, count) for size in sizes for count in counts if count % size]
     if bad:
@@ -266,6 +261,23 @@ def evaluation(
 
 
 @bench.command()
+def predict(
+    shape: Shape = None,
+    quick: Quick = False,
+    file: Json = None,
+    repeats: Repeats = None,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Time rows of 1, 10 and 100 tasks in one batch against PEFT switching adapters; exit code 1 if the answers differ."""
+    from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict
+
+    clock, machine = prepare(device, threads)
+    report = on_shape("predict", shape, quick, repeats, clock, run_predict)
+    print_rows(report, machine(), HEADER, predict_rows(report), file, other_answers(report))
+
+
+@bench.command()
 def passes(
     shape: Shape = None,
     file: Json = None,
@@ -278,7 +290,6 @@ def passes(
     """Time each optimisation against the version without it, and what did not pay."""
     clock, machine = prepare(device, threads, allocator=False)
     from bpt_dist.commands.bench import ablations
-    from bpt_dist.commands.bench.screen import progress
     from bpt_dist.commands.bench.workload import bench_shape, source_work
     from bpt_dist.storage.files import write_atomic
 
@@ -298,7 +309,6 @@ def passes(
 
 def on_shape(command: str, shape: str | None, quick: bool, repeats: int | None, clock: Clock, run: Any) -> dict[str, Any]:
     """Run a comparison on the chosen shape and return its report."""
-    from bpt_dist.commands.bench.screen import progress
     from bpt_dist.commands.bench.source_run import Options
     from bpt_dist.commands.bench.workload import bench_shape
 
@@ -365,7 +375,7 @@ def prepare(device: str, threads: int, *, allocator: bool = True) -> tuple[Clock
 
 def machine_text(report: dict[str, Any]) -> list[str]:
     """Return the lines about the machine."""
-    from bpt_dist.commands.bench.screen import machine_lines
+    from bpt_dist.commands.bench.machine import machine_lines
 
     return [*machine_lines(report["machine"], report.get("matmul_flops_per_second", {})), ""]
 

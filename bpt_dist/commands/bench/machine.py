@@ -112,6 +112,19 @@ def facts(clock: Clock, allocator: str) -> dict[str, Any]:
     }
 
 
+def machine_lines(machine: dict[str, Any], matmul: dict[str, float]) -> list[str]:
+    """Return the machine in three lines."""
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
+    peaks = ", ".join(f"{dtype} {value / 1e9:,.0f} GFLOP/s" for dtype, value in matmul.items())
+    return [
+        f"{machine['device']}, {machine['threads']} thread(s) of {machine['cores']} cores, load {machine['load_average']:.2f}; "
+        f"seconds are {machine['time']}",
+        f"{f'matrix products in this run: {peaks}; ' if peaks else ''}copies {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s; "
+        f"allocator: {machine['allocator']}",
+        versions,
+    ]
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

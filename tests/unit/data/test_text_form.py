@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_decoder
 import tiny_t5
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,17 +22,6 @@ EXAMPLES = [Example(text, word, f"train:{number}", number) for number, (text, wo
 CORPUS = [" ".join([*TEXTS, *WORDS, *tiny_t5.WORDS])] * 3
 
 
-def byte_level() -> Tokenizer:
-    """As GPT-2, Llama 3, Qwen and SmolLM: a blank belongs to the word behind it."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|begin|>", "<|end|>"]
-    )
-    raw.train_from_iterator(CORPUS, trainer)
-    return raw
-
-
 def sentence_piece(scheme: str) -> Tokenizer:
     """As Llama 2 (a blank before the first word, too) and Gemma (none)."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -42,7 +32,7 @@ def sentence_piece(scheme: str) -> Tokenizer:
 
 
 TOKENIZERS = {
-    "byte level": byte_level,
+    "byte level": lambda: tiny_decoder.byte_level([*TEXTS, *WORDS]),
     "blank before the first word": lambda: sentence_piece("first"),
     "no blank before": lambda: sentence_piece("never"),
 }

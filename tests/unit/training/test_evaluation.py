@@ -20,7 +20,7 @@ from bpt_dist.config import EvaluationConfig
 from bpt_dist.data.prepare import TaskData, prepare
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method, load
-from bpt_dist.training.evaluation import Evaluated, choose_particle, decoding, evaluate, pair_agreement
+from bpt_dist.training.evaluation import Evaluated, choose_particle, evaluate, pair_agreement
 
 WORDS = {"truth": ("true", "false"), "mood": ("good", "not good"), "colour": ("red", "blue", "green")}
 
@@ -208,11 +208,10 @@ def test_an_ensemble_generates_from_the_mean_of_the_next_token_distributions(
 
 def test_how_a_task_is_decoded(made: tuple[Method, list[TaskData]]) -> None:
     closed, free = made[1][0], made[1][3]
-    assert decoding(closed, EvaluationConfig()) == "rank"
-    assert decoding(closed, EvaluationConfig(decode="generate")) == "generate"
-    assert decoding(free, EvaluationConfig()) == decoding(free, EvaluationConfig(decode="rank")) == "generate"
-    published = TaskData(closed.spec, "attempt", closed.splits)
-    assert decoding(published, EvaluationConfig()) == "generate"
+    assert closed.spec.decoding("fixed") == "rank"
+    assert closed.spec.decoding("fixed", "generate") == "generate"
+    assert free.spec.decoding("fixed") == free.spec.decoding("fixed", "rank") == "generate"
+    assert closed.spec.decoding("attempt") == "generate"
 
 
 def test_generation_is_bounded_by_the_longest_label_or_the_setting(made: tuple[Method, list[TaskData]]) -> None:

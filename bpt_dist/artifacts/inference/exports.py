@@ -1,0 +1,91 @@
+"""Find exported prompts and read what they are, without their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpt_dist.artifacts.task_record import TaskEntry, TaskRecord, read_record
+from bpt_dist.errors import ConfigError
+from bpt_dist.storage import layout
+
+
+@dataclass(frozen=True)
+class Export:
+    """The prompt of one task, in `folder`, under the `name` by which rows ask for it."""
+
+    name: str
+    folder: Path
+    record: TaskRecord
+    task: TaskEntry
+
+
+def read_exports(place: Path, name: str | None = None, *, ensemble: bool = False) -> list[Export]:
+    """Return the prompts of an export, of all exports of a finished run, or of all exports that a folder holds.
+
+    `name` replaces the task's name, where there is one. Where a task has both a prompt and an ensemble, `ensemble` chooses.
+    Raises ConfigError for a folder without a prompt, or with more than `name` can name.
+    """
+    found = [export for folder in _folders(place, ensemble) for export in _of_folder(folder)]
+    wanted = "ensemble" if ensemble else "map"
+    as_asked = {export.name for export in found if export.record.predict == wanted}
+    found = [export for export in found if export.record.predict == wanted or export.name not in as_asked]
+    if name is None:
+        return found
+    if len(found) > 1:
+        names = ", ".join(export.name for export in found)
+        raise ConfigError(f"--prompt {name}={place}: has prompts for {names}; give {place} without a name, or one of its folders")
+    return [Export(name, export.folder, export.record, export.task) for export in found]
+
+
+def refuse_duplicates(exports: Iterable[Export]) -> None:
+    """Raise ConfigError where two prompts have one name: a row could not say which of them it means."""
+    owners: dict[str, Path] = {}
+    for export in exports:
+        if (other := owners.setdefault(export.name, export.folder)) is not export.folder:
+            raise ConfigError(
+                f"task {export.name!r}: has a prompt in {other} and another in {export.folder}; leave one out, or name it by "
+                f"--prompt NAME={export.folder}"
+            )
+
+
+def refuse_several_backbones(exports: Sequence[Export]) -> None:
+    """Raise ConfigError where prompts belong to different backbones or tokenizers, which no one model can serve."""
+    first = exports[0]
+    for other in exports[1:]:
+        for what, one, two in (
+            ("backbone", first.record.backbone.sha256, other.record.backbone.sha256),
+            ("tokenizer", first.record.tokenizer_sha256, other.record.tokenizer_sha256),
+        ):
+            if one != two:
+                raise ConfigError(
+                    f"{other.folder}: belongs to another {what} (SHA-256 {two[:12]}) than {first.folder} ({one[:12]}); "
+                    "start one process for each backbone"
+                )
+
+
+def _folders(place: Path, ensemble: bool) -> list[Path]:
+    """Return the folders with a `task.json` that `place` means."""
+    if not place.is_dir():
+        raise ConfigError(f"{place}: there is no such folder; give an exported prompt, a run, or a folder of exports")
+    if (place / layout.STATUS).is_file():
+        kind = layout.ENSEMBLE if ensemble else layout.ADAPTER
+        folders = sorted({path.parent for path in place.glob(f"{layout.TARGET}/*/{kind}/*.json")})
+        if not folders:
+            remedy = "leave --ensemble out" if ensemble else "give a run whose method trains soft prompts"
+            raise ConfigError(f"{place}: the run has exported no {'ensemble' if ensemble else 'prompt'}; {remedy}")
+        return folders
+    if (place / layout.TASK_RECORD).is_file() or (place / layout.ADAPTER_CONFIG).is_file():
+        return [place]
+    below = [path.parent for kind in (layout.TASK_RECORD, layout.ADAPTER_CONFIG) for path in sorted(place.glob(f"*/{kind}"))]
+    if not below:
+        raise ConfigError(f"{place}: holds no exported prompt; give a folder written by `bpt-dist export`, or a run")
+    return list(dict.fromkeys(below))
+
+
+def _of_folder(folder: Path) -> list[Export]:
+    record = read_record(folder)
+    if not record.prompts:
+        raise ConfigError(f"{folder}: holds no soft prompt, which is all that answers in batches; use `bpt-dist eval {folder}`")
+    return [Export(task.name, folder, record, task) for task in record.tasks]

@@ -1,0 +1,156 @@
+"""`bench predict`: the same rows spread over 1, 10 or 100 tasks, each with its own prompt and label words.
+
+PEFT switches the adapter for each task and reads its rows in padded batches, once a label word. Ours reads rows of all tasks
+together.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bpt_dist.backbones.base import Texts
+from bpt_dist.backbones.t5.shapes import T5Shape
+from bpt_dist.commands.bench.evaluation import TIES, label_words, same_predictions
+from bpt_dist.commands.bench.source import Models
+from bpt_dist.commands.bench.source_report import ratio_cell
+from bpt_dist.commands.bench.source_run import Options, Tell
+from bpt_dist.commands.bench.timing import Clock, Timing, alternate, speedup
+from bpt_dist.commands.bench.workload import make_work
+from bpt_dist.objective import sequence_log_likelihood
+
+HEADER = ("tasks", "variant", "dtype", "s", "rows/s", "x PEFT", "x one task")
+NUM_TASKS = (1, 10, 100)
+ROWS, QUICK_ROWS = 800, 100  # eight of each of 100 tasks; one
+LENGTHS = (16, 40)  # tokens of the shortest and the longest text
+WORD_LENGTHS = ((2, 2), (2, 3), (2, 2, 3))  # tokens of the label words of the tasks, in turn
+TOKENS_AT_ONCE = 16_384  # as the Predictor's
+PEFT_ROWS = 32  # of a padded batch
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of several tasks: the texts, the task of each, and the prompt and the label words of each task."""
+
+    texts: Texts
+    tasks: list[int]
+    prompts: Float[Tensor, "K P D"]
+    words: list[Int[Tensor, "C U"]]
+
+
+def run_predict(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
+    """Return times and ratios, and whether both predict the same label words."""
+    clock.use_threads()
+    models = Models(shape, clock.device, num_prompt, options.seed)
+    num_rows = ROWS if options.limit_seconds is None else QUICK_ROWS
+    mixtures = {number: mixture(shape, number, num_rows, num_prompt, options.seed) for number in NUM_TASKS}
+    runs: dict[str, Callable[[], Any]] = {}
+    same: dict[int, bool] = {}
+    for number, mixed in mixtures.items():
+        ours, theirs = partial(answer_together, models, mixed), partial(answer_task_by_task, models, mixed)
+        tell(f"warm-up: {number} tasks")
+        pairs = list(zip(ours(), theirs(), strict=True))
+        same[number] = all(same_predictions(one[None], other[None], TIES["fp32"]) for one, other in pairs)
+        runs |= {f"peft_{number}": theirs, f"ours_{number}": ours}
+    rounds = alternate(runs, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell)
+    rows = {name: _row(name, rounds, num_rows) for name in runs}
+    notes = ["PEFT reads the rows of a task in batches of its own, once a label word; times of both leave tokenising out"]
+    return {"variants": rows, "same_predictions": same, "rows": num_rows, "notes": notes}
+
+
+def predict_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of the table."""
+    return [
+        (str(row["tasks"]), row["title"], "fp32", f"{row['seconds']:.3g}", f"{row['rows_per_second']:.1f}",
+         ratio_cell(row["speedup_over_peft"]), ratio_cell(row["speed_of_one_task"]))
+        for row in report["variants"].values()
+    ]  # fmt: skip
+
+
+def other_answers(report: dict[str, Any]) -> list[str]:
+    """Return the numbers of tasks at which ours predicts other words than PEFT."""
+    return [
+        f"ours predicts other words than PEFT: {number} tasks" for number, same in report["same_predictions"].items() if not same
+    ]
+
+
+def mixture(shape: T5Shape, num_tasks: int, num_rows: int, num_prompt: int, seed: int) -> Mixture:
+    """Return random texts in turn of `num_tasks` tasks; the texts are the same for any number of tasks."""
+    spread = LENGTHS[1] - LENGTHS[0] + 1
+    lengths = [(LENGTHS[0] + 7 * row % spread, 2) for row in range(num_rows)]
+    work = make_work(shape, num_tasks, lengths, num_prompt, seed)
+    words = [label_words(WORD_LENGTHS[k % len(WORD_LENGTHS)], shape.config.vocab_size, seed + k) for k in range(num_tasks)]
+    texts = Texts(work.texts.source_ids, work.texts.source_mask)
+    return Mixture(texts, [row % num_tasks for row in range(num_rows)], work.prompts, words)
+
+
+def answer_together(models: Models, mixed: Mixture) -> list[Float[Tensor, " C"]]:
+    """Return the log-likelihoods of each row's label words: rows of all tasks share a pass, the longest first."""
+    backbone = models.backbone("fp32")
+    backbone.packed = models.packed("fp32")
+    lengths = mixed.texts.source_mask.sum(1).tolist()
+    found: dict[int, Tensor] = {}
+    try:
+        for rows in _passes(lengths, mixed.prompts.shape[1]):
+            tasks = [mixed.tasks[row] for row in rows]
+            prompts = [mixed.prompts[k][None] for k in tasks]
+            ranked = backbone.rank_each(mixed.texts.select(rows), prompts, [mixed.words[k] for k in tasks])
+            found |= {row: scores[0] for row, scores in zip(rows, ranked, strict=True)}
+    finally:
+        backbone.packed = None
+    return [found[row] for row in range(len(lengths))]
+
+
+@torch.no_grad()
+def answer_task_by_task(models: Models, mixed: Mixture) -> list[Float[Tensor, " C"]]:
+    """Return the same by PEFT: the prompt is switched for each task."""
+    models.stock("fp32", "sdpa")
+    peft, device = models.peft("fp32"), models.device
+    found: dict[int, Tensor] = {}
+    for k, words in enumerate(mixed.words):
+        peft.load(mixed.prompts[k])
+        of_task = [row for row, task in enumerate(mixed.tasks) if task == k]
+        for first in range(0, len(of_task), PEFT_ROWS):
+            rows = of_task[first : first + PEFT_ROWS]
+            texts = mixed.texts.select(rows)
+            columns = []
+            for word in words:
+                labels = word[word >= 0].repeat(len(rows), 1).to(device)
+                source = {"input_ids": texts.source_ids.to(device), "attention_mask": texts.source_mask.to(device)}
+                columns.append(sequence_log_likelihood(peft.model(**source, labels=labels).logits, labels, "token_sum"))
+            found |= dict(zip(rows, torch.stack(columns, dim=-1), strict=True))
+    return [found[row] for row in range(len(mixed.tasks))]
+
+
+def _passes(lengths: Sequence[int], num_prompt: int) -> list[list[int]]:
+    """Return the rows of each pass, within the tokens a pass may have."""
+    passes: list[list[int]] = [[]]
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        cost = lengths[row] + num_prompt
+        if passes[-1] and tokens + cost > TOKENS_AT_ONCE:
+            passes.append([])
+            tokens = 0
+        passes[-1].append(row)
+        tokens += cost
+    return passes
+
+
+def _row(name: str, rounds: dict[str, list[Timing]], num_rows: int) -> dict[str, Any]:
+    who, _, number = name.partition("_")
+    seconds = statistics.median(time.seconds for time in rounds[name])
+    return {
+        "tasks": int(number),
+        "title": "PEFT, adapter switched for each task" if who == "peft" else "ours: all tasks in one batch",
+        "seconds": seconds,
+        "rows_per_second": num_rows / seconds,
+        "speedup_over_peft": speedup(rounds[f"peft_{number}"], rounds[name]).to_json(),
+        "speed_of_one_task": speedup(rounds[f"{who}_1"], rounds[name]).to_json(),
+    }
