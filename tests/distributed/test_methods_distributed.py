@@ -134,7 +134,9 @@ def test_two_ranks_train_and_predict_as_one(
 
 # What cannot agree under AdamW, which turns any gradient into a step of about the learning rate. A bias of the keys adds the same
 # number to all scores of a query, and softmax forgets it: its gradient is zero, what is computed of it rounding, and no output
-# depends on it.
+# depends on it. The others agree to 2e-7 with AVX2 and, where a gradient passes near zero, to 4e-5 with AVX-512 (seen with ATTEMPT);
+# a sum over ranks that lacks a part changes them by a share of the learning rate, a thousand times as much.
+ADAMW = 2e-4
 FREE = {"bitfit": lambda key: key.endswith("/k/value")}
 
 
@@ -148,6 +150,6 @@ def test_with_adamw_two_ranks_end_where_one_does(name: str, world: Path, tmp_pat
     free = {key for key in reference if FREE.get(name, lambda _key: False)(key)}
     assert bool(free) == (name in FREE)
     kept = [whole({key: tensor for key, tensor in state.items() if key not in free}) for state in (found, reference)]
-    assert float((kept[0] - kept[1]).norm() / kept[1].norm()) < 1e-5
+    assert float((kept[0] - kept[1]).norm() / kept[1].norm()) < ADAMW
     assert predictions(config) == predictions(expected)
-    torch.testing.assert_close(probabilities(config), probabilities(expected), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(probabilities(config), probabilities(expected), rtol=ADAMW, atol=1e-9)
