@@ -33,7 +33,7 @@ class BackboneConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of weights and activations; trained tensors are fp32.")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         default="auto",
-        description="Plain products or torch's fused kernel; auto is what this machine does faster.",
+        description="Plain products or torch's fused kernel; auto is the kernel, but the products for bf16 on a CPU.",
     )
     forward: Literal["auto", "stock"] = Field(
         default="auto",

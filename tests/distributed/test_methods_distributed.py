@@ -134,8 +134,8 @@ def test_two_ranks_train_and_predict_as_one(
 
 # What cannot agree under AdamW, which turns any gradient into a step of about the learning rate. A bias of the keys adds the same
 # number to all scores of a query, and softmax forgets it: its gradient is zero, what is computed of it rounding, and no output
-# depends on it. The others agree to 2e-7 with AVX2 and, where a gradient passes near zero, to 4e-5 with AVX-512 (seen with ATTEMPT);
-# a sum over ranks that lacks a part changes them by a share of the learning rate, a thousand times as much.
+# depends on it. The others agree to 2e-7 with AVX2 and, where a gradient passes near zero, to 4e-5 with AVX-512 (ATTEMPT). A sum
+# over ranks that lacks a part changes them by a share of the learning rate, a thousand times as much.
 ADAMW = 2e-4
 FREE = {"bitfit": lambda key: key.endswith("/k/value")}
 

@@ -17,10 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bpt_dist.backbones import loading
-from bpt_dist.backbones.attention import default_attention, measured_attention
+from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import DistributionConfig, RunConfig, StageConfig
-from bpt_dist.data.prepare import default_cache
 from bpt_dist.distributed.mesh import World
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import Method
@@ -163,7 +162,7 @@ def _may_pack(config: RunConfig, world: World, backbone: Backbone) -> bool:
 
 
 def _attention(backbone: Backbone, config: RunConfig, world: World, recorded: str | None) -> str | None:
-    """Return how the packed pass computes attention: as set, as recorded by an earlier start, or what is faster here (rank 0)."""
+    """Return how the packed pass computes attention: as set, as recorded by an earlier start, or by rule (rank 0)."""
     given = config.backbone.attention
     if world.rank:
         return None
@@ -173,6 +172,4 @@ def _attention(backbone: Backbone, config: RunConfig, world: World, recorded: st
         return given
     if recorded is not None:
         return recorded
-    if config.distribution.exact:  # never a matter of measured times
-        return default_attention(world.device, backbone.dtype)
-    return measured_attention(world.device, backbone.dtype, config.data.cache or default_cache())
+    return default_attention(world.device, backbone.dtype)

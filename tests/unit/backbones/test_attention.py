@@ -1,17 +1,14 @@
-"""Both ways of attention compute the same; the choice is measured once a machine and left for a clear gain only."""
+"""Both ways of attention compute the same; the choice is a rule."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import inspect
 
 import pytest
 import torch
 
 from bpt_dist.backbones import attention as packed_attention
-from bpt_dist.backbones.attention import ATTENTIONS, CLEARLY, default_attention, measured_attention
-
-CPU = torch.device("cpu")
+from bpt_dist.backbones.attention import ATTENTIONS, default_attention
 
 
 def test_both_ways_and_their_gradients_equal_the_definition_in_float64() -> None:
@@ -32,22 +29,21 @@ def test_both_ways_and_their_gradients_equal_the_definition_in_float64() -> None
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gain", [1.0, CLEARLY - 0.05, CLEARLY + 0.05])
-def test_the_usual_way_is_left_for_a_clear_gain_and_the_choice_kept(
-    tmp_path: Path, dtype: torch.dtype, gain: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = default_attention(CPU, dtype)
-    other = next(kind for kind in ATTENTIONS if kind != usual)
-    monkeypatch.setattr(packed_attention, "_seconds", lambda *_: {usual: gain, other: 1.0})
-    assert measured_attention(CPU, dtype, tmp_path / "cache") == (other if gain > CLEARLY else usual)
-    monkeypatch.setattr(packed_attention, "_seconds", lambda *_: pytest.fail("measured a second time"))
-    assert measured_attention(CPU, dtype, tmp_path / "cache") == (other if gain > CLEARLY else usual)
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, "sdpa"),
+        ("cpu", torch.bfloat16, "eager"),
+        ("cuda", torch.float32, "sdpa"),
+        ("cuda", torch.bfloat16, "sdpa"),
+    ],
+)
+def test_the_choice_is_a_rule(device: str, dtype: torch.dtype, expected: str) -> None:
+    assert default_attention(torch.device(device), dtype) == expected
 
 
-def test_damaged_and_unwritable_caches_are_measured_again(tmp_path: Path) -> None:
-    (tmp_path / "attention.json").write_text("{")
-    assert measured_attention(CPU, torch.float32, tmp_path) in ATTENTIONS
-    assert set(json.loads((tmp_path / "attention.json").read_text()).values()) <= set(ATTENTIONS)
-    (tmp_path / "file").write_text("")
-    assert measured_attention(CPU, torch.float32, tmp_path / "file" / "cache") in ATTENTIONS
+def test_the_choice_needs_no_clock_and_no_file() -> None:
+    """What a busy machine measures differs from start to start, and with it would the last bits of a run."""
+    modules = {word.split(".")[0] for line in inspect.getsource(packed_attention).splitlines() for word in line.split()[1:2]
+               if line.startswith(("import ", "from "))}  # fmt: skip
+    assert modules <= {"__future__", "collections", "torch", "jaxtyping"}

@@ -270,7 +270,7 @@ def test_replicas_that_start_from_other_tensors_are_refused(world: Path, tmp_pat
         stage.restore()
 
 
-# --- what was chosen by measuring -------------------------------------------------------------------------------------------------
+# --- what was chosen by rule -----------------------------------------------------------------------------------------------------
 
 
 def test_attention_is_chosen_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,12 +278,12 @@ def test_attention_is_chosen_once(world: Path, tmp_path: Path, monkeypatch: pyte
     probes: list[str] = []
 
     def probe(kind: str) -> None:
-        monkeypatch.setattr(placement, "measured_attention", lambda *_: probes.append(kind) or kind)
+        monkeypatch.setattr(placement, "default_attention", lambda *_: probes.append(kind) or kind)
 
     probe("eager")
     stopped(config)
     assert read_json(config.directory / "run.json")["choices"] == {"attention": "eager"}
-    probe("sdpa")  # as another host would choose
+    probe("sdpa")  # as another version or device would choose
     with tiny_run.session(config) as run:
         assert run.backbone.attention == "eager"
         assert run.backbone.packed.encoder.attention is ATTENTIONS["eager"]
