@@ -13,7 +13,7 @@ AGAIN = { test $$? -eq 1 && echo 'run once more: only what failed' && $(BIN)/pyt
 PYTEST = $(BIN)/pytest -q $(1)$(if $(RERUN), || $(AGAIN))
 FAULT_TESTS := tests/support:tests/distributed:tests/faults
 
-.PHONY: schema-walk sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean remove-runs
+.PHONY: site schema-walk sweep-campaign help venv quickstart test lint types unit contract distributed end-to-end test-faults campaign fault-table test-hosts schema lock clean remove-runs
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## */\t/' | expand -t 16
@@ -23,7 +23,7 @@ venv: $(READY)   ## make .venv with the measured set of packages
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,convert,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,convert,dev,docs]"
 	touch $(READY)
 
 quickstart: $(READY)  ## train PT, vanilla transfer and BPT on the miniature world, print the table and what it shows
@@ -69,10 +69,14 @@ schema-walk: $(READY)  ## run every value of every key of the configuration to t
 	$(BIN)/pytest -q -n 2 tests/contract/test_schema_values.py
 	$(BIN)/pytest -q tests/distributed/test_schema_values.py
 
+site: $(READY)   ## write the documentation as a site into site/, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
 schema: $(READY)  ## rewrite the schemas for editors from the settings
 	$(BIN)/bpt-dist schema configs/schema.json
 	$(BIN)/bpt-dist schema configs/sweep/schema.json --of sweep
 	$(BIN)/bpt-dist schema configs/tasks.schema.json --of tasks
+	$(BIN)/python docs/configuration.py
 	$(BIN)/bpt-dist schema configs/export.schema.json --of export
 
 lock: $(READY)   ## rewrite constraints.txt from the environment

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,9 @@ def top_level_names(path: Path) -> set[str]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return names
+
+
+def test_the_page_of_keys_is_as_new_as_the_settings() -> None:
+    command = [sys.executable, "docs/configuration.py", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, "run `make schema`" + checked.stderr
