@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import ranks
+from installed_wheel import make
 
-ROOT = Path(__file__).parents[2]
 FEW = ["source.steps=2", "target.steps=2", "target.eval_every=2", "data.max_train_rows=16", "data.max_eval_rows=8", "figures=false"]
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel and return the folder of programs of an environment that has it, and beside it our dependencies only."""
-    folder = tmp_path_factory.mktemp("wheel")
-    tree = folder / "tree"
-    left = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, tree, ignore=left)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(tree)], check=True)
-    venv.create(folder / "env", symlinks=True)
-    site = next((folder / "env").glob("lib/python*/site-packages"))
-    # A plain line adds the folder and does not read the .pth files in it, so that no editable install is seen.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (wheel,) = folder.glob("*.whl")
-    python = folder / "env" / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)], check=True)
-    deepspeed = python.with_name("deepspeed")  # pip would put it there with its package
-    deepspeed.write_text(f"#!{python}\nfrom deepspeed.launcher.runner import main\nmain()\n")
-    deepspeed.chmod(0o755)
-    return python.parent
+    return make(tmp_path_factory.mktemp("wheel"))
 
 
 def ended(command: list[str], folder: Path, code: int = 0) -> str:
