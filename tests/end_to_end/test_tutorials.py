@@ -45,3 +45,12 @@ def test_from_jsonl_to_answers(installed: Path, tmp_path: Path) -> None:
         assert list(answer["probabilities"].values()) == pytest.approx(expected["probabilities"], abs=1e-5)
     # Four teams: chance is 25 %. What the page promises is a prompt that routes tickets.
     assert sum(each["correct"] for each in measured) / len(measured) > 0.9
+
+
+def test_a_table_of_your_own(installed: Path, tmp_path: Path) -> None:
+    shown = run(commands("tutorial_research.md"), tmp_path, installed)
+    table = json.loads((tmp_path / "runs/my-table/table.json").read_text())
+    assert table
+    for text in ("Compared: 2 seeds", r"\begin{tabular}"):
+        assert text in shown
+    assert (tmp_path / "runs/my-table/bpt-s0/figures/panel.png").stat().st_size > 10_000
