@@ -22,7 +22,9 @@ from launcher import sweep
 
 LINES = command_lines.lines()
 # Made by the reader, or by an earlier command of the same page.
-MADE = {".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts"}
+MADE = {
+    "invent.py", ".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts",
+}  # fmt: skip
 
 
 def of(*programs: str) -> list[Line]:
@@ -48,9 +50,17 @@ def test_the_lines_of_all_pages_are_found() -> None:
     assert pages >= {"README.md", "docs/distributed_memory.md", "docs/hosts.md", "docs/sweeps.md", "configs/quickstart.yaml"}
 
 
+def with_written_files(line: Line, folder: Path) -> list[str]:
+    """Return the words of a line; a file that an earlier block of its page writes is in the folder."""
+    written = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", (ROOT / line.page).read_text(), re.MULTILINE | re.DOTALL))
+    for name in written.keys() & set(line.words):
+        (folder / name).write_text(written[name])
+    return [str(folder / word) if word in written else word for word in line.words]
+
+
 @pytest.mark.parametrize("line", of("bpt-dist"), ids=str)
-def test_bpt_dist_understands_its_lines(line: Line) -> None:
-    command, words = typer.main.get_command(app), list(line.words[1:])
+def test_bpt_dist_understands_its_lines(line: Line, tmp_path: Path) -> None:
+    command, words = typer.main.get_command(app), with_written_files(line, tmp_path)[1:]
     names = ["bpt-dist"]
     while isinstance(command, typer.core.TyperGroup) and words and not words[0].startswith("-"):
         names.append(words[0])
