@@ -17,7 +17,7 @@ PACKAGES = sorted(path.stem for path in (ROOT / "bpt_dist").iterdir() if path.na
 BASES = (ROOT, ROOT / "bpt_dist", ROOT / "docs")
 FOLDERS = ("bpt_dist", "configs", "docs", "launcher", "tests", *PACKAGES)
 # Examples of the reader's own files, and files that a run or a user makes.
-EXAMPLES = {"bpt_dist/methods/residual_prompt.py"}
+EXAMPLES = {"bpt_dist/methods/residual_prompt.py", "invent.py"}
 
 
 def name(page: Path) -> str:
@@ -98,3 +98,15 @@ def test_the_page_of_keys_is_as_new_as_the_settings() -> None:
     command = [sys.executable, "docs/configuration.py", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, "run `make schema`" + checked.stderr
+
+
+def test_the_messages_of_the_page_of_messages_are_ours() -> None:
+    """A message is found by its text, so the page must have the text; `…` stands for what differs."""
+    sources = [path.read_text() for folder in ("bpt_dist", "launcher") for path in sorted((ROOT / folder).rglob("*.py"))]
+    # Long texts are written as several literals, and names and numbers are put in by braces.
+    code = re.sub(r"\{[^{}\n]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources)))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = [row.split("` |")[0].removeprefix("| `") for row in page.splitlines() if row.startswith("| `")]
+    assert len(messages) > 20
+    missing = [text for text in messages if not all(part.strip() in code for part in text.split("…") if len(part.strip()) > 1)]
+    assert missing == []
