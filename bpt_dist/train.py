@@ -18,6 +18,7 @@ from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepare import TaskData
 from bpt_dist.data.sampling import Sampling
 from bpt_dist.distributed.mesh import Mesh, World
+from bpt_dist.distributed.watchdog import Watchdog
 from bpt_dist.errors import Stopped
 from bpt_dist.methods.base import Method, Tensors
 from bpt_dist.objective import task_weights
@@ -62,14 +63,15 @@ def train_run(
     *,
     fresh: bool = False,
     number: str = "",
+    guard: type[Watchdog] = Watchdog,
     around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext,
 ) -> bool:
     """Open one run, train it unless it is finished, and close it (collective: every rank).
 
-    `around(run)` is entered before training; `number` is the place of the run among those of the job, for the log. Returns
-    whether a stop was requested that no step has seen.
+    `around(run)` is entered before training; `number` is the place of the run among those of the job, for the log; `guard` decides
+    what signals and hangs do to this process. Returns whether a stop was requested that no step has seen.
     """
-    with lines_of_run(number + log_name(config)), open_run(config, world, fresh=fresh) as run:
+    with lines_of_run(number + log_name(config)), open_run(config, world, fresh=fresh, guard=guard) as run:
         if run is None:
             return False
         with around(run):
