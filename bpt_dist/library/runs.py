@@ -187,7 +187,8 @@ def compare(
 def _table(runs: Sequence[Run], rows: Sequence[str], split: str, metrics: Sequence[str]) -> Any:
     from bpt_dist.commands.table.table import Table
 
-    collected = collect([run.folder for run in runs])
-    return Table.build(
-        collected.results, split=split, notes=collected.notes, metrics=metrics, by_label=True, compared=[*rows]
-    )
+    found = collect([run.folder for run in runs])
+    try:
+        return Table.build(found.results, split=split, notes=found.notes, metrics=metrics, by_label=True, compared=[*rows])
+    except ConfigError as error:  # it names the option of the command
+        raise ConfigError(str(error).replace("--compare", "rows:", 1)) from None
