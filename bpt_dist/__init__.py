@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
         return own_version()
     if name == "train":  # the module, which the class below makes callable
-        import bpt_dist.train
+        import bpt_dist.train  # noqa: F401
 
         return sys.modules["bpt_dist.train"]
     if name not in __all__:

@@ -1,4 +1,4 @@
-"""What is published about the devices that people train on: memory, dense peaks of matrix products, bandwidth; each with its source."""
+"""What is published about devices: memory, dense peaks of matrix products, bandwidth; each row with its source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class PublishedDevice:
     source: str
 
 
-def _row(title: str, words: str, gigabytes: float, bf16: float | None, tf32: float | None, fp32: float, speed: float, source: str) -> PublishedDevice:
+def _row(
+    title: str, words: str, gigabytes: float, bf16: float | None, tf32: float | None, fp32: float, speed: float, source: str
+) -> PublishedDevice:
     """Return a row from the units of data sheets: GB, TFLOP/s and GB/s."""
     peaks = [None if value is None else value * TERA for value in (bf16, tf32)]
     return PublishedDevice(title, words, gigabytes * GIGA, peaks[0], peaks[1], fp32 * TERA, speed * GIGA, source)

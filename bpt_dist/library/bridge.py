@@ -39,7 +39,9 @@ def add_prompt(model: Any, prompt: Float[Tensor, "P D"]) -> Any:
             model = get_peft_model(model, settings)
     own = prompt_of(model)
     if own.shape != prompt.shape:
-        raise ConfigError(f"init_peft: the prompt of the PEFT model is {list(own.shape)}, this one {list(prompt.shape)}; make it as long")
+        raise ConfigError(
+            f"init_peft: the prompt of the PEFT model is {list(own.shape)}, this one {list(prompt.shape)}; make it as long"
+        )
     with torch.no_grad():
         own.copy_(prompt)
     return model
@@ -51,6 +53,8 @@ def prompt_of(model: Any) -> Float[Tensor, "P D"]:
     active = getattr(model, "active_adapter", None)
     embedding = getattr(encoders[active] if encoders is not None and active in encoders else None, "embedding", None)
     if embedding is None:
-        raise ConfigError(f"the model has no soft prompt of PEFT (got {type(model).__name__}); make it with posterior.init_peft(model)")
+        raise ConfigError(
+            f"the model has no soft prompt of PEFT (got {type(model).__name__}); make it with posterior.init_peft(model)"
+        )
     weight: Tensor = embedding.weight
     return weight

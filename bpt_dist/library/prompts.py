@@ -67,7 +67,9 @@ class Posterior:
 
     def _named(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise ConfigError(f"{self.place}: was made by method {self.facts['method']} and holds no {name} but {', '.join(self.tensors)}")
+            raise ConfigError(
+                f"{self.place}: was made by method {self.facts['method']} and holds no {name} but {', '.join(self.tensors)}"
+            )
         return self.tensors[name]
 
     def _refuse_another_backbone(self, model: Any) -> None:
@@ -144,7 +146,12 @@ def predictor_of(place: Path, task: str | None, *, ensemble: bool, backbone: str
 
 
 def gaussian_penalty(
-    prompt: Any, mean: Posterior | Prompt | Tensor, *, num_examples: int, sigma: float | None = None, sigma_relative: float | None = None
+    prompt: Any,
+    mean: Posterior | Prompt | Tensor,
+    *,
+    num_examples: int,
+    sigma: float | None = None,
+    sigma_relative: float | None = None,
 ) -> Float[Tensor, ""]:
     """Return what the Gaussian prior adds to the loss of one step: |theta - mean|^2 / (2 sigma^2 |D|), differentiable.
 
@@ -161,7 +168,9 @@ def gaussian_penalty(
         if value is not None and not value > 0:
             raise ConfigError(f"gaussian_penalty: {name} should be positive (got {value!r})")
     if theta.shape != centre.shape:
-        raise ConfigError(f"gaussian_penalty: the prompt is {list(theta.shape)}, the mean {list(centre.shape)}; give those of one length")
+        raise ConfigError(
+            f"gaussian_penalty: the prompt is {list(theta.shape)}, the mean {list(centre.shape)}; give those of one length"
+        )
     centre = centre.to(theta.device, theta.dtype)
     width = objective.sigma_from_relative(centre, sigma_relative) if sigma_relative is not None else sigma
     assert width is not None

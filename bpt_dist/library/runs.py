@@ -44,7 +44,9 @@ class Run:
         return cls(StoredRun.open(Path(folder)))
 
     def __repr__(self) -> str:
-        scores = ", ".join(f"{one.task} {one.metric} {one.value:.1f}" for one in self.results if one.headline and one.predict == "map")
+        scores = ", ".join(
+            f"{one.task} {one.metric} {one.value:.1f}" for one in self.results if one.headline and one.predict == "map"
+        )
         return f"<Run {self.name!r} in {self.folder}: {scores}>"
 
     @property
@@ -102,7 +104,7 @@ class Run:
         return predictor_of(self.folder, task, ensemble=ensemble, backbone=backbone)
 
     def pictures(self) -> dict[str, Picture]:
-        """Return the pictures of the run by name, drawn now where they are missing. Raises DataError where there is nothing to draw."""
+        """Return the pictures by name, drawn now where they are missing. Raises DataError where there is nothing to draw."""
         folder = self.folder / layout.FIGURES
         if not (files := sorted(folder.glob("*.png"))):
             from bpt_dist.artifacts.figures import draw_run
@@ -163,16 +165,14 @@ class Runs(Sequence[Run]):
         return html
 
 
-def compare(
-    *given: Run | Runs | str | Path, rows: Sequence[str] = (), split: str = "test", metrics: Sequence[str] = ()
-) -> Table:
+def compare(*given: Run | Runs | str | Path, rows: Sequence[str] = (), split: str = "test", metrics: Sequence[str] = ()) -> Table:
     """Return one table of several runs, with sentences below it that say whether one row is better than another.
 
         bpt_dist.compare(run, other, rows=["bpt:vanilla_transfer@mood"])
 
-    A row is the name of its runs without `-s<seed>`. `rows` names pairs, `FIRST:SECOND` or `FIRST:SECOND@TASK,TASK`, or one row that
-    is compared with all others; without it, two rows are compared and more are not. Raises ConfigError for a row that is not
-    there, DataError for a split or metric that was not measured.
+    A row is the name of its runs without `-s<seed>`. `rows` names pairs, `FIRST:SECOND` or `FIRST:SECOND@TASK,TASK`, or one row
+    that is compared with all others; without it, two rows are compared and more are not. Raises ConfigError for a row that is
+    not there, DataError for a split or metric that was not measured.
     """
     runs: list[Run] = []
     for one in given:

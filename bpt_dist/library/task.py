@@ -24,9 +24,9 @@ class Task:
              label_words={"b": "billing", "t": "technical"})
 
     Rows are mappings from column to value: a list of dictionaries, a `datasets.Dataset`, `frame.to_dict("records")`. `settings` are
-    the keys of a task file: `fields`; `label` with `label_words` or `score`, or `target`; `metrics` (accuracy, or pearson of scores,
-    if left out), `id`, `group`, `max_source_length` and the others. Without `test`, the rows of `validation` are the test and a part
-    of `train` is held back for validation.
+    the keys of a task file: `fields`; `label` with `label_words` or `score`, or `target`; `metrics` (accuracy, or pearson of
+    scores, if left out), `id`, `group`, `max_source_length` and the others. Without `test`, the rows of `validation` are the test
+    and a part of `train` is held back for validation.
 
     Raises ConfigError for settings that describe no task, and DataError that names each bad row as `train[3]: field 'body' is
     missing`.

@@ -49,8 +49,8 @@ PURE = ("svgd.py", "objective.py")
 # What a configuration error and `--help` need: they are answered within a second, without torch.
 LIGHT = ("errors.py", "config/", "tasks/spec.py", "tasks/catalogue.py", "tasks/user_tasks.py", "tasks/mini/world.py",
          "distributed/environment.py", "storage/", "commands/main.py", "commands/output.py",
-         "commands/train.py", "commands/configs.py", "launcher/", "__init__.py", "library/page.py", "library/runs.py", "library/task.py",
-         "library/training.py")  # fmt: skip
+         "commands/train.py", "commands/configs.py", "launcher/", "__init__.py", "library/page.py",
+         "library/runs.py", "library/task.py", "library/training.py")  # fmt: skip
 HEAVY = {"torch", "numpy", *HOMES}
 HEAVY_STORAGE = ("storage/checkpoint.py", "storage/digest.py", "storage/snapshots.py")  # tensors
 BY_TEXT = ("import_module", "__import__", "resolve_name", "spec_from_file_location", "runpy")  # ways to import a name in a string
@@ -208,7 +208,7 @@ def test_light_modules_import_nothing_heavy(home: str) -> None:
 
 
 def test_a_package_face_is_a_docstring() -> None:
-    """One import path for every name: only `config` hands names on, the miniature world its two places, `bpt_dist` the library's."""
+    """One import path for every name: only `config` hands names on, the mini world its two places, `bpt_dist` the library's."""
     faces = ("__init__.py", "config/__init__.py", "tasks/mini/__init__.py")
     for path in FILES:
         if path.name == "__init__.py" and place(path) not in faces:

@@ -1,4 +1,4 @@
-"""The device of a plan: how fast it multiplies matrices and how much memory a process has, measured here or taken from a data sheet."""
+"""The device of a plan: the rate of its matrix products and the memory of a process, measured here or from a data sheet."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def device_of(name: str | None, width: int, inner: int, dtype: str, ranks_here: 
 
 def check_name(name: str | None) -> None:
     """Raise ConfigError for a device that is neither in the table nor the CPU of this machine."""
-    if name not in (None, LOCAL, *DEVICES):
+    if name is not None and name not in (LOCAL, *DEVICES):
         known = (LOCAL, *DEVICES)
         raise ConfigError(f"--device {name}: is not known; choose of {', '.join(known)}{did_you_mean(name, known)}")
 

@@ -171,7 +171,13 @@ def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec
 
 
 def comparison_work(
-    config: RunConfig, settings: StageConfig, method: Method, mesh: Mesh, sizes: Sequence[tuple[int, int]], shape: T5Shape, positions: int
+    config: RunConfig,
+    settings: StageConfig,
+    method: Method,
+    mesh: Mesh,
+    sizes: Sequence[tuple[int, int]],
+    shape: T5Shape,
+    positions: int,
 ) -> dict[str, int]:
     """Return the passes of a rank and the FLOPs of all ranks in which the stage compares prompts and learns nothing.
 
@@ -180,22 +186,25 @@ def comparison_work(
     """
     flops = [shape.row_cost(positions, *each).forward_flops for each in sizes]
     longest, size = positions + max(map(sum, sizes)), mesh.world.size
+
+    def passes(prompts: int, texts: int) -> int:
+        return work_of_a_rank(config, settings, prompts, texts, size, longest).passes if texts else 0
+
     if isinstance(settings, SourceStageConfig):
         prompts = len(method.comparison(Mesh())) if settings.steps else 0
         if not prompts:
             return {}
         drawn = settings.tasks_per_step or len(sizes)
-        texts = drawn * settings.batch_size * (1 if settings.shared_texts else method.num_particles)
-        times = num_records(settings)
-        passes = times * work_of_a_rank(config, settings, prompts, texts, size, longest).passes
-        return {"comparison_passes": passes, "comparison_flops": round(times * prompts * texts * flops_of_a_text(flops, settings))}
+        texts, times = drawn * settings.batch_size, num_records(settings) * (1 if settings.shared_texts else method.num_particles)
+        of_texts = times * prompts * texts * flops_of_a_text(flops, settings)
+        return {"comparison_passes": times * passes(prompts, texts), "comparison_flops": round(of_texts)}
     candidates = method.candidate_starts()
     if candidates is None:
         return {}
     rows, at_once = min(MOST_ROWS, config.data.max_train_rows or MOST_ROWS), config.evaluation.batch_size * size
-    work = work_of_a_rank(config, settings, len(candidates), min(at_once, rows * len(sizes)), size, longest)
-    passes = -(-rows * len(sizes) // at_once) * work.passes
-    return {"comparison_passes": passes, "comparison_flops": len(candidates) * rows * sum(flops)}
+    full, rest = divmod(rows * len(sizes), at_once)
+    num_passes = full * passes(len(candidates), at_once) + passes(len(candidates), rest)
+    return {"comparison_passes": num_passes, "comparison_flops": len(candidates) * rows * sum(flops)}
 
 
 def num_records(settings: StageConfig) -> int:

@@ -14,7 +14,7 @@ import bpt_dist
 import bpt_dist.library.runs as home
 
 ROOT = Path(__file__).parents[3]
-HEAVY = {"torch", "numpy", "transformers", "deepspeed", "mlflow", "ray", "peft", "datasets", "matplotlib", "scipy", "sklearn", "pydantic"}
+HEAVY = set("torch numpy transformers deepspeed mlflow ray peft datasets matplotlib scipy sklearn pydantic".split())
 SECONDS = 0.3  # measured 0.02; a loaded machine takes longer
 
 
@@ -62,7 +62,9 @@ def test_what_is_not_there_is_refused_as_python_does() -> None:
         from bpt_dist import nothing_of_the_kind  # noqa: F401
 
 
-@pytest.mark.parametrize("first", ["import bpt_dist.train", "from bpt_dist import train", "import bpt_dist; bpt_dist.train", "pass"])
+@pytest.mark.parametrize(
+    "first", ["import bpt_dist.train", "from bpt_dist import train", "import bpt_dist; bpt_dist.train", "pass"]
+)
 def test_train_is_the_module_and_the_function_in_any_order_of_imports(first: str) -> None:
     code = f"{first}\nimport bpt_dist, json, sys\nfrom bpt_dist.train import run_stage\n"
     code += "try:\n  bpt_dist.train('no-such.yaml')\nexcept bpt_dist.ConfigError as error:\n  said = str(error)\n"

@@ -205,7 +205,7 @@ def test_what_is_not_there_is_refused(run: bpt_dist.Run, tmp_path: Path) -> None
         load_prompt(run.folder, "moood")
     with pytest.raises(ConfigError, match="is no run, so it has one prompt"):
         load_prompt(run.folder / "target/mood/adapter", "mood")
-    with pytest.raises(ConfigError, match="no posterior.safetensors"):
+    with pytest.raises(ConfigError, match=r"no posterior\.safetensors"):
         load_posterior(tmp_path)
     with pytest.raises(ConfigError, match="is not a run"):
         bpt_dist.Run.open(tmp_path)
