@@ -124,7 +124,9 @@ def load_prompt(place: str | Path, task: str | None = None) -> Prompt:
         run = StoredRun.open(place)
         if task is None and len(run.targets) > 1:
             raise ConfigError(f"{place}: has prompts of {', '.join(run.targets)}; name a task")
-        place = run.adapter(run.targets[0] if task is None else task)
+        if task is not None and task not in run.targets:
+            raise ConfigError(f"{place}: has no target task {task!r}; it has {', '.join(run.targets)}")
+        place = run.adapter(task or run.targets[0])
     elif task is not None:
         raise ConfigError(f"{place}: is no run, so it has one prompt; leave the task {task!r} out")
     return Prompt(read_prompt(place, read_stored(place).shape[-1]), place)
