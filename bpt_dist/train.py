@@ -18,6 +18,7 @@ from bpt_dist.data.batches import Batches
 from bpt_dist.data.prepare import TaskData
 from bpt_dist.data.sampling import Sampling
 from bpt_dist.distributed.mesh import Mesh, World
+from bpt_dist.distributed.watchdog import Watchdog
 from bpt_dist.errors import Stopped
 from bpt_dist.methods.base import Method, Tensors
 from bpt_dist.objective import task_weights
@@ -36,14 +37,19 @@ from bpt_dist.training.startup import open_run, start_world
 log = logging.getLogger(__name__)
 
 
-def run_all(config: RunConfig, *, fresh: bool = False) -> int:
-    """Train every run of a configuration in this job and return the exit code (collective: every rank)."""
+def run_all(
+    config: RunConfig, *, fresh: bool = False, around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext
+) -> int:
+    """Train every run of a configuration in this job and return the exit code (collective: every rank).
+
+    `around(run)` is entered before each of them is trained.
+    """
     world = World()
     try:
         world = start_world(config)
         runs = configuration.expand(config)
         for number, one in enumerate(runs, 1):
-            stop_requested = train_run(one, world, fresh=fresh, number=f"{number}/{len(runs)} ")
+            stop_requested = train_run(one, world, fresh=fresh, number=f"{number}/{len(runs)} ", around=around)
             # A stop that came too late for a step of this run is meant for the next.
             if one is not runs[-1] and world.any(stop_requested):
                 raise Stopped(f"stopped on request after {one.name}; rerun the same command to continue with the next run")
@@ -62,14 +68,15 @@ def train_run(
     *,
     fresh: bool = False,
     number: str = "",
+    guard: type[Watchdog] = Watchdog,
     around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext,
 ) -> bool:
     """Open one run, train it unless it is finished, and close it (collective: every rank).
 
-    `around(run)` is entered before training; `number` is the place of the run among those of the job, for the log. Returns
-    whether a stop was requested that no step has seen.
+    `around(run)` is entered before training; `number` is the place of the run among those of the job, for the log; `guard` decides
+    what signals and hangs do to this process. Returns whether a stop was requested that no step has seen.
     """
-    with lines_of_run(number + log_name(config)), open_run(config, world, fresh=fresh) as run:
+    with lines_of_run(number + log_name(config)), open_run(config, world, fresh=fresh, guard=guard) as run:
         if run is None:
             return False
         with around(run):
@@ -163,7 +170,8 @@ def run_stage(stage: TrainingStage) -> None:
     """Take the steps of one stage, resuming from its newest checkpoint (collective: every rank)."""
     stage.restore()
     settings, method, mesh, watchdog = stage.settings, stage.method, stage.mesh, stage.watchdog
-    with StepProgress(settings.steps, start=stage.step, every=settings.log_every, enabled=stage.directory.rank == 0) as progress:
+    is_first, every, planned = stage.directory.rank == 0, settings.log_every, stage.planned_seconds
+    with StepProgress(settings.steps, start=stage.step, every=every, enabled=is_first, planned=planned) as progress:
         while stage.step < settings.steps and not stage.converged:
             method.begin_step(mesh)
             losses, stop, usable = stage.agree(accumulate_gradients(stage), watchdog.stop_requested)  # before anything changes

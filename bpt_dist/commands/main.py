@@ -175,7 +175,11 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option("--world", "--ranks", min=1, help="Processes of the job.")] = 1,
-    here: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; by default one a GPU, or all.")] = None,
+    here: Annotated[int | None, typer.Option(min=1, help="Processes on a machine; by default one a GPU, or all.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="h200, h100, a100, l4, ...: plan for that device; cpu: this machine without its GPUs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a job would compute, send, store and take; refuse what cannot fit."""
@@ -185,7 +189,7 @@ def plan(
     from bpt_dist.commands.plan.estimate import plans
     from bpt_dist.commands.plan.text import plans_text
 
-    estimates = plans(settings, world, here)
+    estimates = plans(settings, world, here, device)
     if as_json:
         typer.echo(
             json.dumps([{"runs": [run.name for run in runs], **estimate.to_json()} for estimate, runs in estimates], indent=1)

@@ -66,9 +66,10 @@ def main(arguments: Sequence[str] | None = None, program: str = "launcher/train.
         return error.exit_code
     show_log(first)
     environment.prepare_process()
+    from bpt_dist.commands.plan.comparison import compared_with_plan
     from bpt_dist.train import run_all
 
-    return run_all(config, fresh=options.fresh)
+    return run_all(config, fresh=options.fresh, around=compared_with_plan)
 
 
 def show_log(first: bool) -> None:

@@ -4,7 +4,7 @@ This is the one package whose `__init__` hands names on: `from bpt_dist import c
 """
 
 from bpt_dist.config.base import MethodConfig, refuse, without_effect
-from bpt_dist.config.loading import expand, load, resolved_yaml
+from bpt_dist.config.loading import expand, load, load_values, resolved_yaml
 from bpt_dist.config.method_source import method_names, method_options
 from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.config.resume import CHANGEABLE, MOVABLE, changed_keys, changes, fingerprint, is_same_run, moved_inputs
@@ -42,6 +42,7 @@ __all__ = [
     "fingerprint",
     "is_same_run",
     "load",
+    "load_values",
     "method_names",
     "method_options",
     "moved_inputs",

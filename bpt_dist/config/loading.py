@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bpt_dist.config.base import did_you_mean
 from bpt_dist.config.keys import other_unit
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.mlflow_environment import experiment_of_environment
-from bpt_dist.config.overrides import Overridden, apply, drop_idle_source
+from bpt_dist.config.overrides import Overridden, apply, apply_values, drop_idle_source, plain_value
 from bpt_dist.config.quick import QUICK, in_section, quick_data
 from bpt_dist.config.sections import (
     RunConfig,
@@ -34,7 +34,26 @@ def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS, *, 
     """
     document = read(path)
     given, smaller = quick_data(document.data) if quick else (document.data, [])
-    overridden = apply(given, overrides, methods)
+    return _checked(document, apply(given, overrides, methods), smaller, methods)
+
+
+def load_values(source: Path | Mapping[str, Any], values: Mapping[str, Any], methods: Path = METHODS) -> RunConfig:
+    """Return the configuration in a file or in plain data, with `values` in the place of what it says of their keys.
+
+    Keys are dotted, their unique end, or have `__` for the dot. Raises ConfigError as `load` does.
+    """
+    if isinstance(source, Path):
+        document = read(source)
+    else:
+        try:
+            document = Document(Path("configuration"), plain_value(source))
+        except TypeError as error:
+            raise ConfigError(f"configuration: {error}; give numbers, texts, lists and mappings") from None
+    return _checked(document, apply_values(document.data, values, methods), [], methods)
+
+
+def _checked(document: Document, overridden: Overridden, smaller: list[Problem], methods: Path) -> RunConfig:
+    """Return the configuration of a document with its overrides, or raise ConfigError with every problem."""
     problems = document.problems + smaller + overridden.problems
     try:
         data = _plain(overridden.data)
@@ -177,7 +196,7 @@ def _refusal(document: Document, overridden: Overridden, problems: list[Problem]
         of_command_line = problem in overridden.problems or any(problem.key[: len(key)] == key for key in overridden.keys)
         text = f"{problem.dotted}: {problem.text}" if problem.key else problem.text
         line = problem.line or document.line_of(problem.key)
-        place = "command line" if of_command_line else f"{document.path}:{line}"
+        place = overridden.place if of_command_line else f"{document.path}:{line}" if document.lines else str(document.path)
         lines.append((2**31 if of_command_line else line, f"{place}: {text}"))
     return ConfigError("\n".join(text for _, text in sorted(lines, key=lambda pair: pair[0])))
 

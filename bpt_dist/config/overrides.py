@@ -5,12 +5,14 @@ through the shells of remote hosts. A list is `a,b`, `[a,b]`, or one value for a
 
 With `rows`, an override applies to every run that has the key: to the file's own settings and to each row that sets it
 (or, for `method.*`, that names a method with that option).
+
+A program gives values in the place of texts (`apply_values`): any value is allowed there, and a mapping sets several keys.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ from typing import Any
 import yaml
 
 from bpt_dist.config.base import MethodConfig, did_you_mean
-from bpt_dist.config.keys import Fields, fields_by_key, other_unit, takes_list, takes_names, takes_only_text, takes_value
+from bpt_dist.config.keys import (
+    Fields,
+    fields_by_key,
+    other_unit,
+    section_of,
+    takes_list,
+    takes_names,
+    takes_only_text,
+    takes_value,
+)
 from bpt_dist.config.method_source import method_names, method_options
 from bpt_dist.config.sections import NATURAL_KEY
 from bpt_dist.config.strict_yaml import Key, Problem, parse_value
@@ -28,11 +39,12 @@ OVERRIDE = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=([A-Za-z0-9_./:+,\[\]-]*)")
 
 @dataclass
 class Overridden:
-    """Plain data with the command line applied, the keys it set, and the overrides that could not be used."""
+    """Plain data with the overrides applied, the keys they set, those that could not be used, and where they come from."""
 
     data: dict[str, Any]
     keys: set[Key] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    place: str = "command line"
 
 
 def spell_out(data: dict[str, Any]) -> dict[str, Any]:
@@ -69,24 +81,81 @@ def _apply_one(result: Overridden, override: str, folder: Path) -> None:
         result.problems.append(Problem((), _not_an_override(override)))
         return
     written, text = match.groups()
-    rows = [row for row in result.data.get("rows") or () if isinstance(row, dict)]
-    options = [options_of(settings, folder) for settings in (result.data, *rows)]
-    known: Fields = {}
-    for option in options:
-        known |= fields_by_key(option)
-    dotted, problem = resolve_key(written, known)
-    if dotted is None:
-        result.problems.append(Problem((written,), problem))
-        return
-    key: Key = tuple(dotted.split("."))
-    if key in result.keys:
-        result.problems.append(Problem(key, f"is given twice (got {override!r}); keep one"))
+    known = _known(result, folder)
+    key = _new_key(result, written, known, override)
+    if key is None:
         return
     try:
-        value = _value(text, known.get(dotted))
+        value = _value(text, known.get(".".join(map(str, key))))
     except yaml.YAMLError:
         result.problems.append(Problem(key, f"is not a value (got {text!r}); write one word or a list a,b"))
         return
+    _set(result, key, value, folder)
+
+
+def apply_values(data: dict[str, Any], values: Mapping[str, Any], folder: Path) -> Overridden:
+    """Set values by their keys in a spelled-out copy of `data`: dotted, a unique end, or `__` for the dot (`target__steps`)."""
+    result = Overridden(spell_out(data), place="arguments")
+    named = {written.replace("__", "."): value for written, value in values.items()}
+    first = [written for written in ("rows", "method", "method.name") if written in named]
+    for written in [*first, *(written for written in named if written not in first)]:
+        _apply_value(result, written, named[written], folder)
+    return result
+
+
+def _apply_value(result: Overridden, written: str, value: Any, folder: Path) -> None:
+    known = _known(result, folder)
+    field_of = known.get(written)
+    if isinstance(value, Mapping) and field_of is not None and (section_of(field_of, None) or takes_names(field_of)):
+        # The name of a method comes first: it decides which options there are.
+        for name in sorted(value, key=lambda name: name != NATURAL_KEY.get(written)):
+            _apply_value(result, f"{written}.{name}", value[name], folder)
+        return
+    key = _new_key(result, written, known, f"{written}={value!r}")
+    if key is None:
+        return
+    try:
+        _set(result, key, plain_value(value), folder)
+    except TypeError as error:
+        result.problems.append(Problem(key, f"{error}; give a number, a text, a list or a mapping"))
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of Python as YAML would give it. Raises TypeError for what no configuration can hold."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain_value(below) for name, below in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain_value(part) for part in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"holds a value of type {type(value).__name__}, which no configuration can hold")
+
+
+def _known(result: Overridden, folder: Path) -> Fields:
+    """Return the keys of the file's own settings and of each row, whose methods differ in their options."""
+    rows = [row for row in result.data.get("rows") or () if isinstance(row, dict)]
+    known: Fields = {}
+    for settings in (result.data, *rows):
+        known |= fields_by_key(options_of(settings, folder))
+    return known
+
+
+def _new_key(result: Overridden, written: str, known: Fields, override: str) -> Key | None:
+    """Return the full key for a written one; None, with the problem noted, where there is none or it was set before."""
+    dotted, problem = resolve_key(written, known)
+    if dotted is None:
+        result.problems.append(Problem((written,), problem))
+        return None
+    key: Key = tuple(dotted.split("."))
+    if key in result.keys:
+        result.problems.append(Problem(key, f"is given twice (got {override!r}); keep one"))
+        return None
+    return key
+
+
+def _set(result: Overridden, key: Key, value: Any, folder: Path) -> None:
     _set_everywhere(result, key, value, folder)
     backbone = result.data.get("backbone")
     if key == ("backbone", "path") and ("backbone", "revision") not in result.keys and isinstance(backbone, dict):

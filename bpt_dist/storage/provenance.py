@@ -35,3 +35,11 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def own_version() -> str:
+    """Return the version of this package, of a checkout that is not installed "0+unknown"."""
+    try:
+        return metadata.version("bpt_dist")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

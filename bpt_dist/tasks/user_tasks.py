@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,6 +86,20 @@ def load_user_tasks(paths: Iterable[Path | str]) -> dict[str, TaskSpec]:
     if problems:
         raise ConfigError("\n".join(problems))
     return tasks
+
+
+def task_of(name: str, entry: Mapping[str, Any], folder: Path) -> TaskSpec:
+    """Return the task that an entry of a task file describes, `folder` and `hub` left out, with its rows in `folder`.
+
+    Raises ConfigError with every problem, as `task 'name'.key: what is wrong`.
+    """
+    reader = _Entry(f"task {name!r}", {**entry, "folder": folder.name})
+    if not NAME.fullmatch(name):
+        reader.problem("", "task names are lower-case letters, digits, '.', '_', '-' (64 at most)")
+    spec = reader.spec(name, folder.parent)
+    if spec is None or reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    return spec
 
 
 def _entries(path: Path) -> dict[Any, Any]:

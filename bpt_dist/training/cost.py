@@ -12,13 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
+from bpt_dist.distributed.device_table import published
 from bpt_dist.storage.metrics_log import COST
 
-# Published dense peaks of matrix products in TFLOP/s, by a part of the device's name: float32 without TF32, bf16.
-PEAKS = {
-    "H200": (67.0, 989.0), "H100 PCIe": (51.0, 756.0), "H100 NVL": (60.0, 835.0), "H100": (67.0, 989.0), "A100": (19.5, 312.0),
-    "L40S": (91.6, 362.0), "L4": (30.3, 121.0), "A10": (31.2, 125.0),
-}  # fmt: skip
 GIB = 1 << 30
 
 
@@ -26,11 +22,10 @@ def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak rate of matrix products in FLOP/s where it is known, None elsewhere."""
     if device.type != "cuda" or torch.backends.cuda.matmul.allow_tf32:
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    for name, (single, half) in PEAKS.items():
-        if set(name.split()) <= set(words):
-            return 1e12 * (half if dtype == torch.bfloat16 else single)
-    return None
+    row = published(torch.cuda.get_device_name(device))
+    if row is None:
+        return None
+    return row.bf16 if dtype == torch.bfloat16 else row.fp32
 
 
 def peak_memory(device: torch.device) -> int:
@@ -48,6 +43,7 @@ class StepCost:
 
     def __init__(self, device: torch.device, peak: float | None) -> None:
         self.device, self.peak = device, peak
+        self.last = 0.0  # seconds of the last step
         self._forget()
         self._began: float | None = None
 
@@ -63,7 +59,8 @@ class StepCost:
     def end_step(self) -> None:
         """Stop the clock."""
         if self._began is not None:
-            self.seconds += time.perf_counter() - self._began
+            self.last = time.perf_counter() - self._began
+            self.seconds += self.last
             self.steps += 1
         self._began = None
 

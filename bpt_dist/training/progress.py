@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
@@ -15,6 +16,8 @@ from bpt_dist.config import RunConfig
 from bpt_dist.storage.log_lines import SEPARATOR, place
 
 log = logging.getLogger(__name__)
+WARM_UP, COMPARED = 2, 20  # steps that set up libraries, and the number of steps after them that are compared with the plan
+Planned = Callable[[], float | None]
 
 
 def log_name(config: RunConfig) -> str:
@@ -24,15 +27,19 @@ def log_name(config: RunConfig) -> str:
 
 
 class StepProgress:
-    """Progress over the steps of one stage; silent on every rank but the first."""
+    """Progress over the steps of one stage; silent on every rank but the first.
 
-    def __init__(self, steps: int, *, start: int, every: int, enabled: bool) -> None:
+    `planned` gives the planned seconds of a step, None where there is no plan. It may take a second and is asked once.
+    """
+
+    def __init__(self, steps: int, *, start: int, every: int, enabled: bool, planned: Planned = lambda: None) -> None:
         self.steps, self.every, self.enabled = steps, every, enabled
         self.losses: list[float] = []  # of the steps since the last line
         self.skipped = 0
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.started, self.start = time.monotonic(), start
+        self.planned, self.seconds = planned, 0.0
         # rich prints nothing until the end when the output is no terminal: there, lines are the progress.
         if enabled and self.console.is_terminal:
             columns = (
@@ -54,8 +61,8 @@ class StepProgress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, step: int, loss: float | None) -> None:
-        """Show that `step` steps are done; None for the loss of a step that was skipped.
+    def update(self, step: int, loss: float | None, seconds: float = 0.0) -> None:
+        """Show that `step` steps are done, the last in `seconds`; None for the loss of a step that was skipped.
 
         Every `every` steps, and after the last, a log gets a line with the mean loss of the steps since the line before.
         """
@@ -65,6 +72,7 @@ class StepProgress:
             self.skipped += 1
         else:
             self.losses.append(loss)
+        self._compare_with_plan(step - self.start, seconds)
         is_due = step % self.every == 0 or step == self.steps
         if self.bar:
             self.bar.update(self.task, completed=step, note=self._loss())
@@ -75,6 +83,18 @@ class StepProgress:
             log.info("%s", SEPARATOR.join(part for part in parts if part))
         if is_due:
             self.losses, self.skipped = [], 0
+
+    def _compare_with_plan(self, taken: int, seconds: float) -> None:
+        """Say once, after COMPARED steps, how long a step takes and how long it was planned to take."""
+        if WARM_UP < taken <= WARM_UP + COMPARED:
+            self.seconds += seconds
+        if taken != WARM_UP + COMPARED:
+            return
+        asked, mean, planned = time.monotonic(), self.seconds / COMPARED, self.planned()
+        if planned and mean:
+            text = "%d steps took %.3g s each without validations, planned were %.3g s: %.2g times as long"
+            log.info(text, COMPARED, mean, planned, mean / planned)
+        self.started += time.monotonic() - asked  # the answer is no part of a step
 
     def _loss(self) -> str:
         number = len(self.losses)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bpt_dist.artifacts.figures import draw_run, draw_steps
@@ -53,6 +54,7 @@ class TrainingRun:
     posterior: Posterior | None = None
     absolute_rates: dict[str, float] = field(default_factory=dict)  # of the learning rates that are given relative, by their key
     on_validation: Callable[[], None] = lambda: None  # called on rank 0 after each validation is logged
+    planned_seconds: Callable[[str], float | None] = lambda _stage: None  # of a step of a stage, where somebody has a plan (rank 0)
     _data: dict[str, list[TaskData]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
@@ -166,6 +168,7 @@ class TrainingRun:
             self.position,
             exact=self.config.distribution.exact,
             on_validation=self.on_validation,
+            planned_seconds=partial(self.planned_seconds, name),
         )  # fmt: skip
         warning = stage.idle_warning
         if warning is not None and warning not in self._warned and self.world.rank == 0:

@@ -91,6 +91,7 @@ class TrainingStage:
     phase: str | None = None  # the name of the auxiliary phase, where this is one
     exact: bool = False  # one particle and one text a pass, summed in order: the same bits on every world size
     on_validation: Callable[[], None] = lambda: None  # called on rank 0 after each validation is logged
+    planned_seconds: Callable[[], float | None] = lambda: None  # of a step, where there is a plan (rank 0)
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.method, self.settings)
@@ -290,11 +291,11 @@ class TrainingStage:
         prefix = self.metric_prefix
         self.cost.end_step()
         if self.skipped:
-            progress.update(self.step, None)
+            progress.update(self.step, None, self.cost.last)
             self.write({f"{prefix}/skipped": 1.0})
             return
         mean = [total / count for total, count in zip(losses.sums, losses.counts, strict=True) if count]
-        progress.update(self.step, sum(mean) / len(mean))
+        progress.update(self.step, sum(mean) / len(mean), self.cost.last)
         if self.optimizer.measures(self.step - 1):
             values = {f"{prefix}/loss": sum(mean) / len(mean)}
             if len(self.task_names) > 1:

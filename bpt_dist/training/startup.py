@@ -48,12 +48,17 @@ def start_world(config: RunConfig) -> World:
 
 
 @contextmanager
-def open_run(config: RunConfig, world: World, *, fresh: bool = False) -> Iterator[TrainingRun | None]:
-    """Open a run on every rank and close it whatever happens; yields None for a run that is finished (collective: every rank)."""
+def open_run(
+    config: RunConfig, world: World, *, fresh: bool = False, guard: type[Watchdog] = Watchdog
+) -> Iterator[TrainingRun | None]:
+    """Open a run on every rank and close it whatever happens; yields None for a run that is finished (collective: every rank).
+
+    `guard` decides what signals and hangs do to this process.
+    """
     with ExitStack() as stack:
         limits = config.distribution
         # Before anything is on disk: a signal that arrives now must leave a status, too.
-        watchdog = Watchdog(
+        watchdog = guard(
             None, world.rank, startup_timeout=limits.startup_timeout, step_timeout=limits.step_timeout,
             storage_timeout=limits.storage_timeout, grace=limits.grace, detector=world.detector,
         )  # fmt: skip

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"train"}),
     frozenset({"commands"}),
+    frozenset({"library"}),
     frozenset({"launcher"}),
 )
 # Where a heavy package may be imported: a file or a folder. All other code calls these.
@@ -34,7 +35,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("training/sharding/zero.py", "commands/check/machine.py"),
     "mlflow": ("tracking/",),
     "ray": ("commands/sweep/",),
-    "peft": ("artifacts/peft_export.py", "commands/bench/baselines.py"),
+    "peft": ("artifacts/peft_export.py", "commands/bench/baselines.py", "library/bridge.py"),
     "transformers": ("backbones/", "tasks/mini/pretrain.py", "tasks/mini/tokenizer.py", "commands/bench/", "commands/convert/"),
     "gguf": ("commands/convert/",),
     "datasets": ("data/published.py",),
@@ -42,17 +43,20 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": ("artifacts/figures.py", "tasks/metrics.py"),
     "scipy": ("tasks/metrics.py", "commands/example.py", "commands/table/statistics.py"),
 }
+# What the names of `bpt_dist` itself come from, imported when one of them is used.
+FACE = {"library", "train", "errors", "storage"}
 PURE = ("svgd.py", "objective.py")
 # What a configuration error and `--help` need: they are answered within a second, without torch.
 LIGHT = ("errors.py", "config/", "tasks/spec.py", "tasks/catalogue.py", "tasks/user_tasks.py", "tasks/mini/world.py",
          "distributed/environment.py", "storage/", "commands/main.py", "commands/output.py",
-         "commands/train.py", "commands/configs.py", "launcher/")  # fmt: skip
+         "commands/train.py", "commands/configs.py", "launcher/", "__init__.py", "library/page.py",
+         "library/runs.py", "library/task.py", "library/training.py")  # fmt: skip
 HEAVY = {"torch", "numpy", *HOMES}
 HEAVY_STORAGE = ("storage/checkpoint.py", "storage/digest.py", "storage/snapshots.py")  # tensors
 BY_TEXT = ("import_module", "__import__", "resolve_name", "spec_from_file_location", "runpy")  # ways to import a name in a string
 MOST_MODULES = 18  # in a folder
 ENTRIES = {"train.py", "svgd.py", "objective.py", "errors.py", "config", "tasks", "data", "backbones", "distributed", "storage",
-           "methods", "artifacts", "tracking", "training", "commands"}  # fmt: skip
+           "methods", "artifacts", "tracking", "training", "commands", "library"}  # fmt: skip
 
 
 def place(path: Path) -> str:
@@ -136,7 +140,7 @@ def belongs(path: Path, places: Iterable[str]) -> bool:
     return any(place(path) == home or (home.endswith("/") and place(path).startswith(home)) for home in places)
 
 
-def test_the_top_of_the_package_is_four_modules_and_eleven_packages() -> None:
+def test_the_top_of_the_package_is_four_modules_and_twelve_packages() -> None:
     entries = {path.name for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__", "py.typed")}
     assert entries == ENTRIES
 
@@ -145,7 +149,8 @@ def test_the_top_of_the_package_is_four_modules_and_eleven_packages() -> None:
 def test_imports_between_packages_point_down(path: Path) -> None:
     module = module_name(path)
     if package(module) == "":
-        assert not edges(path), "importing bpt_dist imports nothing else"
+        assert not edges(path, at_import_only=True), "importing bpt_dist imports nothing else"
+        assert {package(other) for other in edges(path)} <= FACE, "its names are those of the library"
         return
     for other in edges(path):
         if package(other) != package(module):
@@ -203,9 +208,10 @@ def test_light_modules_import_nothing_heavy(home: str) -> None:
 
 
 def test_a_package_face_is_a_docstring() -> None:
-    """One import path for every name: only `config` hands names on, and the miniature world its two places."""
+    """One import path for every name: only `config` hands names on, the mini world its two places, `bpt_dist` the library's."""
+    faces = ("__init__.py", "config/__init__.py", "tasks/mini/__init__.py")
     for path in FILES:
-        if path.name == "__init__.py" and place(path) not in ("config/__init__.py", "tasks/mini/__init__.py"):
+        if path.name == "__init__.py" and place(path) not in faces:
             body = tree(path).body
             assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), path
 

@@ -16,7 +16,7 @@ from typing import Any
 from bpt_dist import config as configuration
 from bpt_dist.backbones.t5.shapes import ShapeBackbone, T5Shape, shape_of
 from bpt_dist.commands.output import size
-from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, probe, processes_here
+from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, device_of, processes_here
 from bpt_dist.commands.plan.stages import PlannedWorld, StagePlan, stage_plan
 from bpt_dist.config import RunConfig, StageConfig
 from bpt_dist.data.prepare import specs as known_specs
@@ -62,22 +62,26 @@ class Plan:
 
     def step_seconds(self, stage: StagePlan) -> float:
         """Return the time of one step of a stage."""
-        return self.device.seconds(stage.flops / self.world_size, stage.passes_per_step, self.num_blocks)
+        # Forward and backward each read the weights once.
+        return self.device.seconds(stage.flops / self.world_size, stage.passes_per_step, self.num_blocks, 2 * self.weight_bytes)
 
     def exact_step_seconds(self, stage: StagePlan) -> float:
         """Return the time of one step of a stage with `distribution.exact`: the same FLOPs in many small passes."""
-        return self.device.seconds(stage.flops / self.world_size, stage.exact_passes_per_step, self.num_blocks)
+        passes, whole = stage.exact_passes_per_step, 2 * self.weight_bytes
+        return self.device.seconds(stage.flops / self.world_size, passes, self.num_blocks, whole)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return what the user should know of the stages, each text once."""
-        return tuple(dict.fromkeys(stage.warning for stage in self.stages if stage.warning is not None))
+        """Return what the user should know of the device and of the stages, each text once."""
+        found = (self.device.warning, *(stage.warning for stage in self.stages))
+        return tuple(dict.fromkeys(warning for warning in found if warning is not None))
 
     def stage_seconds(self, stage: StagePlan) -> float:
-        """Return the time of a stage, its evaluations included."""
+        """Return the time of a stage, its evaluations included, and what it compares beside its steps."""
         # A forward pass alone is about 0.4 of the host's work for forward and backward.
-        evaluation = self.device.seconds(stage.evaluation_flops / self.world_size, 0.4 * stage.evaluation_passes, self.num_blocks)
-        return stage.steps * self.step_seconds(stage) + evaluation
+        flops = stage.evaluation_flops + stage.comparison_flops
+        passes = 0.4 * (stage.evaluation_passes + stage.comparison_passes)
+        return stage.steps * self.step_seconds(stage) + self.device.seconds(flops / self.world_size, passes, self.num_blocks)
 
     @property
     def seconds(self) -> float:
@@ -111,23 +115,28 @@ def disk_of(stages: Sequence[StagePlan]) -> tuple[int, int]:
     return max(most, kept), kept
 
 
-def plans(config: RunConfig, world_size: int, ranks_here: int | None = None) -> list[tuple[Plan, list[RunConfig]]]:
+def plans(
+    config: RunConfig, world_size: int, ranks_here: int | None = None, device: str | None = None
+) -> list[tuple[Plan, list[RunConfig]]]:
     """Return the plan of each run with the runs it holds for: those that differ in nothing but their seed and name."""
+    check_name(device)
     groups: dict[str, list[RunConfig]] = {}
     for run in configuration.expand(config):
         groups.setdefault(configuration.fingerprint(run.model_copy(update={"seed": 0}), with_paths=True), []).append(run)
-    planned = [(estimate(runs[0], world_size, ranks_here), runs) for runs in groups.values()]
+    planned = [(estimate(runs[0], world_size, ranks_here, device), runs) for runs in groups.values()]
     kept, beside = (
         sum(plan.kept_bytes * len(runs) for plan, runs in planned),
         [plan.disk_bytes - plan.kept_bytes for plan, _ in planned],
     )
-    refuse_full_disk(config.directory, kept + max(beside, default=0))
+    if device is None:  # the disk of another machine is not this one's
+        refuse_full_disk(config.directory, kept + max(beside, default=0))
     return planned
 
 
-def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None) -> Plan:
-    """Return the plan of one run; `ranks_here` of its processes share this machine (by default what the launcher says).
+def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, device: str | None = None) -> Plan:
+    """Return the plan of one run; `ranks_here` of its processes share a machine (by default what the launcher says).
 
+    `device` is a name of the table, `cpu` for the processor of this machine, or None for what this machine has.
     Raises ConfigError when its mesh or its memory does not fit.
     """
     expected = config.distribution.expect_world_size
@@ -138,7 +147,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None) 
     settings = config.backbone
     path = mini.backbone_path(settings.path)
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
-    here = ranks_here or processes_here(world_size)
+    here = ranks_here or processes_here(world_size, device)
     stages = _stages(config, PlannedWorld(0, world_size), shape)
     disk = disk_of(stages)
     sharers = {"none": 1}.get(config.distribution.shard, here if config.distribution.scope == "node" else world_size)
@@ -157,7 +166,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None) 
         gathered_weight_bytes=shape.gathered_bytes if sharers > 1 else 0,
         num_blocks=sum(shape.num_blocks),
         stages=tuple(stages),
-        device=probe(shape.config.d_model, shape.config.d_ff, settings.dtype, here),
+        device=device_of(device, shape.config.d_model, shape.config.d_ff, settings.dtype, here),
         disk_bytes=disk[0],
         kept_bytes=disk[1],
     )
@@ -211,7 +220,7 @@ def _refuse_small_memory(plan: Plan) -> None:
     largest = max(plan.stages, key=stage_memory)
     raise ConfigError(
         f"{plan.name}: a process needs {size(plan.memory_bytes)} and has {size(plan.device.memory)} "
-        f"({plan.device.name}, {plan.ranks_here} on this machine): T5 {size(plan.resident_weight_bytes)}, "
+        f"({plan.device.name}, {plan.ranks_here} on a machine): T5 {size(plan.resident_weight_bytes)}, "
         f"activations of {largest.rows_at_once} rows in {largest.name} {size(largest.activation_bytes)}, evaluation "
         f"{size(largest.evaluation_bytes)}, "
         f"trained tensors and optimizer {size(largest.trained_bytes + largest.optimizer_bytes)}; lower batch_size or "

@@ -22,6 +22,7 @@ from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
 from bpt_dist.training.optimizer import OPTIMIZERS
+from bpt_dist.training.start import MOST_ROWS
 
 ASSUMED_EVAL_ROWS = 1000  # the published split rule carves so many; data.max_eval_rows says otherwise
 CHARACTERS_A_TOKEN = 3  # of label words; a T5 piece is longer on average
@@ -69,6 +70,8 @@ class StagePlan:
     collectives: tuple[Collective, ...]
     evaluation_passes: int = 0
     evaluation_flops: int = 0
+    comparison_passes: int = 0  # of a rank in the whole stage, without gradients: where to start, and the loss at the mean
+    comparison_flops: int = 0
     warning: str | None = None
 
 
@@ -148,6 +151,7 @@ def stage_plan(
         collectives=tuple(_collectives(method, mesh, len(specs), copies, work.passes, config, shape)) if settings.steps else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
+        **comparison_work(config, settings, method, mesh, [lengths(spec, config) for spec in specs], shape, positions),
         warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
     )
 
@@ -164,6 +168,49 @@ def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec
     attention = usual if given == "auto" else given
     longest = max(lengths(spec, config)[0] for spec in specs)
     return texts * max(1, hypotheses) * shape.prediction_bytes(num_prompt + longest, attention if packs else "eager", kind)
+
+
+def comparison_work(
+    config: RunConfig,
+    settings: StageConfig,
+    method: Method,
+    mesh: Mesh,
+    sizes: Sequence[tuple[int, int]],
+    shape: T5Shape,
+    positions: int,
+) -> dict[str, int]:
+    """Return the passes of a rank and the FLOPs of all ranks in which the stage compares prompts and learns nothing.
+
+    These are the loss at the mean, at every record of a source stage, and the choice of the particle that a target starts from.
+    `sizes` are the longest source and target of each task; every prompt is read with every text.
+    """
+    flops = [shape.row_cost(positions, *each).forward_flops for each in sizes]
+    longest, size = positions + max(map(sum, sizes)), mesh.world.size
+
+    def passes(prompts: int, texts: int) -> int:
+        return work_of_a_rank(config, settings, prompts, texts, size, longest).passes if texts else 0
+
+    if isinstance(settings, SourceStageConfig):
+        prompts = len(method.comparison(Mesh())) if settings.steps else 0
+        if not prompts:
+            return {}
+        drawn = settings.tasks_per_step or len(sizes)
+        texts, times = drawn * settings.batch_size, num_records(settings) * (1 if settings.shared_texts else method.num_particles)
+        of_texts = times * prompts * texts * flops_of_a_text(flops, settings)
+        return {"comparison_passes": times * passes(prompts, texts), "comparison_flops": round(of_texts)}
+    candidates = method.candidate_starts()
+    if candidates is None:
+        return {}
+    rows, at_once = min(MOST_ROWS, config.data.max_train_rows or MOST_ROWS), config.evaluation.batch_size * size
+    full, rest = divmod(rows * len(sizes), at_once)
+    num_passes = full * passes(len(candidates), at_once) + passes(len(candidates), rest)
+    return {"comparison_passes": num_passes, "comparison_flops": len(candidates) * rows * sum(flops)}
+
+
+def num_records(settings: StageConfig) -> int:
+    """Return how many steps of a stage end with a record: the first, every `log_every`-th, and the last."""
+    steps, every = settings.steps, settings.log_every
+    return steps // every + (every > 1) + (steps % every > 0 and steps > 1) if steps else 0
 
 
 def num_hypotheses(config: RunConfig, copies: int) -> int:

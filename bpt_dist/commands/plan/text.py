@@ -15,7 +15,8 @@ HEADER = ("stage", "steps", "mesh", "particles", "rows", "at once", "GFLOP a ste
 
 def run_text(plan: Plan, names: Sequence[str]) -> str:
     """Return the plan of runs that differ in their seed only."""
-    device, several = plan.device, f" (and {len(names) - 1} more with other seeds)" if len(names) > 1 else ""
+    device, where = plan.device, "this" if plan.device.source is None else "a"
+    several = f" (and {len(names) - 1} more with other seeds)" if len(names) > 1 else ""
     resident = (
         f", {size(plan.resident_weight_bytes)} of it resident on a rank ({plan.shard} over {plan.sharers}) and "
         f"{size(plan.gathered_weight_bytes)} gathered at a time"
@@ -24,7 +25,7 @@ def run_text(plan: Plan, names: Sequence[str]) -> str:
     )
     lines = [
         f"{names[0]}{several}: {plan.method} on {plan.backbone}, {plan.dtype}",
-        f"  world        {plan.world_size} process(es), {plan.ranks_here} of them on this machine",
+        f"  world        {plan.world_size} process(es), {plan.ranks_here} of them on {where} machine",
         f"  T5           {plan.num_parameters:,} parameters, {size(plan.weight_bytes)}{resident}",
         "",
         *("  " + line for line in _columns([HEADER, *(_stage_texts(plan, stage) for stage in plan.stages)])),
@@ -34,7 +35,7 @@ def run_text(plan: Plan, names: Sequence[str]) -> str:
         f"  memory       {size(plan.memory_bytes)} a process at most, of {size(device.memory)}",
         f"  disk         {size(plan.disk_bytes)} of checkpoints and what stages leave",
         f"  device       {device.name}: {device.rate / 1e9:,.0f} GFLOP/s in a matrix product, "
-        f"{device.utilisation:.0%} of it assumed",
+        f"{device.utilisation:.0%} of it assumed{'' if device.source is None else f'; {device.source}'}",
         f"  time         {duration(plan.seconds)} a run, every text at its longest; data that are shorter take less",
         *(f"  warning      {warning}" for warning in plan.warnings),
     ]

@@ -1,9 +1,10 @@
-"""Lay out finished tables as Markdown, LaTeX (booktabs) or a terminal table; knows strings, no numbers."""
+"""Lay out finished tables as Markdown, LaTeX (booktabs), HTML or a terminal table; knows strings, no numbers."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from html import escape as html_escape
 
 from rich.console import Group
 from rich.markup import escape as rich_escape
@@ -80,6 +81,30 @@ def latex(sheet: Sheet) -> str:
     lines += [r"\bottomrule", r"\end{tabular}", r"\par\raggedright\footnotesize"]
     lines += [latex_escape(note) + r"\par" for note in (*sheet.notes, *sheet.closing)]
     return "\n".join([*lines, r"\end{table}", ""])
+
+
+def html(sheet: Sheet) -> str:
+    """Return the sheet as an HTML table without style but alignment: a notebook and a page bring their own."""
+    left, right = ' style="text-align: left"', ' style="text-align: right"'
+
+    def cell(text: str, place: int, name: str = "td") -> str:
+        return f"<{name}{left if place == 0 else right}>{text}</{name}>"
+
+    head = "".join(cell(html_escape(title), place, "th") for place, title in enumerate(sheet.header))
+    lines = [f"<table><caption>{html_escape(sheet.title)}</caption>", f"<thead><tr>{head}</tr></thead>"]
+    for block in sheet.blocks:
+        lines.append("<tbody>")
+        if block.caption:
+            lines.append(f'<tr><td colspan="{len(sheet.header)}"{left}><em>{html_escape(block.caption)}</em></td></tr>')
+        for row in block.rows:
+            texts = [f"<b>{html_escape(one.text)}</b>" if one.bold else html_escape(one.text) for one in row]
+            lines.append(f"<tr>{''.join(cell(text, place) for place, text in enumerate(texts))}</tr>")
+        lines.append("</tbody>")
+    lines.append("</table>")
+    if sheet.notes:
+        lines.append(f"<ul>{''.join(f'<li><small>{html_escape(note)}</small></li>' for note in sheet.notes)}</ul>")
+    lines += [f"<p>{html_escape(sentence)}</p>" for sentence in sheet.closing]
+    return "\n".join([*lines, ""])
 
 
 def terminal(sheet: Sheet) -> Group:

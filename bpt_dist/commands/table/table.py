@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group
 
 from bpt_dist.artifacts.results import Result
-from bpt_dist.commands.table.layout import MISSING, Block, Sheet, Text, latex, markdown, terminal
+from bpt_dist.commands.table.layout import MISSING, Block, Sheet, Text, html, latex, markdown, terminal
 from bpt_dist.commands.table.narrow import PAGE, aligned, latex_page, narrow
 from bpt_dist.commands.table.published import published_sheet
 from bpt_dist.commands.table.rows import (
@@ -114,6 +114,13 @@ class Table:
     def to_rich(self) -> Group:
         """Return a renderable for a terminal."""
         return Group(*(terminal(sheet) for sheet in self.sheets()))
+
+    def to_html(self) -> str:
+        """Return HTML tables with the same notes and sentences."""
+        return "\n".join(html(sheet) for sheet in self.sheets())
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
     def to_csv(self) -> str:
         """Return one line per row and column of our table: full precision, no published numbers."""
