@@ -32,7 +32,8 @@ def export_run(folder: Path, task: str | None, out: Path | None, *, particles: b
     for name in names:
         _complete(run, name)
     written = list(dict.fromkeys(_single(run, name, out) for name in names))
-    written += [_ensemble(run, name, out) for name in names if (_ensemble(run, name, None) / layout.TASK_RECORD).is_file()]
+    for kind in (layout.ENSEMBLE, layout.BEST):
+        written += [_other(run, name, kind, out) for name in names if (_other(run, name, kind) / layout.TASK_RECORD).is_file()]
     destination = out or folder / "export"
     prompts = run.weights(run.targets[0]) is None
     factors = _joint_factors(run) if prompts and run.config.target.joint and task is None else None
@@ -51,10 +52,10 @@ def _single(run: StoredRun, task: str, out: Path | None) -> Path:
     return exported if out is None else _copied(exported, out / task)
 
 
-def _ensemble(run: StoredRun, task: str, out: Path | None) -> Path:
-    """Return the prompts that the ensemble of a task averages over, copied as `_single` does."""
-    exported = run.folder / layout.TARGET / task / layout.ENSEMBLE
-    return exported if out is None else _copied(exported, out / f"{task}-{layout.ENSEMBLE}")
+def _other(run: StoredRun, task: str, kind: str, out: Path | None = None) -> Path:
+    """Return the prompts of a task's ensemble, or its best particle, copied as `_single` does."""
+    exported = run.folder / layout.TARGET / task / kind
+    return exported if out is None else _copied(exported, out / f"{task}-{kind}")
 
 
 def _complete(run: StoredRun, task: str) -> None:

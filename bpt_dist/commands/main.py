@@ -389,12 +389,13 @@ def predict(
     out: Annotated[Path | None, typer.Option(metavar="JSONL", help="The answers; by default standard output.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
 ) -> None:
     """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""
     from bpt_dist.commands.predict import predict as run
 
-    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, window=window)
+    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, best=best, window=window)
 
 
 @app.command()

@@ -21,14 +21,16 @@ class Export:
     task: TaskEntry
 
 
-def read_exports(place: Path, name: str | None = None, *, ensemble: bool = False) -> list[Export]:
+def read_exports(place: Path, name: str | None = None, *, ensemble: bool = False, best: bool = False) -> list[Export]:
     """Return the prompts of an export, of all exports of a finished run, or of all exports that a folder holds.
 
-    `name` replaces the task's name, where there is one. Where a task has both a prompt and an ensemble, `ensemble` chooses.
+    `name` replaces the task's name, where there is one. Where a task has a MAP prompt and others, `ensemble` and `best` choose.
     Raises ConfigError for a folder without a prompt, or with more than `name` can name.
     """
-    found = [export for folder in _folders(place, ensemble) for export in _of_folder(folder)]
-    wanted = "ensemble" if ensemble else "map"
+    if ensemble and best:
+        raise ConfigError("--best: contradicts --ensemble; choose one of them")
+    wanted = "ensemble" if ensemble else "best" if best else "map"
+    found = [export for folder in _folders(place, wanted) for export in _of_folder(folder)]
     as_asked = {export.name for export in found if export.record.predict == wanted}
     found = [export for export in found if export.record.predict == wanted or export.name not in as_asked]
     if name is None:
@@ -65,16 +67,17 @@ def refuse_several_backbones(exports: Sequence[Export]) -> None:
                 )
 
 
-def _folders(place: Path, ensemble: bool) -> list[Path]:
+def _folders(place: Path, wanted: str) -> list[Path]:
     """Return the folders with a `task.json` that `place` means."""
     if not place.is_dir():
         raise ConfigError(f"{place}: there is no such folder; give an exported prompt, a run, or a folder of exports")
     if (place / layout.STATUS).is_file():
-        kind = layout.ENSEMBLE if ensemble else layout.ADAPTER
+        kind = {"ensemble": layout.ENSEMBLE, "best": layout.BEST, "map": layout.ADAPTER}[wanted]
         folders = sorted({path.parent for path in place.glob(f"{layout.TARGET}/*/{kind}/*.json")})
         if not folders:
-            remedy = "leave --ensemble out" if ensemble else "give a run whose method trains soft prompts"
-            raise ConfigError(f"{place}: the run has exported no {'ensemble' if ensemble else 'prompt'}; {remedy}")
+            remedy = "give a run whose method trains soft prompts" if wanted == "map" else f"leave --{wanted} out"
+            what = {"ensemble": "ensemble", "best": "best particle", "map": "prompt"}[wanted]
+            raise ConfigError(f"{place}: the run has exported no {what}; {remedy}")
         return folders
     if (place / layout.TASK_RECORD).is_file() or (place / layout.ADAPTER_CONFIG).is_file():
         return [place]
