@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpt_dist import config as configuration
+from bpt_dist.artifacts.hub import local_folder
 from bpt_dist.config import RunConfig
 from bpt_dist.errors import ConfigError
 from bpt_dist.storage import layout
@@ -77,6 +78,7 @@ class StoredRun:
     def posterior(self) -> Path | None:
         """Return the folder of the source posterior, the run's own or the one it started from."""
         given = self.config.source.posterior
+        given = given if given is None else local_folder(given, "source.posterior: ")
         places = [self.folder / layout.SOURCE / layout.POSTERIOR]
         places += [] if given is None else [given, given / layout.SOURCE / layout.POSTERIOR, given.parent, given / layout.POSTERIOR]
         return next((place for place in places if (place / layout.POSTERIOR_FACTS).is_file()), None)

@@ -343,11 +343,16 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="By default the prompts stay in the run, all else goes to RUN/export.")
     ] = None,
     particles: Annotated[bool, typer.Option(help="Export every particle of the source posterior and their mean as well.")] = False,
+    posterior: Annotated[bool, typer.Option(help="Export the source posterior as well, for `source.posterior` of other runs.")] = False,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Write the exports to this repository of the Hugging Face hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Write what a finished run trained, as PEFT folders where PEFT knows it, and say how to load it."""
     from bpt_dist.commands.export import export_run
 
-    export_run(run, task, out, particles=particles)
+    export_run(run, task, out, particles=particles, posterior=posterior, push_to=push_to, private=private)
 
 
 @app.command()
@@ -380,7 +385,7 @@ def evaluate(
 @app.command()
 def predict(
     prompts: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, or a folder of exports.")
+        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub.")
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")

@@ -34,6 +34,7 @@ PARTICLES = "particles"  # where more than a few of them were, step by step
 POSTERIOR_TENSORS, POSTERIOR_FACTS = "posterior.safetensors", "posterior.json"
 ADAPTER = "adapter"  # a PEFT folder
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENSEMBLE = "ensemble"  # a PEFT folder for each prompt that an ensemble averages over
 BEST = "best"  # a PEFT folder: the adapted particle that `evaluation.predict: best` chose
 TASK_RECORD = "task.json"  # of an export: how its texts are worded and its answers found
