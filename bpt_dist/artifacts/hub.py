@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bpt_dist.distributed.hub import REMEDY, reach_hub
 from bpt_dist.errors import ConfigError, StorageError
@@ -60,6 +61,16 @@ def local_folder(place: Path, key: str = "") -> Path:
         raise ConfigError(f"{key}{error}") from None
 
 
+def real_file(file: Path) -> Path:
+    """Return what a link of the hub's cache means: readers that follow no links take it from there; any other path as it is."""
+    from huggingface_hub import constants
+
+    if not file.is_symlink():
+        return file
+    meant = file.resolve()
+    return meant if meant.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()) else file
+
+
 @functools.cache
 def _downloaded(place: HubPlace) -> Path:
     from huggingface_hub import snapshot_download
@@ -81,7 +92,8 @@ def check_push(repository: str) -> HubPlace:
         raise ConfigError(f"--push-to {repository}: is not owner/name; write for example --push-to lab/prompts")
     if not reach_hub():
         raise ConfigError(
-            f"--push-to {repository}: {constants.ENDPOINT} does not answer, or HF_HUB_OFFLINE is set; check the network and push again"
+            f"--push-to {repository}: {constants.ENDPOINT} does not answer, or HF_HUB_OFFLINE is set; check the network and "
+            "push again"
         )
     return HubPlace(found["repository"], found["revision"])
 
@@ -133,13 +145,13 @@ def _explained(place: HubPlace, done: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    transport = HfHubHTTPError.__bases__[0]  # of whichever client the library uses
+    transport: Any = HfHubHTTPError.__bases__[0]  # of whichever client the library uses
     try:
         yield
     except (transport, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise StorageError(
-                f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}); free space there, or set HF_HOME to another folder"
+                f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}); free space there, or set HF_HOME"
             ) from None
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
         if isinstance(cause, HfHubHTTPError):
@@ -148,7 +160,8 @@ def _explained(place: HubPlace, done: str) -> Iterator[None]:
             what = "is not in the local cache, and the hub does not answer or is not to be asked"
             remedy = REMEDY
         else:
-            what, remedy = f"could not be {done}: the connection broke off ({type(cause).__name__})", "check the network, and try again"
+            what = f"could not be {done}: the connection broke off ({type(cause).__name__})"
+            remedy = "check the network, and try again"
         raise ConfigError(f"{place} on {constants.ENDPOINT}: {what}; {remedy}") from None
 
 

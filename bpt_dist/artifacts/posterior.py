@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bpt_dist.artifacts.hub import local_folder
+from bpt_dist.artifacts.hub import local_folder, real_file
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import RunConfig
 from bpt_dist.errors import ConfigError
@@ -41,10 +41,10 @@ class Posterior:
 
     @classmethod
     def read(cls, place: Path) -> Posterior:
-        """Read a posterior from its folder, its file, the directory of its run or the hub. Raises ConfigError when there is none."""
+        """Read a posterior from its folder or file, the directory of its run, or the hub. Raises ConfigError when there is none."""
         folder = _folder(place)
-        tensors, _ = read_tensors(folder / layout.POSTERIOR_TENSORS)
-        return cls(tensors, read_json(folder / layout.POSTERIOR_FACTS))
+        tensors, _ = read_tensors(real_file(folder / layout.POSTERIOR_TENSORS))
+        return cls(tensors, read_json(real_file(folder / layout.POSTERIOR_FACTS)))
 
     @classmethod
     def load(cls, place: Path, backbone: Backbone) -> Posterior:

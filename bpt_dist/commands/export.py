@@ -25,7 +25,14 @@ ROUNDING = 1e-6  # of a product computed for one task or for all at once
 
 
 def export_run(
-    folder: Path, task: str | None, out: Path | None, *, particles: bool, posterior: bool, push_to: str | None, private: bool
+    folder: Path,
+    task: str | None,
+    out: Path | None,
+    *,
+    particles: bool = False,
+    posterior: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
 ) -> None:
     """Export what `folder` holds, write it to the hub where that is asked for, and print the places.
 

@@ -343,7 +343,9 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="By default the prompts stay in the run, all else goes to RUN/export.")
     ] = None,
     particles: Annotated[bool, typer.Option(help="Export every particle of the source posterior and their mean as well.")] = False,
-    posterior: Annotated[bool, typer.Option(help="Export the source posterior as well, for `source.posterior` of other runs.")] = False,
+    posterior: Annotated[
+        bool, typer.Option(help="Export the source posterior as well, for `source.posterior` of other runs.")
+    ] = False,
     push_to: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Write the exports to this repository of the Hugging Face hub.")
     ] = None,
@@ -385,7 +387,8 @@ def evaluate(
 @app.command()
 def predict(
     prompts: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub.")
+        list[Path] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
@@ -394,7 +397,9 @@ def predict(
     out: Annotated[Path | None, typer.Option(metavar="JSONL", help="The answers; by default standard output.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")
+    ] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
 ) -> None:
     """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""

@@ -81,7 +81,7 @@ class TargetOutputs:
         write_atomic(folder / layout.predictions(split, predict), b"".join(map(encode_json, predictions)))
 
     def export(self, tasks: Sequence[TaskData], entries: Sequence[Result]) -> None:
-        """Write each finished prompt, those of its ensemble and the best, or the low-rank changes of the backbone, as PEFT folders."""
+        """Write each finished prompt, its ensemble and its best particle, or the low-rank changes, as PEFT folders."""
         prompts, pairs = self.method.prompts() or {}, self.method.low_rank_pairs()
         ensembles, chosen = self.method.ensemble_prompts() or {}, self.method.best_prompts() or {}
         path, revision, facts = self.backbone.path, self.backbone.revision, self.backbone.facts

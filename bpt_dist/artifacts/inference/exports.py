@@ -75,7 +75,9 @@ def _folders(place: Path, wanted: str) -> list[Path]:
     """Return the folders with a `task.json` that `place`, a folder or an id of the hub, means."""
     place = local_folder(place)
     if not place.is_dir():
-        raise ConfigError(f"{place}: there is no such folder; give an exported prompt, a run, a folder of exports, or owner/name of the hub")
+        raise ConfigError(
+            f"{place}: there is no such folder; give an exported prompt, a run, a folder of exports, or owner/name of the hub"
+        )
     if (place / layout.STATUS).is_file():
         kind = {"ensemble": layout.ENSEMBLE, "best": layout.BEST, "map": layout.ADAPTER}[wanted]
         folders = sorted({path.parent for path in place.glob(f"{layout.TARGET}/*/{kind}/*.json")})

@@ -43,9 +43,7 @@ class Lengths(StrEnum):
     real = "real"
 
 
-Backbone = Annotated[
-    Family, typer.Option("--backbone", help="`decoder`: a decoder-only model of the shape of SmolLM2-135M.")
-]
+Backbone = Annotated[Family, typer.Option("--backbone", help="`decoder`: a decoder-only model of the shape of SmolLM2-135M.")]
 
 
 def writable(file: Path | None) -> Path | None:

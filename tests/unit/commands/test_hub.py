@@ -79,9 +79,7 @@ def test_one_export_is_the_repository_and_answers_from_there(
     adapter = one / "target" / "mood" / "adapter"
     assert all(hub.files("lab/mood")[name] == (adapter / name).read_bytes() for name in FOUR)
     exported.assert_equal(predicted(world, tmp_path, "mood", "lab/mood"), exported.predictions(one, "mood"))
-    exported.assert_equal(
-        predicted(world, tmp_path, "mood", "--prompt", "mood=lab/mood@main"), exported.predictions(one, "mood")
-    )
+    exported.assert_equal(predicted(world, tmp_path, "mood", "--prompt", "mood=lab/mood@main"), exported.predictions(one, "mood"))
 
 
 def test_all_exports_of_a_run_are_folders_of_one_repository_written_in_one_commit(
@@ -110,9 +108,7 @@ def test_a_run_starts_from_a_posterior_of_the_hub_as_from_its_folder(hub: hub_se
     assert results[0] == results[1]
 
 
-def test_a_branch_and_a_commit_are_other_prompts_than_the_main_branch(
-    hub: hub_server.Hub, run: Path, tmp_path: Path
-) -> None:
+def test_a_branch_and_a_commit_are_other_prompts_than_the_main_branch(hub: hub_server.Hub, run: Path, tmp_path: Path) -> None:
     adapter = run / "target" / "mood" / "adapter"
     first = hub.commit("lab/moves", {name: (adapter / name).read_bytes() for name in FOUR})
     record = json.loads((adapter / "task.json").read_text())
@@ -231,9 +227,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_the_repository_as_it_was(
     assert "mood/task.json" in hub.files("lab/old")
 
 
-def test_options_that_mean_nothing_are_refused(
-    hub: hub_server.Hub, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_mean_nothing_are_refused(hub: hub_server.Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--push-to", "alone"], "--push-to alone: is not owner/name"),
         (["--push-to", "../up/name"], "is not owner/name"),
@@ -261,7 +255,8 @@ def test_the_whole_way_by_the_commands_shows_no_token(world: Path, run: Path, tm
     with hub_server.running() as served:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {
-            "HF_ENDPOINT": served.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub_server.TOKEN, "HF_HUB_VERBOSITY": "debug"
+            "HF_ENDPOINT": served.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub_server.TOKEN,
+            "HF_HUB_VERBOSITY": "debug",
         }  # fmt: skip
         said = []
         for words in (["export", str(run), "--task", "mood", "--push-to", "lab/way"], ["predict", "lab/way", "--best"]):

@@ -155,7 +155,9 @@ def test_the_card_of_the_map_prompt_says_that_the_best_particle_was_measured(wor
     given = answers(Predictor(load_backbone(export, device="cpu"), [export]), exported.rows(world, "mood"))
     exported.assert_equal(given, exported.predictions(run, "mood"))
     page = (folder / "README.md").read_text()
-    assert "also measured the adapted particle with the best validation score, which is an export of its own" in " ".join(page.split())
+    assert "also measured the adapted particle with the best validation score, which is an export of its own" in " ".join(
+        page.split()
+    )
     scores = [entry for entry in json.loads((run / "results.json").read_text()) if entry["predict"] == "map"]
     assert page.count("| mood |") == len(scores)
 
