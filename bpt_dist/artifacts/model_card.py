@@ -128,8 +128,8 @@ def _how_to_use(record: TaskRecord, auto_class: str) -> str:
     names = ", ".join(f"`{task.name}`" for task in record.tasks)
     columns = ", ".join(f"`{name}`" for name in record.tasks[0].fields)
     measured = (
-        " The run also measured the adapted particle with the best validation score, which is not exported: this is the MAP prompt."
-        if record.evaluated == "best" else ""
+        " The run also measured the adapted particle with the best validation score, which is an export of its own: this is the "
+        "MAP prompt." if (record.evaluated, record.predict) == ("best", "map") else ""
     )  # fmt: skip
     return (
         f"## How to use it\n\n`task.json` says how a row of {names} becomes text and how the answer is found. This program reads "

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bpt_dist.artifacts.hub import local_folder, real_file
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import RunConfig
 from bpt_dist.errors import ConfigError
@@ -40,10 +41,10 @@ class Posterior:
 
     @classmethod
     def read(cls, place: Path) -> Posterior:
-        """Read a posterior from its folder, its file or the directory of its run. Raises ConfigError when there is none."""
+        """Read a posterior from its folder or file, the directory of its run, or the hub. Raises ConfigError when there is none."""
         folder = _folder(place)
-        tensors, _ = read_tensors(folder / layout.POSTERIOR_TENSORS)
-        return cls(tensors, read_json(folder / layout.POSTERIOR_FACTS))
+        tensors, _ = read_tensors(real_file(folder / layout.POSTERIOR_TENSORS))
+        return cls(tensors, read_json(real_file(folder / layout.POSTERIOR_FACTS)))
 
     @classmethod
     def load(cls, place: Path, backbone: Backbone) -> Posterior:
@@ -104,11 +105,12 @@ def _fits(shape: Sequence[int], axes: Sequence[str], sizes: dict[str, int]) -> b
 
 
 def _folder(place: Path) -> Path:
+    place = local_folder(place, "source.posterior: ")
     candidates = [place, place.parent if place.suffix else place / layout.SOURCE / layout.POSTERIOR, place / layout.POSTERIOR]
     for folder in candidates:
         if (folder / layout.POSTERIOR_FACTS).is_file() and (folder / layout.POSTERIOR_TENSORS).is_file():
             return folder
     raise ConfigError(
         f"source.posterior: no {layout.POSTERIOR_TENSORS} with {layout.POSTERIOR_FACTS} in {place}; give a finished run's "
-        "directory or its source/posterior folder"
+        "directory, its source/posterior folder, or the owner/name of a repository of the hub"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpt_dist import config as configuration
+from bpt_dist.artifacts.hub import local_folder, real_file
 from bpt_dist.config import RunConfig
 from bpt_dist.errors import ConfigError
 from bpt_dist.storage import layout
@@ -77,6 +78,7 @@ class StoredRun:
     def posterior(self) -> Path | None:
         """Return the folder of the source posterior, the run's own or the one it started from."""
         given = self.config.source.posterior
+        given = given if given is None else local_folder(given, "source.posterior: ")
         places = [self.folder / layout.SOURCE / layout.POSTERIOR]
         places += [] if given is None else [given, given / layout.SOURCE / layout.POSTERIOR, given.parent, given / layout.POSTERIOR]
         return next((place for place in places if (place / layout.POSTERIOR_FACTS).is_file()), None)
@@ -147,17 +149,21 @@ class StoredRun:
         """Return the tasks the posterior was learnt from: where it was given, those of the configuration need not be."""
         if self.posterior is None:
             return self.config.data.source_tasks
-        return list(read_json(self.posterior / layout.POSTERIOR_FACTS)["source_tasks"])
+        return list(read_json(real_file(self.posterior / layout.POSTERIOR_FACTS))["source_tasks"])
 
     def _source_steps(self) -> int:
         assert self.posterior is not None
-        return int(read_json(self.posterior / layout.POSTERIOR_FACTS)["steps"])
+        return int(read_json(real_file(self.posterior / layout.POSTERIOR_FACTS))["steps"])
 
     def particles(self) -> Tensor | None:
         """Return the particles [M, P, D] of the source posterior, None for a method without."""
         from bpt_dist.storage.checkpoint import read_tensors
 
-        return None if self.posterior is None else read_tensors(self.posterior / layout.POSTERIOR_TENSORS)[0].get("particles")
+        return (
+            None
+            if self.posterior is None
+            else read_tensors(real_file(self.posterior / layout.POSTERIOR_TENSORS))[0].get("particles")
+        )
 
 
 def is_finished(run: RunConfig) -> bool:

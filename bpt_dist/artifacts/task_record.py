@@ -37,6 +37,9 @@ SHOWN = 10  # problems of one file
 AGAIN = "export its run again with `bpt-dist export RUN`"
 
 
+Predict = Literal["map", "ensemble", "best"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -166,18 +169,18 @@ class TaskRecord(_Part):
     backbone: BackboneEntry
     tokenizer_sha256: str = Field(pattern=SHA256, description="SHA-256 over the vocabulary.")
     text_form: FormEntry
-    predict: Literal["map", "ensemble"] = Field(description="One prompt, or the mean over the distributions of several.")
-    prompts: tuple[Annotated[str, Field(pattern=FOLDER)], ...] = Field(description="Folders of the prompts, relative to this file.")
-    evaluated: Literal["map", "ensemble", "best"] = Field(
-        description="`evaluation.predict` of the run: what it measured beside the MAP prompt. The particle of `best` is not "
-        "exported."
+    predict: Predict = Field(
+        description="`map`: one prompt. `ensemble`: the mean over the distributions of several. `best`: the adapted particle with "
+        "the best validation score."
     )
+    prompts: tuple[Annotated[str, Field(pattern=FOLDER)], ...] = Field(description="Folders of the prompts, relative to this file.")
+    evaluated: Predict = Field(description="`evaluation.predict` of the run: what it measured beside the MAP prompt.")
     tasks: tuple[TaskEntry, ...] = Field(description="The tasks the prompts serve.")
 
     @model_validator(mode="after")
     def _agrees(self) -> TaskRecord:
-        if self.predict == "map" and len(self.prompts) > 1:
-            raise ValueError(f"prompts: should be one folder with predict map (got {len(self.prompts)})")
+        if self.predict != "ensemble" and len(self.prompts) > 1:
+            raise ValueError(f"prompts: should be one folder with predict {self.predict} (got {len(self.prompts)})")
         names = [task.name for task in self.tasks]
         if not names:
             raise ValueError("tasks: is empty")
@@ -197,7 +200,7 @@ class TaskRecord(_Part):
         tokenizer_sha256: str,
         text_form: FormEntry,
         tasks: Iterable[TaskEntry],
-        evaluated: Literal["map", "ensemble", "best"] = "map",
+        evaluated: Predict = "map",
     ) -> TaskRecord:
         """Return the record of one prompt for `tasks`, in the folder of the file."""
         return cls(
@@ -212,7 +215,7 @@ class TaskRecord(_Part):
             tasks=tuple(tasks),
         )
 
-    def with_prompts(self, folders: Sequence[str], predict: Literal["map", "ensemble"] = "map") -> TaskRecord:
+    def with_prompts(self, folders: Sequence[str], predict: Predict = "map") -> TaskRecord:
         """Return the same language for other prompts."""
         return self.model_copy(update={"prompts": tuple(folders), "predict": predict})
 

@@ -190,7 +190,7 @@ class Backbone(InsertionPoints, ABC):
         """
         found: dict[int, Tensor] = {}
         contents = {id(of_text): str(of_text.tolist()) for of_text in candidates}
-        for rows in _alike([(len(p[0]), contents[id(c)]) for p, c in zip(prompts, candidates, strict=True)]):
+        for rows in places_of_equal([(len(p[0]), contents[id(c)]) for p, c in zip(prompts, candidates, strict=True)]):
             ranked = self.rank(texts.select(rows), candidates[rows[0]], _before_each([prompts[row] for row in rows]))
             found |= dict(zip(rows, ranked.unbind(1), strict=True))
         return [found[row] for row in range(len(prompts))]
@@ -201,7 +201,7 @@ class Backbone(InsertionPoints, ABC):
         There is one pass for each length of prompts and each limit, as in `rank_each`.
         """
         found: dict[int, str] = {}
-        for rows in _alike([(len(p[0]), limit) for p, limit in zip(prompts, max_new_tokens, strict=True)]):
+        for rows in places_of_equal([(len(p[0]), limit) for p, limit in zip(prompts, max_new_tokens, strict=True)]):
             own, limit = [prompts[row] for row in rows], max_new_tokens[rows[0]]
             written = self.generate(texts.select(rows), _before_each(own), limit, average=len(own[0]) > 1)
             found |= dict(zip(rows, written[0], strict=True))
@@ -230,7 +230,7 @@ class Backbone(InsertionPoints, ABC):
         self._loaded_hash = _hash_tensors(self.core)
 
 
-def _alike(keys: Sequence[Any]) -> list[list[int]]:
+def places_of_equal(keys: Sequence[Any]) -> list[list[int]]:
     """Return the places of equal keys, together."""
     groups: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):

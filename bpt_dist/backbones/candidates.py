@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bpt_dist.objective import IGNORED
@@ -49,3 +50,32 @@ class Tree(NamedTuple):
         for node in range(1, len(self.tokens)):
             seen[node] |= seen[self.parents[node]]
         return seen
+
+
+def along_each(
+    trees: Sequence[Tree],
+    states: Float[Tensor, "nodes D"],
+    logits_of: Callable[[Float[Tensor, "some D"]], Float[Tensor, "some V"]],
+    vocabulary_size: int,
+) -> list[Float[Tensor, " _C"]]:
+    """Return the log-likelihood of each candidate of each tree from the states of all their nodes, one tree after the other."""
+    nodes: list[int] = []
+    tokens: list[int] = []
+    owners: list[int] = []
+    counts = [len(tree.paths) for tree in trees]
+    first = 0
+    for tree in trees:
+        for path in tree.paths:
+            nodes += [first + node for node, _ in path]
+            tokens += [token for _, token in path]
+            owners += [(owners[-1] if owners else -1) + 1] * len(path)
+        first += len(tree.tokens)
+    at, next_token = (torch.tensor(values, device=states.device) for values in (nodes, tokens))
+    picked = states.new_zeros(len(nodes), dtype=torch.float32)
+    nodes_at_once = max(1, MOST_LOGITS // vocabulary_size)
+    for begin in range(0, len(states), nodes_at_once):
+        logits = logits_of(states[begin : begin + nodes_at_once])
+        here = ((at >= begin) & (at < begin + nodes_at_once)).nonzero().flatten()
+        picked[here] = logits[at[here] - begin, next_token[here]] - logits.logsumexp(-1)[at[here] - begin]
+    sums = picked.new_zeros(sum(counts)).index_add(0, torch.tensor(owners, device=states.device), picked)
+    return list(sums.split(counts))

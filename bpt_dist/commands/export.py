@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from bpt_dist.artifacts.hub import check_push, push
 from bpt_dist.artifacts.stored_run import StoredRun
 from bpt_dist.errors import ConfigError, StorageError, UserError
 from bpt_dist.storage import layout
@@ -22,26 +24,46 @@ log = logging.getLogger(__name__)
 ROUNDING = 1e-6  # of a product computed for one task or for all at once
 
 
-def export_run(folder: Path, task: str | None, out: Path | None, *, particles: bool) -> None:
-    """Export what `folder` holds and print the places.
+def export_run(
+    folder: Path,
+    task: str | None,
+    out: Path | None,
+    *,
+    particles: bool = False,
+    posterior: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+) -> None:
+    """Export what `folder` holds, write it to the hub where that is asked for, and print the places.
 
-    Raises ConfigError for a run that is not finished or has no such task, StorageError.
+    Raises ConfigError for a run that is not finished or has no such task, and for what the hub refuses; StorageError.
     """
+    if private and push_to is None:
+        raise ConfigError("--private: has no effect without --push-to OWNER/NAME; remove it")
     run = StoredRun.open(folder)
+    destination = None if push_to is None else check_push(push_to)
     names = [task] if task else run.targets
     for name in names:
         _complete(run, name)
     written = list(dict.fromkeys(_single(run, name, out) for name in names))
-    written += [_ensemble(run, name, out) for name in names if (_ensemble(run, name, None) / layout.TASK_RECORD).is_file()]
-    destination = out or folder / "export"
-    prompts = run.weights(run.targets[0]) is None
-    factors = _joint_factors(run) if prompts and run.config.target.joint and task is None else None
+    for kind in (layout.ENSEMBLE, layout.BEST):
+        written += [_other(run, name, kind, out) for name in names if (_other(run, name, kind) / layout.TASK_RECORD).is_file()]
+    others = out or folder / "export"
+    joint = bool(run.targets) and run.config.target.joint and task is None
+    factors = _joint_factors(run) if joint and run.weights(run.targets[0]) is None else None
     if factors is not None:
-        written.append(_joint(run, factors, destination / "joint"))
+        written.append(_joint(run, factors, others / "joint"))
     if particles:
-        written.append(_particles(run, destination / "particles"))
+        written.append(_particles(run, others / "particles"))
+    if posterior:
+        written.append(_posterior(run, out))
+    if not written:
+        raise ConfigError(f"{folder}: the run has no target task; export what it learnt from its source tasks by --posterior")
     for place in written:
         typer.echo(place)
+    if destination is not None:
+        _warn_of_own_backbone(run)
+        typer.echo(push(_by_name(run, written), destination, private=private))
     typer.echo(_how_to_load(run, written[0]))
 
 
@@ -51,10 +73,10 @@ def _single(run: StoredRun, task: str, out: Path | None) -> Path:
     return exported if out is None else _copied(exported, out / task)
 
 
-def _ensemble(run: StoredRun, task: str, out: Path | None) -> Path:
-    """Return the prompts that the ensemble of a task averages over, copied as `_single` does."""
-    exported = run.folder / layout.TARGET / task / layout.ENSEMBLE
-    return exported if out is None else _copied(exported, out / f"{task}-{layout.ENSEMBLE}")
+def _other(run: StoredRun, task: str, kind: str, out: Path | None = None) -> Path:
+    """Return the prompts of a task's ensemble, or its best particle, copied as `_single` does."""
+    exported = run.folder / layout.TARGET / task / kind
+    return exported if out is None else _copied(exported, out / f"{task}-{kind}")
 
 
 def _complete(run: StoredRun, task: str) -> None:
@@ -76,7 +98,7 @@ def _complete(run: StoredRun, task: str) -> None:
 
 def _copied(exported: Path, place: Path) -> Path:
     """Copy an export to `place`, replacing an earlier one as a whole."""
-    markers = (layout.ADAPTER_CONFIG, layout.WEIGHTS_FACTS, layout.TASK_RECORD)
+    markers = (layout.ADAPTER_CONFIG, layout.WEIGHTS_FACTS, layout.TASK_RECORD, layout.POSTERIOR_FACTS)
     if place.exists() and not any((place / name).is_file() for name in markers):
         raise StorageError(f"{place}: exists and is not an export; remove it or choose another --out")
     # Copied beside it and renamed: an interrupted export leaves the old one, never a mixture of two.
@@ -149,11 +171,42 @@ def _particles(run: StoredRun, place: Path) -> Path:
     return export_particles(particles, place, card=card, record=record, **run.base())
 
 
+def _posterior(run: StoredRun, out: Path | None) -> Path:
+    """Return the posterior of the source stage, copied as `_single` does."""
+    if run.posterior is None:
+        raise ConfigError(f"--posterior: {run.folder} has no source posterior; leave the option out")
+    return run.posterior if out is None else _copied(run.posterior, out / layout.POSTERIOR)
+
+
+def _by_name(run: StoredRun, written: Sequence[Path]) -> dict[str, Path]:
+    """Return exports by the names of their folders in a repository; one export alone is the repository."""
+    if len(written) == 1:
+        return {"": written[0]}
+    names = {}
+    for place in written:
+        parts = place.relative_to(run.folder).parts if place.is_relative_to(run.folder) else ()
+        if parts[:1] == (layout.TARGET,):
+            kind = parts[2]
+            names[parts[1] if kind in (layout.ADAPTER, layout.WEIGHTS) else f"{parts[1]}-{kind}"] = place
+        else:
+            names[place.name] = place
+    return names
+
+
+def _warn_of_own_backbone(run: StoredRun) -> None:
+    """Say that nobody else has a backbone that is a folder here."""
+    path = run.config.backbone.path
+    if Path(path).is_dir():
+        log.warning("backbone.path: %s is a folder of this machine; who loads the exports gives the same model by --backbone", path)
+
+
 def _how_to_load(run: StoredRun, place: Path) -> str:
     from bpt_dist.artifacts.model_card import AUTO_CLASSES
     from bpt_dist.backbones.prompts import peft_config
     from bpt_dist.tasks import mini
 
+    if (place / layout.POSTERIOR_FACTS).is_file():
+        return f"\nsource: {{posterior: {place}}}"
     if (place / layout.WEIGHTS_FACTS).is_file():
         words = ["bpt-dist", "eval", str(place), "--task", run.targets[0], "-c", str(run.folder / layout.CONFIG)]
         return f"\n{shlex.join(words)}"

@@ -347,11 +347,18 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="By default the prompts stay in the run, all else goes to RUN/export.")
     ] = None,
     particles: Annotated[bool, typer.Option(help="Export every particle of the source posterior and their mean as well.")] = False,
+    posterior: Annotated[
+        bool, typer.Option(help="Export the source posterior as well, for `source.posterior` of other runs.")
+    ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Write the exports to this repository of the Hugging Face hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Write what a finished run trained, as PEFT folders where PEFT knows it, and say how to load it."""
     from bpt_dist.commands.export import export_run
 
-    export_run(run, task, out, particles=particles)
+    export_run(run, task, out, particles=particles, posterior=posterior, push_to=push_to, private=private)
 
 
 @app.command()
@@ -384,7 +391,8 @@ def evaluate(
 @app.command()
 def predict(
     prompts: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, or a folder of exports.")
+        list[Path] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
@@ -393,12 +401,15 @@ def predict(
     out: Annotated[Path | None, typer.Option(metavar="JSONL", help="The answers; by default standard output.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")
+    ] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
 ) -> None:
     """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""
     from bpt_dist.commands.predict import predict as run
 
-    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, window=window)
+    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, best=best, window=window)
 
 
 @app.command()

@@ -25,6 +25,7 @@ def predict(
     *,
     backbone: str | None,
     ensemble: bool,
+    best: bool,
     window: int,
 ) -> None:
     """Answer every row.
@@ -34,12 +35,12 @@ def predict(
     """
     from bpt_dist.artifacts.inference.exports import read_exports, refuse_duplicates, refuse_several_backbones
 
-    exports = [export for place in places for export in read_exports(place, ensemble=ensemble)]
+    exports = [export for place in places for export in read_exports(place, ensemble=ensemble, best=best)]
     for one in named:
         name, _, folder = one.partition("=")
         if not name or not folder:
             raise ConfigError(f"--prompt {one}: is not NAME=FOLDER; write for example --prompt reviews=exports/reviews")
-        exports += read_exports(Path(folder), name, ensemble=ensemble)
+        exports += read_exports(Path(folder), name, ensemble=ensemble, best=best)
     if not exports:
         raise ConfigError("no prompt is given; name a folder written by `bpt-dist export`, a run, or --prompt NAME=FOLDER")
     refuse_duplicates(exports)

@@ -160,8 +160,9 @@ class SourceStageConfig(StageConfig):
     shared_texts: bool = Field(default=True, description="All particles see the same texts; false draws texts for each.")
     posterior: Folder | None = Field(
         default=None,
-        description="Stored posterior to start from; the stage is skipped, its other keys and the method's options for it "
-        "describe the origin. In files with seeds `{seed}` is that of the run: FOLDER/LABEL-s{seed} is another row's.",
+        description="Stored posterior to start from, a folder or `owner/name@revision` of the hub; the stage is skipped, its other "
+        "keys and the method's options for it describe the origin. In files with seeds `{seed}` is that of the run: "
+        "FOLDER/LABEL-s{seed} is another row's.",
     )
 
     @model_validator(mode="after")

@@ -286,6 +286,10 @@ class Method(nn.Module):
         """Return the prompts that an `ensemble` averages over, by target task, or None without an ensemble of prompts."""
         return None
 
+    def best_prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
+        """Return the prompt that `best` predicts each target task with (`predict_with`), or None where there is no such choice."""
+        return None
+
     @classmethod
     def shared_prompt(cls, trained: Tensors) -> SharedPrompt | None:
         """Return what of the trained tensors of a joint stage makes its prompts F o (sum_r u_r v_r^T), or None."""

@@ -296,3 +296,10 @@ class BayesianPromptTuning(VanillaTransfer):
         if self.evaluation.predict != "ensemble":
             return None
         return dict(zip(self.target_tasks, self._hypotheses().detach().cpu().unbind(1), strict=True))
+
+    def best_prompts(self) -> dict[str, Float[Tensor, "P D"]] | None:
+        """Return the adapted particle of each target task that `evaluation.predict: best` chose."""
+        if self.evaluation.predict != "best":
+            return None
+        of_tasks = self.target_prompts().detach().cpu()
+        return {name: of_tasks[self.predicting[task] + 1, task] for task, name in enumerate(self.target_tasks)}

@@ -5,7 +5,7 @@ Users, other programs and older runs know these names: a changed name is a chang
     config.yaml  run.json  status.json  run.lock  metrics.jsonl  backbone.json  data.json  inputs.json  results.json
     logs/  figures/
     source/checkpoints/  source/posterior/{posterior.safetensors,posterior.json}  source/particles/step-<n>.safetensors
-    target/<task>/{checkpoints/, adapter/, ensemble/, weights/, result.json, predictions*.jsonl}
+    target/<task>/{checkpoints/, adapter/, ensemble/, best/, weights/, result.json, predictions*.jsonl}
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ PARTICLES = "particles"  # where more than a few of them were, step by step
 POSTERIOR_TENSORS, POSTERIOR_FACTS = "posterior.safetensors", "posterior.json"
 ADAPTER = "adapter"  # a PEFT folder
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENSEMBLE = "ensemble"  # a PEFT folder for each prompt that an ensemble averages over
+BEST = "best"  # a PEFT folder: the adapted particle that `evaluation.predict: best` chose
 TASK_RECORD = "task.json"  # of an export: how its texts are worded and its answers found
 WEIGHTS = "weights"  # trained tensors that PEFT does not know
 WEIGHTS_FACTS = "weights.json"

@@ -81,9 +81,9 @@ class TargetOutputs:
         write_atomic(folder / layout.predictions(split, predict), b"".join(map(encode_json, predictions)))
 
     def export(self, tasks: Sequence[TaskData], entries: Sequence[Result]) -> None:
-        """Write each finished prompt and the prompts of its ensemble, or the low-rank changes of the backbone, as PEFT folders."""
+        """Write each finished prompt, its ensemble and its best particle, or the low-rank changes, as PEFT folders."""
         prompts, pairs = self.method.prompts() or {}, self.method.low_rank_pairs()
-        ensembles = self.method.ensemble_prompts() or {}
+        ensembles, chosen = self.method.ensemble_prompts() or {}, self.method.best_prompts() or {}
         path, revision, facts = self.backbone.path, self.backbone.revision, self.backbone.facts
         base: dict[str, Any] = {"base_model": path, "revision": revision, "config_facts": facts}
         for task in tasks:
@@ -100,6 +100,10 @@ class TargetOutputs:
             if name in ensembles:
                 card = self._card(f"Soft prompts of an ensemble for {name}", name, entries, "ensemble")
                 export_ensemble(ensembles[name], folder / layout.ENSEMBLE, **base, card=card, record=record)
+            if name in chosen:
+                card = self._card(f"Soft prompt for {name}, the best of the adapted particles", name, entries, "best")
+                record = record.with_prompts(["."], "best")
+                export_prompt(chosen[name], folder / layout.BEST, **base, card=card, record=record)
 
     def _card(self, title: str, name: str, entries: Sequence[Result], predict: str) -> CardFacts:
         return CardFacts(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_decoder
 import transformers
 
 from bpt_dist.commands.bench import correctness, source_run, target
@@ -116,6 +117,17 @@ def test_rows_of_many_tasks_are_answered_as_by_peft(shape, capsys, tmp_path) -> 
     variants = report["variants"]
     assert variants["ours_100"]["speedup_over_peft"]["median"] > 1, "100 small batches against a few"
     assert variants["ours_1"]["speed_of_one_task"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_rows_of_many_tasks_are_answered_as_by_peft_on_a_decoder(capsys, tmp_path) -> None:
+    folder = tiny_decoder.make(tmp_path / "decoder")
+    words = ("predict", "--backbone", "decoder", "--shape", folder, "--quick", "--repeats", 2)
+    code, out, err, report = bench(capsys, tmp_path, *words)
+    assert code == 0, err
+    assert report["same_predictions"] == {"1": True, "10": True, "100": True}
+    assert report["layers"] == 3
+    assert report["variants"]["ours_100"]["speedup_over_peft"]["median"] > 1, "100 small batches against a few"
+    assert "each prompt read once" in out
 
 
 def test_the_svgd_step_alone(capsys, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,6 +267,8 @@ def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str,
             kind="row", error=f"a row must be an object, this is {type(row).__name__}; give the columns of a task by name"
         )
     name, own = row.get(TASK), row.get(ID)
+    if not _can_be_written(own):
+        return Answer(kind="row", error="`id` holds what no JSON file can (an infinite number, half a surrogate pair); give a text")
     only = next(iter(prompts.values())) if len(prompts) == 1 else None
     # A column of the only task may have the name of ours.
     if only is not None and (name is None or (TASK in only.export.task.fields and not isinstance(row.get(FIELDS), dict))):
@@ -282,6 +285,15 @@ def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str,
         problems = "; ".join(dict.fromkeys(found))
         return Answer(task=name, kind="fields", error=f"{problems}; task {name!r} reads {', '.join(task.fields)}", id=own)
     return prompt, fields
+
+
+def _can_be_written(value: Any) -> bool:
+    """Return whether an answer can hold a value of its row."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _form(entry: FormEntry) -> str:

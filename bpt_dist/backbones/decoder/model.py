@@ -8,7 +8,7 @@ family does so (Gemma); prompts are put before the result and are not multiplied
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from bpt_dist.backbones.attention import ATTENTIONS
-from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, average_distributions, end_tokens
+from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, Texts, average_distributions, end_tokens
 from bpt_dist.backbones.decoder.config import export_facts, rotates_by_length
+from bpt_dist.backbones.decoder.mixed import MixedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, Scored, logits_of
 from bpt_dist.backbones.decoder.results import forward_of, forward_of_stock
 from bpt_dist.objective import IGNORED, Reduction
@@ -264,6 +265,27 @@ class DecoderBackbone(Backbone):
             tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         written = tokens[:1] if average else tokens  # on average all particles write the same
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]
+
+    @torch.no_grad()
+    def rank_each(
+        self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], candidates: Sequence[Int[Tensor, "_C _U"]]
+    ) -> list[Float[Tensor, "m _C"]]:
+        """Return the log-likelihood of each text's own candidates under its own prompts, in one pass where ours applies."""
+        if (packed := self.packed_pass()) is None:
+            return super().rank_each(texts, prompts, candidates)
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        ranked: list[Tensor] = self.call("packed", MixedDecoder(packed).rank, ids, mask, prompts, candidates)
+        return ranked
+
+    @torch.no_grad()
+    def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
+        """Return what each text's own prompts write together, in one pass where ours applies."""
+        packed = self.packed_pass()
+        if packed is None or self.synced:
+            return super().generate_each(texts, prompts, max_new_tokens)
+        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        tokens = self.call("packed", MixedDecoder(packed).generate, ids, mask, prompts, max_new_tokens)
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     @torch.no_grad()
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:

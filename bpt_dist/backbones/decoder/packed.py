@@ -86,8 +86,8 @@ class PackedDecoder:
         inputs = self._inputs(ids, mask, embeds)
         num_targets = (target_ids != IGNORED).sum(1).tolist()
         layout = inputs.layout([number - 1 for number in num_targets])
-        tokens = layout.pack(inputs.prompts, inputs.texts, self._embed(target_ids.clamp_min(0)))
-        of_all = self._run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(target_ids.clamp_min(0)))
+        of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
         places = [first + source - 1 + torch.arange(number) for first, source, number in
                   zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
         of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
@@ -104,8 +104,8 @@ class PackedDecoder:
         inputs, tree = self._inputs(ids, mask, embeds), Tree.of(candidates.tolist(), 0)  # the root is the source's last token
         nodes = torch.tensor(tree.tokens[1:], dtype=torch.long, device=ids.device)
         layout = inputs.layout([len(nodes)] * len(ids), tree)
-        tokens = layout.pack(inputs.prompts, inputs.texts, self._embed(nodes).expand(len(ids), -1, -1))
-        states = self._run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(nodes).expand(len(ids), -1, -1))
+        states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
         starts = layout.first + torch.tensor(inputs.num_source) - 1
         places = (starts.flatten()[:, None] + torch.arange(len(tree.tokens))).to(states.device)
         rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
@@ -124,7 +124,7 @@ class PackedDecoder:
         layout = inputs.layout([0] * len(ids))
         reader = PromptsAndTexts(layout, self.attention, keep=True)
         tokens = layout.pack(inputs.prompts, inputs.texts, inputs.texts.new_zeros(len(ids), 0, inputs.texts.shape[-1]))
-        states = self._run(tokens, layout.positions(), reader)
+        states = self.run(tokens, layout.positions(), reader)
         assert reader.kept is not None
         # Rows are in the order of the layout: group by group, particle by particle.
         rows = [(particle, text) for texts, _ in layout.groups for particle in range(layout.num_particles) for text in texts]
@@ -132,27 +132,39 @@ class PackedDecoder:
         starts = layout.first.to(ids.device)[particles, texts] + torch.tensor(inputs.num_source, device=ids.device)[texts]
         positions = layout.prompt_length + torch.tensor(inputs.num_source, device=ids.device)[texts]
         averaged = layout.num_particles if average else 1
-        written = self._write(states[starts - 1], positions, NextTokens(reader.kept, self.attention), layout.num_rows,
+        written = self.write(states[starts - 1], positions, NextTokens(reader.kept, self.attention), layout.num_rows,
                               max_new_tokens, averaged)  # fmt: skip
         found = torch.empty(*layout.first.shape, written.shape[1], dtype=torch.long, device=ids.device)
         found[particles, texts] = written
         return found
 
-    def _write(
-        self, states: Tensor, positions: Tensor, reader: NextTokens, num_rows: list[int], max_new_tokens: int, averaged: int
+    def write(
+        self,
+        states: Float[Tensor, "rows D"],
+        positions: Int[Tensor, " rows"],
+        reader: NextTokens,
+        num_rows: list[int],
+        max_new_tokens: int,
+        averaged: int,
+        limits: Int[Tensor, " rows"] | None = None,
     ) -> Int[Tensor, "rows U"]:
-        """Return what follows the last states of sequences in groups, one token a step."""
+        """Return what follows the last states of sequences in groups, one token a step.
+
+        `limits` may end a sequence earlier, those of a text alike. Behind the end token is padding.
+        """
         config, device = self.model.config, states.device
         tokens = torch.full((len(states), max_new_tokens), config.pad_token_id, device=device)
         ends, alive = torch.tensor(end_tokens(config), device=device), torch.arange(len(states), device=device)
         for step in range(max_new_tokens):
             if step:
-                states = self._run(self._embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader)
+                states = self.run(self.embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader)
             scores = logits_of(self.model, states)
             if averaged > 1:
                 scores = torch.cat([average_distributions(group, averaged) for group in scores.split(num_rows)])
             tokens[alive, step] = scores.argmax(-1)
             continues = ~torch.isin(tokens[alive, step], ends)
+            if limits is not None:
+                continues &= limits[alive] > step + 1
             if not continues.any():
                 return tokens[:, : step + 1]
             parts = list(continues.split(num_rows))
@@ -162,15 +174,15 @@ class PackedDecoder:
         return tokens
 
     def _inputs(self, ids: Tensor, mask: Tensor, embeds: InputEmbeds) -> Inputs:
-        inputs = embeds(self._embed(ids))
+        inputs = embeds(self.embed(ids))
         return Inputs.of(inputs, mask.sum(1).tolist(), inputs.shape[2] - ids.shape[1])
 
-    def _embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+    def embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """Return the word embeddings, multiplied where the family does so; prompts are put before them as they are."""
         rows: Tensor = self.model.model.embed_tokens(ids)
         return rows
 
-    def _run(self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader) -> Float[Tensor, "t D"]:
+    def run(self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader) -> Float[Tensor, "t D"]:
         """Return the last hidden states of tokens whose attention `reader` computes."""
         with our_attention(self.model.config):
             output = self.model.model(

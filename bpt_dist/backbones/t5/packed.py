@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from bpt_dist.backbones.attention import Attention, plain_attention
 from bpt_dist.backbones.base import Forward, InputEmbeds, average_distributions, end_tokens
-from bpt_dist.backbones.candidates import MOST_LOGITS, Tree
+from bpt_dist.backbones.candidates import MOST_LOGITS, Tree, along_each
 from bpt_dist.backbones.t5.blocks import Decoder, Encoder
 from bpt_dist.backbones.t5.layout import Layout
 from bpt_dist.objective import IGNORED, Reduction
@@ -93,7 +93,7 @@ class PackedT5:
         order = [text for group in layout.groups for _ in range(layout.num_particles) for text in group.texts]
         nodes = torch.tensor([token for text in order for token in trees[text].tokens], device=ids.device)
         decoded = self.decoder(self._embed(nodes), memory, layout.decoder_rows, biases)
-        sums = self._along_own(decoded, [trees[text] for text in order])
+        sums = along_each([trees[text] for text in order], decoded, self._logits, self.model.config.vocab_size)
         found: list[list[Tensor]] = [[] for _ in trees]
         for text, of_row in zip(order, sums, strict=True):
             found[text].append(of_row)
@@ -173,27 +173,6 @@ class PackedT5:
         of_nodes = self._logits(decoded).log_softmax(-1).unflatten(0, (-1, len(tree.tokens)))
         paths = [torch.tensor(path, device=decoded.device) for path in tree.paths]
         return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)
-
-    def _along_own(self, decoded: Float[Tensor, "nodes D"], trees: Sequence[Tree]) -> list[Float[Tensor, " _C"]]:
-        """Return the log-likelihood of each candidate of each tree from the states of all their nodes, one tree after the other."""
-        nodes, tokens, counts = [], [], [len(tree.paths) for tree in trees]
-        owners: list[int] = []
-        first = 0
-        for tree in trees:
-            for path in tree.paths:
-                nodes += [first + node for node, _ in path]
-                tokens += [token for _, token in path]
-                owners += [(owners[-1] if owners else -1) + 1] * len(path)
-            first += len(tree.tokens)
-        at, next_token = (torch.tensor(values, device=decoded.device) for values in (nodes, tokens))
-        picked = decoded.new_zeros(len(nodes), dtype=torch.float32)
-        nodes_at_once = max(1, MOST_LOGITS // self.model.config.vocab_size)
-        for begin in range(0, len(decoded), nodes_at_once):
-            logits = self._logits(decoded[begin : begin + nodes_at_once])
-            here = ((at >= begin) & (at < begin + nodes_at_once)).nonzero().flatten()
-            picked[here] = logits[at[here] - begin, next_token[here]] - logits.logsumexp(-1)[at[here] - begin]
-        sums = picked.new_zeros(sum(counts)).index_add(0, torch.tensor(owners, device=decoded.device), picked)
-        return list(sums.split(counts))
 
     def _bias_of(self, tree: Tree) -> Float[Tensor, "1 H n n"]:
         """Return the position bias between nodes: by their depths, -inf unless one is on the other's way to the root."""

@@ -15,6 +15,7 @@ from bpt_dist.commands.output import print_list, progress
 from bpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bpt_dist.commands.bench.source_run import Options
     from bpt_dist.commands.bench.timing import Clock
 
 bench = typer.Typer(invoke_without_command=True, no_args_is_help=False)
@@ -40,6 +41,9 @@ class Lengths(StrEnum):
 
     stated = "stated"
     real = "real"
+
+
+Backbone = Annotated[Family, typer.Option("--backbone", help="`decoder`: a decoder-only model of the shape of SmolLM2-135M.")]
 
 
 def writable(file: Path | None) -> Path | None:
@@ -72,7 +76,7 @@ def source(
     threads: Threads = 1,
     device: Device = "auto",
     pass_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one of our passes, as in `source.pass_size`.")] = None,
-    backbone: Annotated[Family, typer.Option(help="`decoder`: a decoder-only model of the shape of SmolLM2-135M.")] = Family.t5,
+    backbone: Backbone = Family.t5,
     prompts: Annotated[str, typer.Option(metavar="P,...", help="Prompt positions, with --backbone decoder.")] = "100,20",
 ) -> None:
     """Time the source step: PEFT in a loop over particles, the stock T5, ours, in fp32 and bf16; exit code 1 if one is wrong."""
@@ -268,12 +272,23 @@ def predict(
     repeats: Repeats = None,
     threads: Threads = 1,
     device: Device = "auto",
+    backbone: Backbone = Family.t5,
 ) -> None:
     """Time rows of 1, 10 and 100 tasks in one batch against PEFT switching adapters; exit code 1 if the answers differ."""
-    from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict
+    from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict, run_predict_decoder
 
     clock, machine = prepare(device, threads)
-    report = on_shape("predict", shape, quick, repeats, clock, run_predict)
+    if backbone is Family.decoder:
+        from bpt_dist.commands.bench.decoder import SMOLLM2
+        from bpt_dist.commands.bench.decoder import shape_of as decoder_shape
+
+        name = shape or SMOLLM2
+        config = decoder_shape(name, quick=quick)
+        with progress() as tell:
+            found = run_predict_decoder(config, clock, options_of(repeats, quick), 100, tell)
+        report = {"command": "predict", "shape": name, "layers": config.num_hidden_layers, **found}
+    else:
+        report = on_shape("predict", shape, quick, repeats, clock, run_predict)
     print_rows(report, machine(), HEADER, predict_rows(report), file, other_answers(report))
 
 
@@ -309,13 +324,18 @@ def passes(
 
 def on_shape(command: str, shape: str | None, quick: bool, repeats: int | None, clock: Clock, run: Any) -> dict[str, Any]:
     """Run a comparison on the chosen shape and return its report."""
-    from bpt_dist.commands.bench.source_run import Options
     from bpt_dist.commands.bench.workload import bench_shape
 
     name = shape or default_shape(clock, quick)
-    options = Options(repeats or 5, QUICK_SECONDS / 2 if quick else None)
     with progress() as tell:
-        return {"command": command, "shape": name, **run(bench_shape(name), clock, options, 100, tell)}
+        return {"command": command, "shape": name, **run(bench_shape(name), clock, options_of(repeats, quick), 100, tell)}
+
+
+def options_of(repeats: int | None, quick: bool) -> Options:
+    """Return the rounds of a comparison of rows under one prompt."""
+    from bpt_dist.commands.bench.source_run import Options
+
+    return Options(repeats or 5, QUICK_SECONDS / 2 if quick else None)
 
 
 def print_rows(

@@ -99,6 +99,101 @@ def test_bad_lines_are_answered_at_their_places(
     exported.assert_equal(found[::2], exported.predictions(run, "mood"))
 
 
+HOSTILE: list[tuple[bytes, str, str]] = [
+    (b"{", "line", "not a whole JSON object"),
+    (b"[1]", "line", "a row must be a JSON object"),
+    (b"null", "line", "a row must be a JSON object"),
+    (b'"text"', "line", "a row must be a JSON object"),
+    (b"", "line", "the line is empty"),
+    (b"   ", "line", "the line is empty"),
+    (b'{"sentence": "\xff"}', "line", "is not UTF-8"),
+    (b'\xef\xbb\xbf{"sentence": "a"}', "line", "byte-order mark"),
+    (b'{"sentence": NaN}', "line", "NaN is not JSON"),
+    (b'{"sentence": -Infinity}', "line", "-Infinity is not JSON"),
+    (b'{"sentence": "a", "sentence": "b"}', "line", "is in the row twice"),
+    (b'{"sentence": "a"}{"sentence": "b"}', "line", "not a whole JSON object"),
+    (b'{"sentence": "a", "id": ' + b"9" * 5000 + b"}", "line", ""),
+    (b"[" * 100_000, "line", "nested too deeply"),
+    (b'{"sentence": "' + b"a" * 1_000_001 + b'"}', "line", "longer than 1,000,000 bytes"),
+    (b'{"sentence": "a", "id": 1e999}', "row", "`id` holds what no JSON file can"),
+    (rb'{"sentence": "a", "id": "\ud800"}', "row", "`id` holds what no JSON file can"),
+    (b"{}", "fields", "field 'sentence' is missing"),
+    (b'{"sentence": null}', "fields", "field 'sentence' is missing"),
+    (b'{"sentence": ""}', "fields", "field 'sentence' is empty"),
+    (rb'{"sentence": " \t\n"}', "fields", "field 'sentence' is empty"),
+    (b'{"sentence": 3}', "fields", "it must be a text"),
+    (b'{"sentence": 1e999}', "fields", "it must be a text"),
+    (b'{"sentence": true}', "fields", "it must be a text"),
+    (b'{"sentence": {"a": 1}}', "fields", "it must be a text"),
+    (rb'{"sentence": "\udc80"}', "fields", "half a surrogate pair"),
+    (b'{"fields": {"sentence": []}}', "fields", "it must be a text"),
+    (b'{"fields": {}, "sentence": "a"}', "fields", "field 'sentence' is missing"),
+    (b'{"task": "other", "sentence": "a"}', "task", "task 'other' is not known here"),
+    (rb'{"task": "\ud800", "sentence": "a"}', "task", "is not known here"),
+    (b'{"task": 3, "sentence": "a"}', "task", "task '3' is not known here"),
+    (b'{"task": ["mood"], "sentence": "a"}', "task", "is not known here"),
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("window", ["512", "2"])
+def test_no_hostile_line_takes_another_row_with_it(
+    end: str, window: str, run: Path, tmp_path: Path, adapter: str, world: Path
+) -> None:
+    good = [{"sentence": row["sentence"]} for row in exported.rows(world, "mood")]
+    lines: list[Any] = []
+    for number, (bad, _, _) in enumerate(HOSTILE):
+        lines += [good[number % len(good)], bad]
+    code, found = predict(file_of(tmp_path, [*lines, good[0]], end=end), adapter, "--window", window)
+    assert code == 2
+    assert [answer["row"] for answer in found] == list(range(1, 2 * len(HOSTILE) + 2))
+    expected = exported.predictions(run, "mood")
+    right = [expected[number % len(good)] for number in range(len(HOSTILE))]
+    exported.assert_equal(found[::2], [*right, expected[0]])
+    for (bad, kind, message), answer in zip(HOSTILE, found[1::2], strict=True):
+        assert answer["error"]["kind"] == kind, (bad[:60], answer)
+        assert message in answer["error"]["message"], (bad[:60], answer)
+        assert "\n" not in answer["error"]["message"]
+        assert len(answer["error"]["message"]) < 400
+
+
+@pytest.mark.parametrize("text", ["the " * 20_000, "\u2028the\x00 cat\x1b[2J", "\U0001f600" * 50, "</s> the <pad>"])
+def test_texts_of_any_length_and_signs_are_answered(text: str, tmp_path: Path, adapter: str) -> None:
+    code, found = predict(file_of(tmp_path, [{"sentence": "the cat"}, {"sentence": text}, {"sentence": "the cat"}]), adapter)
+    assert code == 0
+    assert found[0]["probabilities"] == pytest.approx(found[2]["probabilities"], abs=1e-5)
+    assert ("truncated" in found[1]) == (len(text) > 10_000)
+
+
+PEAK = """
+import resource, sys
+from bpt_dist.commands.main import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def peak_megabytes(adapter: str, num_rows: int, out: Path) -> int:
+    """Return the peak memory of a process that answers so many rows of 5 kB each from a pipe."""
+    line = json.dumps({"sentence": "the cat sat", "unused": "x" * 5000}).encode() + b"\n"
+    words = [sys.executable, "-c", PEAK, "predict", adapter, "--out", str(out)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    for _ in range(num_rows // 100):
+        process.stdin.write(line * 100)
+    _, screen = process.communicate()
+    assert process.returncode == 0, screen.decode()
+    with out.open("rb") as answers:
+        assert sum(1 for _ in answers) == num_rows
+    return int(screen.split()[-1])
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, adapter: str) -> None:
+    few, many = (peak_megabytes(adapter, number, tmp_path / "answers.jsonl") for number in (2_000, 20_000))
+    assert many - few < 30, "the rows alone are 90 MB more"
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_read(world: Path, run: Path, tmp_path: Path, adapter: str) -> None:
     lines = [json.dumps(row).encode() for row in exported.rows(world, "mood")]
     code, found = predict(file_of(tmp_path, [b"\xef\xbb\xbf" + lines[0], *lines[1:]], end="\r\n"), adapter)
@@ -142,7 +237,7 @@ def test_the_examples_of_the_page_do_what_it_says(
     monkeypatch.chdir(tmp_path)
     rows, answers = (block.splitlines() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
     Path("rows.jsonl").write_text("\n".join(rows) + "\n")
-    (words,) = re.findall(r"^bpt-dist (predict .*)$", page, re.MULTILINE)
+    words, *_ = re.findall(r"^bpt-dist (predict .*)$", page, re.MULTILINE)
     assert main(words.replace("runs/NAME", str(run)).split()) == 2
     found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     shown = [json.loads(line) for line in answers]

@@ -15,8 +15,9 @@ import torch
 
 from bpt_dist.artifacts.inference.backbone import load_backbone
 from bpt_dist.artifacts.inference.exports import Export, read_exports
-from bpt_dist.artifacts.inference.predictor import Predictor
+from bpt_dist.artifacts.inference.predictor import Predictor, Question
 from bpt_dist.artifacts.peft_export import CardFacts, export_prompt
+from bpt_dist.backbones.candidates import Tree
 from bpt_dist.commands.main import main
 from bpt_dist.errors import ConfigError
 
@@ -93,25 +94,46 @@ def test_a_mixed_batch_is_answered_as_each_task_alone(trained: Trained, tmp_path
     assert len(kinds) > len(exports), "prompts and rows must matter, else the test shows nothing"
 
 
-def test_prompts_of_one_length_share_a_pass_in_which_each_is_read_once(
+def test_prompts_of_all_lengths_and_label_words_share_a_pass_in_which_each_is_read_once(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, _ = trained
-    mood, *_, other = prompts_of_several_lengths(trained, tmp_path)
-    backbone = load_backbone(mood, device="cpu")
+    ranked = [export for export in prompts_of_several_lengths(trained, tmp_path) if export.task.decode == "rank"]
+    lists = {tuple(export.task.label_words) for export in ranked}
+    backbone = load_backbone(ranked[0], device="cpu")
+    predictor = Predictor(backbone, ranked)
     passes: list[int] = []
-    rank = backbone.rank
+    forward = backbone.model.model.forward
 
-    def counted(texts: Any, candidates: Any, input_embeds: Any) -> Any:
-        noted = input_embeds(torch.zeros(*texts.source_ids.shape, backbone.width)).shared_prompts
-        passes.append(noted.prompts.shape[1])
-        return rank(texts, candidates, input_embeds)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(kwargs["inputs_embeds"].shape[1])
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(backbone, "rank", counted)
-    rows = [{**row, "task": name} for row in exported.rows(world, "mood") for name in (mood.name, other.name)]
-    found = Predictor(backbone, [mood, other]).predict(rows)
-    assert passes == [2], "one pass, in which both prompts are read once"
-    assert all(answer.error is None for answer in found)
+    monkeypatch.setattr(backbone.model.model, "forward", counted)
+    rows = [{**row, "task": export.name} for export in ranked for row in exported.rows(world, export.task.name)[:3]]
+    questions = [one for one in predictor._read(rows, predictor._prompts) if isinstance(one, Question)]
+    assert all(answer.error is None for answer in predictor.predict(rows))
+    assert len(passes) == 1, "lengths of prompts and label words differ, and the texts share one pass"
+    assert len(lists) > 1
+    of_prompts = sum(prompt.hypotheses.shape[1] for prompt in predictor._prompts.values())
+    of_texts = sum(len(one.ids) for one in questions)
+    of_words = sum(len(Tree.of(one.prompt.candidates.tolist(), 0).tokens) - 1 for one in questions)  # type: ignore[union-attr]
+    assert passes[0] == of_prompts + of_texts + of_words, "each prompt once, and no padding"
+
+
+def test_a_text_stops_at_the_limit_of_its_own_task(trained: Trained) -> None:
+    (export,) = read_exports(trained[1] / "target" / "count" / "adapter")
+    backbone = load_backbone(export, device="cpu")
+    free = export.task.model_copy(update={"decode": "generate"})
+    many = [
+        dataclasses.replace(export, name=str(limit), task=free.model_copy(update={"max_new_tokens": limit})) for limit in (1, 2, 5)
+    ]
+    rows = [{**row, "task": one.name} for row in exported.rows(trained[0], "count")[:4] for one in many]
+    together = Predictor(backbone, many).predict(rows)
+    backbone.use_stock_pass()
+    alone = Predictor(backbone, many, tokens_at_once=1).predict(rows)
+    assert [answer.prediction for answer in together] == [answer.prediction for answer in alone]
+    assert len({answer.prediction for answer in together}) > 2
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from bpt_dist.artifacts.inference.backbone import load_backbone
 from bpt_dist.artifacts.inference.exports import Export, read_exports, refuse_duplicates
 from bpt_dist.artifacts.inference.predictor import Answer, Predictor
 from bpt_dist.artifacts.peft_export import CardFacts, export_prompt
+from bpt_dist.commands.main import main
 from bpt_dist.errors import ConfigError
 
 FOUR = {"target_tasks": ["mood", "count", "colour", "truth"]}
@@ -125,15 +126,38 @@ def test_the_fast_pass_answers_as_the_stock_one(world: Path, bpt: Path, tmp_path
     exported.assert_equal(fast, answers(Predictor(backbone, exports), rows))
 
 
-def test_the_exported_prompt_is_the_map_prompt_also_where_the_best_particle_was_measured(world: Path) -> None:
-    run = trained(world, {"name": "bpt"}, name="best", data={"target_tasks": ["mood"]}, evaluation={"predict": "best"})
+def test_the_map_prompt_and_the_best_particle_are_exported(world: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"data": {"target_tasks": ["mood", "count"]}, "evaluation": {"predict": "best"}}
+    run = trained(world, {"name": "bpt", "lr_full": 0.5}, name="best", **sections)
+    chosen, plain = read_exports(run, best=True), read_exports(run)
+    assert {export.record.predict for export in chosen} == {"best"}
+    best, own = (Predictor(load_backbone(found[0], device="cpu"), found) for found in (chosen, plain))
+    for task in ("mood", "count"):
+        exported.assert_equal(answers(best, exported.rows(world, task)), exported.predictions(run, task, "best"))
+        exported.assert_equal(answers(own, exported.rows(world, task)), exported.predictions(run, task))
+    pair = [predictor._prompts["mood"].hypotheses for predictor in (best, own)]
+    assert not torch.equal(*pair), "the two prompts must differ, else the test shows nothing"
+    assert main(["export", str(run), "--out", str(tmp_path / "exports")]) == 0
+    for wanted in ({}, {"best": True}):
+        in_folder, in_run = (read_exports(place, **wanted) for place in (tmp_path / "exports", run))
+        assert [(one.name, one.record) for one in in_folder] == sorted((one.name, one.record) for one in in_run)
+    with pytest.raises(ConfigError, match="has exported no ensemble; leave --ensemble out"):
+        read_exports(run, ensemble=True)
+    with pytest.raises(ConfigError, match="--best: contradicts --ensemble"):
+        read_exports(run, ensemble=True, best=True)
+
+
+def test_the_card_of_the_map_prompt_says_that_the_best_particle_was_measured(world: Path) -> None:
+    run = trained(world, {"name": "bpt"}, name="measured", data={"target_tasks": ["mood"]}, evaluation={"predict": "best"})
     folder = run / "target" / "mood" / "adapter"
     (export,) = read_exports(run)
     assert (export.record.predict, export.record.evaluated) == ("map", "best")
     given = answers(Predictor(load_backbone(export, device="cpu"), [export]), exported.rows(world, "mood"))
     exported.assert_equal(given, exported.predictions(run, "mood"))
     page = (folder / "README.md").read_text()
-    assert "also measured the adapted particle with the best validation score, which is not exported" in " ".join(page.split())
+    assert "also measured the adapted particle with the best validation score, which is an export of its own" in " ".join(
+        page.split()
+    )
     scores = [entry for entry in json.loads((run / "results.json").read_text()) if entry["predict"] == "map"]
     assert page.count("| mood |") == len(scores)
 
