@@ -91,6 +91,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._incoming: deque[_Job | _Errand] = deque()
         self._pool: deque[_Waiting] = deque()  # of the computing thread alone
+        self._open: set[Future[Any]] = set()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="passes", daemon=True)
         self._thread.start()
@@ -108,8 +109,7 @@ class Batcher:
             if self.num_waiting + len(rows) > self.most_waiting:
                 raise Full(min(max(1.0, math.ceil(self.num_waiting * self._seconds_a_row)), LONGEST_RETRY))
             self.num_waiting += len(rows)
-            self._incoming.append(job)
-            self._changed.notify()
+            self._queue(job)
         return job.future
 
     def call(self, run: Callable[[], Any]) -> Future[Any]:
@@ -117,8 +117,7 @@ class Batcher:
         errand = _Errand(run)
         with self._changed:
             self._refuse_if_closed()
-            self._incoming.append(errand)
-            self._changed.notify()
+            self._queue(errand)
         return errand.future
 
     def close(self) -> None:
@@ -127,6 +126,12 @@ class Batcher:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _queue(self, one: _Job | _Errand) -> None:
+        self._open.add(one.future)
+        one.future.add_done_callback(self._open.discard)
+        self._incoming.append(one)
+        self._changed.notify()
 
     def _refuse_if_closed(self) -> None:
         if self._closing or not self.is_alive:
@@ -142,8 +147,7 @@ class Batcher:
         finally:  # at the end nothing is left; after an error of ours nobody may wait for ever
             with self._changed:
                 self._closing = True
-                waiting = {id(item.job): item.job.future for item in self._pool}
-                left = [*waiting.values(), *(one.future for one in self._incoming)]
+                left = list(self._open)
             for future in left:
                 if not future.done():
                     future.set_exception(Closed())
@@ -212,6 +216,7 @@ class Batcher:
     def _answer(self, items: Sequence[_Waiting]) -> None:
         """Answer rows together; where a pass fails they are halved until the row that breaks it is alone."""
         left = dict(enumerate(items))
+        failure: Exception | None = None
         try:
             began = time.monotonic()
             for found in self.predictor.passes([replace(item.question, place=place) for place, item in left.items()]):
@@ -222,12 +227,15 @@ class Batcher:
                     self._settle(item.job, item.place, answer)
                 began = time.monotonic()
         except Exception as error:
-            rest = list(left.values())
-            if len(rest) == 1:
-                self._settle(rest[0].job, rest[0].place, _internal(error, rest[0].question))
-                return
-            for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
-                self._answer(half)
+            failure = error
+        if failure is None:
+            return
+        rest = list(left.values())
+        if len(rest) == 1:
+            self._settle(rest[0].job, rest[0].place, _internal(failure, rest[0].question))
+            return
+        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            self._answer(half)
 
     def _settle(self, job: _Job, place: int, answer: Answer) -> None:
         self._forget(1)

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import typer
 from bpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from uvicorn import Server
+
     from bpt_dist.commands.serve.limits import Limits
 
 KEEP_ALIVE = 30  # seconds that a client may leave a connection idle
@@ -41,6 +44,7 @@ def serve(
     sizes: dict[str, Any],
 ) -> None:
     """Serve the prompts until a signal; what was accepted by then is answered. Raises ConfigError for what cannot be used."""
+    _refuse_without_packages()
     limits = _limits(sizes)
     from bpt_dist.artifacts.inference.exports import read_given
     from bpt_dist.commands.serve.access import Token, is_loopback
@@ -62,7 +66,13 @@ def serve(
 
     predictor = Predictor(load_backbone(exports[0], backbone), exports, tokens_at_once=tokens)
     service = Service(predictor, limits, token, local_only=local, root=place.adapters, wait_seconds=wait_ms / 1000)
-    _run(make_app(service), listener, limits, f"{len(exports)} tasks at http://{_shown(address)}:{port}; Ctrl-C or SIGTERM ends it")
+    # uvicorn raises a signal again once it has stopped; by then all is answered, and the exit code is 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: None)
+    server = server_of(make_app(service), limits)
+    listener.listen(server.config.backlog)
+    typer.echo(f"{len(exports)} tasks at http://{_shown(address)}:{port}; Ctrl-C or SIGTERM ends it")
+    server.run(sockets=[listener])
 
 
 def _limits(sizes: dict[str, Any]) -> Limits:
@@ -76,7 +86,8 @@ def _limits(sizes: dict[str, Any]) -> Limits:
     return limits
 
 
-def _run(app: Any, listener: socket.socket, limits: Limits, what: str) -> None:
+def server_of(app: Any, limits: Limits) -> Server:
+    """Return the HTTP server of an application."""
     import uvicorn
 
     from bpt_dist.commands.serve.front import PatientProtocol
@@ -86,13 +97,15 @@ def _run(app: Any, listener: socket.socket, limits: Limits, what: str) -> None:
     config = uvicorn.Config(
         app, http=PatientProtocol, ws="none", loop="asyncio", lifespan="on", log_config=None, log_level="error",
         access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, limit_concurrency=CONNECTIONS,
+        backlog=CONNECTIONS,
     )  # fmt: skip
-    # uvicorn raises a signal again once it has stopped; by then all is answered, and the exit code is 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: None)
-    listener.listen(CONNECTIONS)
-    typer.echo(what)
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
+
+
+def _refuse_without_packages() -> None:
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"bpt-dist serve: {', '.join(missing)} is not installed; run `pip install 'bpt_dist[serve]'`")
 
 
 def _bound(host: str, port: int) -> socket.socket:
