@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,6 +65,8 @@ def serve(
     from bpt_dist.artifacts.inference.predictor import Predictor
     from bpt_dist.commands.serve.app import Service, make_app
 
+    if sys.stderr.isatty():
+        typer.echo("loading the backbone ...", err=True)
     predictor = Predictor(load_backbone(exports[0], backbone), exports, tokens_at_once=tokens)
     service = Service(predictor, limits, token, local_only=local, root=place.adapters, wait_seconds=wait_ms / 1000)
     # uvicorn raises a signal again once it has stopped; by then all is answered, and the exit code is 0.
