@@ -23,7 +23,7 @@ venv: $(READY)   ## make .venv with the measured set of packages
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,convert,dev,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hpo,convert,serve,dev,docs]"
 	touch $(READY)
 
 quickstart: $(READY)  ## train PT, vanilla transfer and BPT on the miniature world, print the table and what it shows

@@ -413,6 +413,40 @@ def predict(
 
 
 @app.command()
+def serve(
+    prompts: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, or a folder of exports.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind; one that other machines reach needs --token-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its line must come with every request.")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(metavar="ROOT", help="Let clients load exports below this folder, and remove tasks.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
+    wait_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Milliseconds a row waits for others at most.")] = 5.0,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that one pass reads, prompts included.")] = 16_384,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows of a request.")] = 256,
+    max_characters: Annotated[int, typer.Option(min=1, help="Characters of a row.")] = 20_000,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Rows that wait at once; more are refused by 429.")] = 4096,
+    body_seconds: Annotated[float, typer.Option(min=0.1, help="Time in which the body of a request must come.")] = 10.0,
+) -> None:
+    """Answer rows over HTTP, each under the prompt of its task, rows of all clients in one batch."""
+    from bpt_dist.commands.serve.command import Place
+    from bpt_dist.commands.serve.command import serve as run
+
+    place = Place(host=host, port=port, token_file=token_file, adapters=adapters)
+    sizes = {"body_bytes": max_body, "rows": max_rows, "characters": max_characters, "waiting_rows": max_waiting,
+             "body_seconds": body_seconds}  # fmt: skip
+    run(prompts or [], prompt or [], place, backbone=backbone, ensemble=ensemble, wait_ms=wait_ms, tokens=tokens, sizes=sizes)
+
+
+@app.command()
 def sync(run: RunFolder, as_json: AsJson = False) -> None:
     """Send what the tracking store has not got of a run."""
     from bpt_dist.commands.tracking import send_missing

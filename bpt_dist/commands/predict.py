@@ -33,18 +33,9 @@ def predict(
     Raises ConfigError before anything is answered where prompts or files cannot be used, and after the last row where some rows
     have no answer; Stopped at SIGINT or SIGTERM, with whole lines written.
     """
-    from bpt_dist.artifacts.inference.exports import read_exports, refuse_duplicates, refuse_several_backbones
+    from bpt_dist.artifacts.inference.exports import read_given
 
-    exports = [export for place in places for export in read_exports(place, ensemble=ensemble, best=best)]
-    for one in named:
-        name, _, folder = one.partition("=")
-        if not name or not folder:
-            raise ConfigError(f"--prompt {one}: is not NAME=FOLDER; write for example --prompt reviews=exports/reviews")
-        exports += read_exports(Path(folder), name, ensemble=ensemble, best=best)
-    if not exports:
-        raise ConfigError("no prompt is given; name a folder written by `bpt-dist export`, a run, or --prompt NAME=FOLDER")
-    refuse_duplicates(exports)
-    refuse_several_backbones(exports)
+    exports = read_given(places, named, ensemble=ensemble, best=best)
     if rows is not None and out is not None and out.exists() and rows.exists() and rows.samefile(out):
         raise ConfigError(f"--out {out}: is the file of the rows; give another one")
     with ExitStack() as stack:

@@ -130,6 +130,18 @@ def test_rows_of_many_tasks_are_answered_as_by_peft_on_a_decoder(capsys, tmp_pat
     assert "each prompt read once" in out
 
 
+def test_a_server_answers_many_tasks_as_peft(shape, capsys, tmp_path) -> None:
+    code, out, err, report = bench(capsys, tmp_path, "serve", "--shape", shape, "--quick", "--repeats", 2)
+    assert code == 0, err
+    assert report["same_predictions"] == {"1": True, "10": True, "100": True}
+    variants = report["variants"]
+    assert variants["ours_100"]["speedup_over_peft"]["median"] > 1
+    assert variants["ours_1"]["speed_of_one_task"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert 0 < variants["ours_100"]["p50"] <= variants["ours_100"]["p99"] < variants["ours_100"]["wall_seconds"]
+    assert report["peak_bytes"] >= report["idle_bytes"] > 1e8
+    assert "one server with all 111 prompts" in out
+
+
 def test_the_svgd_step_alone(capsys, tmp_path) -> None:
     words = ("svgd", "--particles", "2,20", "--coordinates", 1000, "--repeats", 2)
     code, _, err, report = bench(capsys, tmp_path, *words)

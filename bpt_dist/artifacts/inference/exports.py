@@ -45,6 +45,24 @@ def read_exports(place: Path, name: str | None = None, *, ensemble: bool = False
     return [Export(name, export.folder, export.record, export.task) for export in found]
 
 
+def read_given(places: Iterable[Path], named: Iterable[str], *, ensemble: bool = False, best: bool = False) -> list[Export]:
+    """Return the prompts that a command line gives: those of `places`, and those named as `NAME=FOLDER`.
+
+    Raises ConfigError where there is none, where two have one name, and where they belong to different backbones.
+    """
+    exports = [export for place in places for export in read_exports(place, ensemble=ensemble, best=best)]
+    for one in named:
+        name, _, folder = one.partition("=")
+        if not name or not folder:
+            raise ConfigError(f"--prompt {one}: is not NAME=FOLDER; write for example --prompt reviews=exports/reviews")
+        exports += read_exports(Path(folder), name, ensemble=ensemble, best=best)
+    if not exports:
+        raise ConfigError("no prompt is given; name a folder written by `bpt-dist export`, a run, or --prompt NAME=FOLDER")
+    refuse_duplicates(exports)
+    refuse_several_backbones(exports)
+    return exports
+
+
 def refuse_duplicates(exports: Iterable[Export]) -> None:
     """Raise ConfigError where two prompts have one name: a row could not say which of them it means."""
     owners: dict[str, Path] = {}

@@ -136,10 +136,20 @@ class Predictor:
         read = self._read(rows, self._prompts)
         questions = [one for one in read if isinstance(one, Question)]
         answers = {place: one for place, one in enumerate(read) if isinstance(one, Answer)}
+        for found in self.passes(questions):
+            answers |= found
+        return [answers[place] for place in range(len(rows))]
+
+    def read(self, rows: Sequence[Any]) -> list[Question | Answer]:
+        """Return what each row asks, ready for `passes`, or the answer that says why it cannot be asked."""
+        return self._read(rows, self._prompts)
+
+    def passes(self, questions: Sequence[Question]) -> Iterator[dict[int, Answer]]:
+        """Yield the answers of one pass after the other, by the places of the questions."""
         for batch in self._batches(questions):
             with self._passes, torch.no_grad():
-                answers |= {one.place: answer for one, answer in zip(batch, self._answer(batch), strict=True)}
-        return [answers[place] for place in range(len(rows))]
+                found = {one.place: answer for one, answer in zip(batch, self._answer(batch), strict=True)}
+            yield found
 
     def stream(self, rows: Iterable[Any], *, window: int = WINDOW) -> Iterator[Answer]:
         """Yield the answer to each row in order, never holding more than `window` rows."""
@@ -267,8 +277,11 @@ def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str,
             kind="row", error=f"a row must be an object, this is {type(row).__name__}; give the columns of a task by name"
         )
     name, own = row.get(TASK), row.get(ID)
-    if not _can_be_written(own):
-        return Answer(kind="row", error="`id` holds what no JSON file can (an infinite number, half a surrogate pair); give a text")
+    if not _can_be_repeated(own):
+        return Answer(
+            kind="row",
+            error=f"`{ID}` holds half a surrogate pair or a number out of range, which no answer can repeat; give another",
+        )
     only = next(iter(prompts.values())) if len(prompts) == 1 else None
     # A column of the only task may have the name of ours.
     if only is not None and (name is None or (TASK in only.export.task.fields and not isinstance(row.get(FIELDS), dict))):
@@ -287,8 +300,8 @@ def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str,
     return prompt, fields
 
 
-def _can_be_written(value: Any) -> bool:
-    """Return whether an answer can hold a value of its row."""
+def _can_be_repeated(value: Any) -> bool:
+    """Return whether a value can be written as JSON: `1e999` and half a surrogate pair can be read, but not written."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError):

@@ -293,6 +293,23 @@ def predict(
 
 
 @bench.command()
+def serve(
+    shape: Shape = None,
+    quick: Quick = False,
+    file: Json = None,
+    repeats: Repeats = None,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Time a server with rows of 1, 10 and 100 tasks against PEFT switching adapters; exit code 1 if the answers differ."""
+    from bpt_dist.commands.bench.serving.run import HEADER, other_answers, run_serve, serve_rows
+
+    clock, machine = prepare(device, threads)
+    report = on_shape("serve", shape, quick, repeats, clock, run_serve)
+    print_rows(report, machine(), HEADER, serve_rows(report), file, other_answers(report), right=(0, 2, 3, 4, 5, 6, 7))
+
+
+@bench.command()
 def passes(
     shape: Shape = None,
     file: Json = None,
@@ -345,11 +362,12 @@ def print_rows(
     lines: Sequence[tuple[str, ...]],
     file: Path | None,
     problems: Sequence[str],
+    right: Sequence[int] = (3, 4, 5, 6),
 ) -> None:
-    """Print the table of a command that times rows under one prompt: profile, variant and dtype, then numbers."""
+    """Print the table of a command that times rows under prompts of one length; columns listed in `right` hold numbers."""
     report["machine"] = machine
     say([f"{report['shape']}, one prompt of 100 positions", *machine_text(report)])
-    print_list(header, lines, right=(3, 4, 5, 6))
+    print_list(header, lines, right=right)
     finish(report, file, problems)
 
 

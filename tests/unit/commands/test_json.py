@@ -21,7 +21,7 @@ from bpt_dist.tracking.sender import Summary
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 # What they print is no list of facts: files they write, pages they serve, work that goes on; or JSON lines as it is (predict).
-OTHERS = {"train", "predict", "convert", "schema", "run-table", "sweep", "plot", "export", "ui", "example"}
+OTHERS = {"train", "predict", "serve", "convert", "schema", "run-table", "sweep", "plot", "export", "ui", "example"}
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:

@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from bpt_dist import config as configuration
 from bpt_dist.commands.check import hostfile
+from bpt_dist.commands.main import app
 from bpt_dist.config.processes import check_processes
 from bpt_dist.errors import ConfigError
 
@@ -93,6 +95,21 @@ def test_the_image_has_an_init_process_no_root_and_what_it_copies():
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
             assert source not in ignored
+
+
+def test_the_image_of_the_service_starts_what_its_example_says():
+    text = (ROOT / "Dockerfile").read_text()
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(stages) == ["base", "serve", "train"], "what is built without --target trains"
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", stages["serve"], re.MULTILINE)
+    assert yaml.safe_load(entry) == ["tini", "-g", "--", "bpt-dist", "serve"]
+    assert "[serve]" in stages["base"]
+    (example,) = re.findall(r"^# docker run .* bpt_serve (.*)$", text, re.MULTILINE)
+    command = typer.main.get_command(app).commands["serve"]
+    given = command.make_context("serve", example.split()).params
+    assert (given["host"], given["port"]) == ("0.0.0.0", 8000)
+    assert f":{given['token_file']}:ro" in text
+    assert f":{given['prompts'][0]}:ro" in text
 
 
 def test_the_example_of_the_image_can_work_on_its_processes():

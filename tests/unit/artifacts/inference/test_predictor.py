@@ -16,7 +16,8 @@ import torch
 
 from bpt_dist.artifacts.inference.backbone import load_backbone
 from bpt_dist.artifacts.inference.exports import Export, read_exports, refuse_duplicates
-from bpt_dist.artifacts.inference.predictor import Answer, Predictor
+from bpt_dist.artifacts.inference.lines import encode
+from bpt_dist.artifacts.inference.predictor import Answer, Predictor, Question
 from bpt_dist.artifacts.peft_export import CardFacts, export_prompt
 from bpt_dist.commands.main import main
 from bpt_dist.errors import ConfigError
@@ -287,3 +288,23 @@ def test_a_folder_without_a_prompt_names_what_is_missing(bpt: Path, tmp_path: Pa
         read_exports(tmp_path)
     with pytest.raises(ConfigError, match="holds no soft prompt"):
         read_exports(bpt / "source" / "posterior")
+
+
+@pytest.mark.parametrize("own", [float("inf"), "\ud800", [float("nan")], {"a": "\udfff"}], ids=range(4))
+def test_an_id_that_no_answer_can_repeat_is_an_error_of_its_row(world: Path, predictor: Predictor, own: Any) -> None:
+    row = exported.rows(world, "mood")[0]
+    bad, good = predictor.predict([{**row, "id": own}, row])
+    assert (bad.kind, bad.id, bad.prediction) == ("row", None, None)
+    assert encode(1, bad)
+    assert good.id == row["id"]
+
+
+def test_reading_and_passes_are_the_two_halves_of_predicting(world: Path, predictor: Predictor) -> None:
+    rows = [{"task": "none"}, *exported.rows(world, "mood"), 3, *exported.rows(world, "count")]
+    read = predictor.read(rows)
+    assert [place for place, one in enumerate(read) if isinstance(one, Answer)] == [0, 7]
+    found: dict[int, Answer] = {}
+    for of_pass in predictor.passes([one for one in read if isinstance(one, Question)]):
+        assert not of_pass.keys() & found.keys()
+        found |= of_pass
+    assert [found.get(place) or read[place] for place in range(len(rows))] == predictor.predict(rows)

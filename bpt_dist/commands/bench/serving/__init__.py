@@ -1,0 +1,1 @@
+"""`bench serve`: a real server under load from real clients, beside PEFT that switches its adapter for each task."""

@@ -1,0 +1,1 @@
+"""`bpt-dist serve`: rows over HTTP, answered under the prompts of their tasks on one frozen model."""
