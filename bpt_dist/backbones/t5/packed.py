@@ -65,7 +65,7 @@ class PackedT5:
             memory = self._encode(layout.encoder_tokens(inputs), layout, inputs.shape[2])
             start, grid = layout.decoder_tokens(self.model._shift_right(target_ids)), layout.decoder_grid(ids.device)
             decoded = self.decoder(self.embed(start), memory, layout.decoder_rows, grid)
-            logits = self._through_head(decoded, lambda: self._logits(decoded, grid))
+            logits = self._through_head(decoded, lambda decoded: self._logits(decoded, grid))
             losses = functional.cross_entropy(logits, layout.decoder_tokens(target_ids), reduction="none")
             return losses, logits, *((memory.tokens, decoded) if states else ())
 
@@ -95,7 +95,7 @@ class PackedT5:
             nodes = torch.tensor(tree.tokens, device=ids.device).repeat(sum(layout.num_rows))
             grid, biases = layout.decoder_grid(ids.device), _once(lambda: [self._bias_of(tree)] * len(layout.groups))
             decoded = self.decoder(self.embed(nodes), memory, layout.decoder_rows, grid, biases)
-            return self._through_head(decoded, lambda: self._along(tree, decoded, grid))
+            return self._through_head(decoded, lambda decoded: self._along(tree, decoded, grid))
 
         sums = self._call(run)
         return used[0].in_order(sums)
@@ -126,9 +126,9 @@ class PackedT5:
             memory, grid = self._encode(tokens, layout, longest), layout.decoder_grid(ids.device)
             order.extend(text for group in layout.groups for _ in range(layout.num_particles) for text in group.texts)
             nodes = torch.tensor([token for text in order for token in trees[text].tokens], device=ids.device)
-            biases = _once(lambda: make_biases(layout))
+            biases, own_trees = _once(lambda: make_biases(layout)), [trees[text] for text in order]
             decoded = self.decoder(self.embed(nodes), memory, layout.decoder_rows, grid, biases)
-            return self._through_head(decoded, lambda: self._along_own(decoded, [trees[text] for text in order], grid))
+            return self._through_head(decoded, lambda decoded: self._along_own(decoded, own_trees, grid))
 
         found: list[list[Tensor]] = [[] for _ in trees]
         sums = self._call(run)
@@ -228,9 +228,9 @@ class PackedT5:
         rows: Tensor = self.model.shared(ids)
         return rows.float()
 
-    def _through_head(self, decoded: Float[Tensor, "*n D"], run: Callable[[], Any]) -> Any:
-        """Return what `run` computes with `_logits`, which needs the weights of the head."""
-        return self.model.lm_head(decoded, run=lambda _decoded: run())
+    def _through_head(self, decoded: Float[Tensor, "n D"], run: Callable[[Tensor], Any]) -> Any:
+        """Return what `run` makes of last hidden states with `_logits`, which needs the weights of the head."""
+        return self.model.lm_head(decoded, run=run)
 
     def _logits(self, decoded: Float[Tensor, "n D"], grid: Grid) -> Float[Tensor, "n V"]:
         """Return the logits in float32; only inside `_through_head`."""
@@ -241,7 +241,7 @@ class PackedT5:
 
     def next_logits(self, decoded: Float[Tensor, "n D"], grid: Grid) -> Float[Tensor, "n V"]:
         """Return the logits of the next token of each sequence."""
-        logits: Tensor = self._through_head(decoded, lambda: self._logits(decoded, grid))
+        logits: Tensor = self._through_head(decoded, lambda decoded: self._logits(decoded, grid))
         return logits
 
     def _along(self, tree: Tree, decoded: Float[Tensor, "nodes D"], grid: Grid) -> Float[Tensor, "rows C"]:
