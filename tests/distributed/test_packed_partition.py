@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
 import tiny_t5
 import torch
+from plain_t5 import shake
 from torch import Tensor
 
 from bpt_dist.backbones.base import Texts, local_shard
@@ -19,7 +23,8 @@ from bpt_dist.backbones.prompts import prepend
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.config import DistributionConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.distributed.mesh import World
+from bpt_dist.distributed.mesh import Mesh, World
+from bpt_dist.methods.base import method_class
 from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.memory import gathered, measure
 
@@ -200,3 +205,62 @@ def test_bf16_parts_are_no_further_from_the_truth_than_the_whole(shard: str, fol
         assert dtype == torch.bfloat16
         assert 1e-3 < whole < 0.1
         assert parts <= 1.2 * whole
+
+
+# --- what methods insert --------------------------------------------------------------------------------------------------------
+
+INSERTED: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"targets": ("q", "k", "v", "wo")}),
+    ("adapters", {}),
+    ("bitfit", {}),
+    ("hyperformer", {}),
+    ("hyperdecoder", {"adapter_input": "raw"}),
+]
+
+
+def begun(backbone: T5Backbone, name: str, options: dict[str, Any]) -> Any:
+    """Return a method that adapts the backbone to two targets together, moved away from its start."""
+    chosen = method_class(name)
+    config = importlib.import_module(chosen.__module__).Config.model_validate(options)
+    method: Any = chosen(config, backbone, seed=0, reduction="token_sum")
+    specs: Any = [SimpleNamespace(name=task) for task in ("mood", "count")]
+    method.begin_target(None, specs, [32, 32], Mesh())
+    shake(method, std=0.1)
+    return method
+
+
+def inserted_answers(method: Any, rank: int) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {"log_likelihood": [], "gradient": [], "ranked": []}
+    for step in range(STEPS):
+        batch = texts(rank, step)
+        batch = replace(batch, task_index=torch.arange(len(batch)) % 2)
+        method.zero_grad(set_to_none=True)
+        passed = method(batch)
+        method.loss(passed, batch).backward()
+        found["log_likelihood"].append(passed.log_likelihood.detach())
+        found["gradient"].append(torch.cat([tensor.grad.flatten() for tensor in method.parameters()]))
+        found["ranked"].append(method.rank(batch, CANDIDATES, "map"))
+    return found
+
+
+def inserted_cases(world: World, folder: str, shard: Any) -> list[dict[str, Any]]:
+    found = []
+    for name, options in INSERTED:
+        expected = inserted_answers(begun(packed(folder), name, options), world.rank)
+        for recomputed in (False, True):
+            parts = partitioned(folder, world, DistributionConfig(shard=shard, activation_checkpointing=recomputed))
+            method = begun(parts, name, options)
+            differences, left = errors(inserted_answers(method, world.rank), expected), gathered(parts)
+            method.end()
+            parts.verify_unchanged()
+            placement.release(parts)
+            found.append({"case": (name, recomputed), "errors": differences, "gathered": left})
+    return found
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_what_is_inserted_into_parts_acts_as_in_the_whole(shard: str, folders: dict[str, str]) -> None:
+    for rank in ranks.run(inserted_cases, 2, folders["1.1"], shard):
+        for each in rank:
+            assert max(each["errors"].values()) <= 5e-6, each
+            assert each["gathered"] == 0, each
