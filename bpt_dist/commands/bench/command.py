@@ -180,7 +180,7 @@ def scaling(
     sizes = numbers("--ranks", ranks, least=1)
     clock, machine = prepare("cpu", 1)
     from bpt_dist.commands.bench.machine import check_dtype
-    from bpt_dist.commands.bench.scaling import HEADER, run_scaling, scaling_rows
+    from bpt_dist.commands.bench.parallel.scaling import HEADER, run_scaling, scaling_rows
     from bpt_dist.commands.bench.workload import bench_shape
 
     check_dtype(dtype, clock.device)
@@ -205,7 +205,7 @@ def exchange(
     """Time what several processes do besides the T5: particles gathered, or coordinates partitioned."""
     sizes, counts = numbers("--ranks", ranks, least=2), numbers("--particles", particles, least=2)
     _, machine = prepare("cpu", 1)
-    from bpt_dist.commands.bench.exchange import HEADER, exchange_row, measure
+    from bpt_dist.commands.bench.parallel.exchange import HEADER, exchange_row, measure
 
     bad = [(size, count) for size in sizes for count in counts if count % size]
     if bad:
@@ -239,7 +239,7 @@ def sharded(
     if not set(kinds) <= {"deepspeed", "fsdp2"}:
         raise ConfigError(f"--shard {shards}: is no list of deepspeed and fsdp2; write it like deepspeed,fsdp2")
     _, machine = prepare("cpu", 1)
-    from bpt_dist.commands.bench.sharded import HEADER, run_sharded, sharded_rows, wrong_variants
+    from bpt_dist.commands.bench.parallel.sharded import HEADER, run_sharded, sharded_rows, wrong_variants
     from bpt_dist.commands.bench.workload import bench_shape
 
     name, rounds = shape or "t5-small", repeats or (2 if quick else 5)
