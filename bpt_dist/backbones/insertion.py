@@ -43,7 +43,7 @@ class Site(NamedTuple):
 
 MakeChange = Callable[[Site], Change]
 Observe = Callable[[Float[Tensor, "rows L D"], Int[Tensor, "rows L"]], None]
-EACH_TOKEN = "bpt_dist_each_token"  # the mark of `each_token`
+FOR_EACH = "bpt_dist_each"  # the mark of `each_token`
 RUN = "run"  # the argument by which a family's own pass gives its computation to a module
 
 
@@ -53,14 +53,13 @@ def each_token(change: Change) -> Change:
     The packed pass then hands over its tokens as one row [1, tokens, ...]. Other changes get the rows of the stock pass, with zeros
     where a text is padded, which costs two copies.
     """
-    setattr(change, EACH_TOKEN, True)
+    setattr(change, FOR_EACH, True)
     return change
 
 
 def is_for_each_token(change: Change) -> bool:
     """Return whether a change was marked so."""
-    return getattr(change, EACH_TOKEN, False)
-
+    return getattr(change, FOR_EACH, False)
 
 
 class InsertionPoints:

@@ -85,7 +85,9 @@ def answers(backbone: T5Backbone, rank: int, longest_target: int = 5) -> dict[st
     batch = texts(rank, 0)
     found["ranked"].append(backbone.rank(batch, CANDIDATES, partial(prepend, prompts(rank))))
     own = [prompts(rank)[:, : 2 + row % 3] for row in range(len(batch))]
-    found["ranked"] += backbone.rank_each(Texts(batch.source_ids, batch.source_mask), own, [CANDIDATES[: 2 + row % 2] for row in range(len(batch))])
+    found["ranked"] += backbone.rank_each(
+        Texts(batch.source_ids, batch.source_mask), own, [CANDIDATES[: 2 + row % 2] for row in range(len(batch))]
+    )
     return found
 
 

@@ -218,10 +218,8 @@ class Decoder(Stack):
         found = self.changed(attend, states, found, grid)
         return self.changed(layer, hidden, self.plus(hidden, found), grid)
 
-    def read(
-        self, attend: Any, queries: Float[Tensor, "tokens H d"], memory: Memory, rows: Rows
-    ) -> Float[Tensor, "tokens H d"]:
-        """Return what queries read of the encoder's states: as they are, or their keys or values where those are cheaper or changed.
+    def read(self, attend: Any, queries: Float[Tensor, "tokens H d"], memory: Memory, rows: Rows) -> Float[Tensor, "tokens H d"]:
+        """Return what queries read of the encoder's states, or of their keys or values where those are cheaper or changed.
 
         Without keys, queries are taken to the width of the states; without values, the mean states are taken to the heads.
         """

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bpt_dist.backbones.insertion import Change, is_for_each_token
 
-
 Rows = Sequence[tuple[int, int]]  # of each group of tokens: number of sequences, positions of each
 
 

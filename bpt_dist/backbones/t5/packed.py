@@ -1,9 +1,9 @@
 """Our own pass through a frozen T5: no padding, no masks, no keys and values over encoder tokens; exact.
 
 It replaces transformers' modules where nothing of the T5 is trained (`T5Backbone.packed_pass_for`). What a method has inserted acts
-here too. Weights stay those of the stock model, of which it holds no second copy. They may be partitioned: a pass is one call of the
-partitioned module, and blocks, last norms, head and word embeddings compute inside their own `forward`, in the same order and as
-often on every rank, whatever its texts.
+here too. Weights stay those of the stock model, of which it holds no second copy. They may be partitioned: a pass is one call of
+the partitioned module, and blocks, last norms, head and word embeddings compute inside their own `forward`, in the same order and
+as often on every rank, whatever its texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from bpt_dist.backbones.t5.blocks import Cache, Changes, Decoder, Encoder, MakeB
 from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run
 from bpt_dist.backbones.t5.layout import Grid, Layout
 from bpt_dist.objective import IGNORED, Reduction
-
 
 Call = Callable[[Callable[[], Any]], Any]
 
@@ -210,7 +209,7 @@ class PackedT5:
     def _lay_out_each(
         self, ids: Tensor, mask: Tensor, prompts: Sequence[Float[Tensor, "m _P D"]], decoder_lengths: Sequence[int]
     ) -> tuple[Layout, Float[Tensor, "tokens D"], int]:
-        """Return the order of the tokens, the encoder's inputs in it, and the longest of them, where each text has its own prompts."""
+        """Return the order of the tokens, the encoder's inputs in it, and the longest, where each text has prompts of its own."""
         lengths = mask.sum(1).tolist()
         num_encoder = [prompt.shape[1] + length for prompt, length in zip(prompts, lengths, strict=True)]
         layout, embeds = Layout(len(prompts[0]), num_encoder, decoder_lengths), self.embed(ids)

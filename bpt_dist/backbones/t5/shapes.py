@@ -15,8 +15,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.checkpoint import CONFIG, PLACES, Checkpoint, first_line
-from bpt_dist.backbones.t5.config import read_config
 from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.t5.config import read_config
 from bpt_dist.backbones.t5.model import PromptedT5, T5Backbone
 from bpt_dist.distributed.hub import REMEDY, reach_hub
 from bpt_dist.errors import ConfigError
