@@ -74,8 +74,9 @@ class Backbone(InsertionPoints, ABC):
     task_type = "SEQ_2_SEQ_LM"
     # The most positions of prompt, text and target together; None where positions have no end.
     max_positions: int | None = None
-    # Whether the family's own pass also reads through a partitioned model.
+    # Whether the family's own pass also reads through a partitioned model, and through blocks that the backward pass runs again.
     packs_partitioned = False
+    packs_recomputed = False
 
     core: nn.Module  # one forward for everything a rank computes, so that a partitioned model is gathered alike on every rank
     call: Callable[..., Any]  # `core`, or the partitioned module that training put in its place
@@ -266,6 +267,11 @@ def average_distributions(logits: Float[Tensor, "rows V"], num_particles: int) -
 def end_tokens(config: Any) -> list[int]:
     """Return the ids that end a generated text."""
     return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+
+
+def is_partitioned(weight: Tensor) -> bool:
+    """Return whether a rank holds a shard of a weight only, ZeRO's or FSDP2's."""
+    return hasattr(weight, "ds_tensor") or hasattr(weight, "to_local")
 
 
 def local_shard(weight: Tensor) -> Tensor:

@@ -55,10 +55,13 @@ class Tree(NamedTuple):
 def along_each(
     trees: Sequence[Tree],
     states: Float[Tensor, "nodes D"],
-    logits_of: Callable[[Float[Tensor, "some D"]], Float[Tensor, "some V"]],
+    logits_of: Callable[[slice], Float[Tensor, "some V"]],
     vocabulary_size: int,
 ) -> list[Float[Tensor, " _C"]]:
-    """Return the log-likelihood of each candidate of each tree from the states of all their nodes, one tree after the other."""
+    """Return the log-likelihood of each candidate of each tree from the states of all their nodes, one tree after the other.
+
+    `logits_of` returns the logits of a part of the nodes.
+    """
     nodes: list[int] = []
     tokens: list[int] = []
     owners: list[int] = []
@@ -74,7 +77,7 @@ def along_each(
     picked = states.new_zeros(len(nodes), dtype=torch.float32)
     nodes_at_once = max(1, MOST_LOGITS // vocabulary_size)
     for begin in range(0, len(states), nodes_at_once):
-        logits = logits_of(states[begin : begin + nodes_at_once])
+        logits = logits_of(slice(begin, begin + nodes_at_once))
         here = ((at >= begin) & (at < begin + nodes_at_once)).nonzero().flatten()
         picked[here] = logits[at[here] - begin, next_token[here]] - logits.logsumexp(-1)[at[here] - begin]
     sums = picked.new_zeros(sum(counts)).index_add(0, torch.tensor(owners, device=states.device), picked)

@@ -2,7 +2,7 @@
 
 Every insertion is a forward hook that holds the method's own tensors only. The backbone's weights are never read, so an insertion
 works alike while they are whole, partitioned by DeepSpeed (blocks as leaves) or by FSDP2, and in scoring, ranking and generation
-with a cache.
+with a cache. A family's own pass does not call those modules: it applies `changes` at the same places.
 """
 
 from __future__ import annotations
@@ -42,6 +42,24 @@ class Site(NamedTuple):
 
 
 MakeChange = Callable[[Site], Change]
+Observe = Callable[[Float[Tensor, "rows L D"], Int[Tensor, "rows L"]], None]
+FOR_EACH = "bpt_dist_each"  # the mark of `each_token`
+RUN = "run"  # the argument by which a family's own pass gives its computation to a module
+
+
+def each_token(change: Change) -> Change:
+    """Mark a change whose value at a token depends on x and y at that token alone, and is the same for all texts.
+
+    The packed pass then hands over its tokens as one row [1, tokens, ...]. Other changes get the rows of the stock pass, with zeros
+    where a text is padded, which costs two copies.
+    """
+    setattr(change, FOR_EACH, True)
+    return change
+
+
+def is_for_each_token(change: Change) -> bool:
+    """Return whether a change was marked so."""
+    return getattr(change, FOR_EACH, False)
 
 
 class InsertionPoints:
@@ -59,6 +77,9 @@ class InsertionPoints:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
+        # What is inserted, for a pass that does not call the modules: the changes of a module, and who observes the encoder.
+        self.changes: dict[nn.Module, list[Change]] = {}
+        self.observers: list[Observe] = []
 
     @property
     def model(self) -> nn.Module:
@@ -103,18 +124,21 @@ class InsertionPoints:
         """Return whether a module of that name is the layer norm after a stack."""
         return name.endswith("final_layer_norm")
 
-    def after_encoder(self, observe: Callable[[Float[Tensor, "rows L D"], Int[Tensor, "rows L"]], None]) -> None:
+    def after_encoder(self, observe: Observe) -> None:
         """Call `observe` with the encoder's last hidden states and attention mask, once a pass and before the decoder."""
 
         def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
             observe(output[0], kwargs["attention_mask"])
 
         self._handles.append(self.model.get_submodule("encoder").register_forward_hook(hook, with_kwargs=True))
+        self.observers.append(observe)
 
     def detach(self) -> None:
         """Remove everything the insertion points added; the backbone is the stock one again, bit for bit."""
         while self._handles:
             self._handles.pop().remove()
+        self.changes.clear()
+        self.observers.clear()
 
     def _attach(self, make: MakeChange, matches: Callable[[Site], str | None], wanted: set[str]) -> int:
         places = [Site(name, module) for name, module in self.model.named_modules()]
@@ -126,12 +150,17 @@ class InsertionPoints:
                 f"{self.name}: no layer of this backbone matches {', '.join(sorted(missing))}; its layers are called "
                 f"{', '.join(names)}"
             )
-        self._handles += [place.module.register_forward_hook(_hook(make(place)), with_kwargs=True) for place, _ in matching]
+        for place, _ in matching:
+            change = make(place)
+            self._handles.append(place.module.register_forward_hook(_hook(change), with_kwargs=True))
+            self.changes.setdefault(place.module, []).append(change)
         return len(matching)
 
 
 def _hook(change: Change) -> Callable[[nn.Module, Any, Any, Any], Any]:
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if RUN in kwargs:  # our own pass has applied the change already
+            return output
         x = args[0] if args else kwargs["hidden_states"]
         return (change(x, output[0]), *output[1:]) if isinstance(output, tuple) else change(x, output)
 

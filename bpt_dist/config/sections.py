@@ -37,7 +37,7 @@ class BackboneConfig(Section):
     )
     forward: Literal["auto", "stock"] = Field(
         default="auto",
-        description="`auto` reads texts by our pass without padding if nothing is inserted and a T5 is whole; `stock` never.",
+        description="`auto` reads texts by our pass without padding wherever it applies, `stock` never.",
     )
 
     @field_validator("attention", mode="before")

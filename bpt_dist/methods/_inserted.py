@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.backbones.insertion import Change, Site, rms_normalised
+from bpt_dist.backbones.insertion import Change, Site, each_token, rms_normalised
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method, Tensors, generator
@@ -56,7 +56,7 @@ class InsertedMethod(Method):
             norm: Any = place.module
             epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
             gain = self.norms[place.key] = self.placed(torch.zeros(self.backbone.width))
-            return lambda x, y: y + (gain * rms_normalised(x, epsilon)).to(y.dtype)
+            return each_token(lambda x, y: y + (gain * rms_normalised(x, epsilon)).to(y.dtype))
 
         self.backbone.wrap_norm(around)
 

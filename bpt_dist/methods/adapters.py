@@ -22,7 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from bpt_dist.backbones.insertion import Change, Site, of_rows
+from bpt_dist.backbones.insertion import Change, Site, each_token, of_rows
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, bottleneck
@@ -79,7 +79,7 @@ class Adapters(InsertedMethod):
                 of_texts = {name: weight[index] for name, weight in weights.items()}
             return y + bottleneck(y, **of_texts, activation=activation).to(y.dtype)
 
-        return change
+        return change if self._is_one_a_target else each_token(change)
 
     @property
     def _is_one_a_target(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from bpt_dist.backbones.insertion import Change, Site
+from bpt_dist.backbones.insertion import Change, Site, each_token
 from bpt_dist.config import MethodConfig
 from bpt_dist.methods._inserted import InsertedMethod
 
@@ -46,7 +46,7 @@ class BitFit(InsertedMethod):
 
     def _bias(self, place: Site) -> Change:
         if self.backbone.is_last_norm(place.name) or (place.stack == LM_HEAD and not self.config.lm_head):
-            return lambda _x, y: y
+            return each_token(lambda _x, y: y)
         size = place.module.out_features if isinstance(place.module, nn.Linear) else self.backbone.width
         bias = self.biases[place.key] = self.placed(torch.zeros(size))
-        return lambda _x, y: y + bias.to(y.dtype)
+        return each_token(lambda _x, y: y + bias.to(y.dtype))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bpt_dist.backbones.base import Forward
-from bpt_dist.backbones.insertion import Change, Site
+from bpt_dist.backbones.insertion import Change, Site, each_token
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.methods._inserted import InsertedMethod, as_bottleneck, bottleneck, linear, uniform
@@ -105,7 +105,7 @@ class HyperDecoder(InsertedMethod):
         }
         weights = {name: self.placed(start) for name, start in starts.items()}
         self.adapters.update({f"{place.block}/{name}": weight for name, weight in weights.items()})
-        return lambda x, y: y + bottleneck(x, **weights, activation=functional.relu).to(y.dtype)
+        return each_token(lambda x, y: y + bottleneck(x, **weights, activation=functional.relu).to(y.dtype))
 
     def _write(self, states: Float[Tensor, "rows L D"], mask: Int[Tensor, "rows L"]) -> None:
         """Write the decoder's adapters of this pass; they stay for all tokens it generates."""

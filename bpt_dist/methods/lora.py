@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bpt_dist.backbones.insertion import Change, Site
+from bpt_dist.backbones.insertion import Change, Site, each_token
 from bpt_dist.config import MethodConfig
 from bpt_dist.methods._inserted import InsertedMethod
 from bpt_dist.methods.base import LowRankPairs
@@ -58,7 +58,7 @@ class Lora(InsertedMethod):
         def change(x: Tensor, y: Tensor) -> Tensor:
             return y + (functional.linear(functional.linear(x.to(a.dtype), a), b) * scale).to(y.dtype)
 
-        return change
+        return each_token(change)
 
     def _start(self, num_inputs: int, source: torch.Generator) -> Tensor:
         rank = self.config.rank

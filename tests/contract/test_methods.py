@@ -192,6 +192,29 @@ def test_every_trainable_tensor_learns_within_three_steps(world: Path, tmp_path:
         assert moved == {key for key, parameter in stages.method.named_parameters() if parameter.requires_grad}
 
 
+def test_the_packed_pass_gives_what_the_stock_modules_give(world: Path, tmp_path: Path, name: str) -> None:
+    found = []
+    for forward in ("stock", "packed"):
+        (tmp_path / forward).mkdir()
+        stages = bench(world, tmp_path / forward, name, True).whole_way()
+        stages.take(range(2))
+        if forward == "packed":
+            stages.backbone.use_packed_pass("sdpa")
+            trains = stages.config.method.TRAINS_BACKBONE
+            assert (stages.backbone.packed_pass_for(3) is None) == trains  # nothing but a trained T5 is left to the stock modules
+        loss = stages.gradients(2)
+        gradients = {key: tensor.grad for key, tensor in stages.method.named_parameters() if tensor.grad is not None}
+        ranked = stages.method.rank(stages.batch(0), torch.tensor([[10, 1, -100], [11, 12, 1]]), "map")
+        found.append((loss, ranked, gradients))
+    (loss, ranked, gradients), (stock_loss, stock_ranked, expected) = found[1], found[0]
+    assert loss == pytest.approx(stock_loss, rel=1e-5)
+    torch.testing.assert_close(ranked, stock_ranked, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5 * largest)
+
+
 # --- (3) how many numbers -------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from bpt_dist.commands.bench.exchange import measure
+from bpt_dist.commands.bench.parallel.exchange import measure
 from bpt_dist.errors import ConfigError
 from bpt_dist.svgd import KernelOptions
 

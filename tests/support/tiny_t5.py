@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 WORDS = (
     "sentence premise hypothesis question text : the a cat dog bird sat ran flew on mat yes no maybe good bad true false "
@@ -15,8 +15,10 @@ WORDS = (
 ).split()
 
 
-def make(folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """Write config, weights and tokenizer of a T5 with vocabulary 128 into `folder` and return it."""
+def make(
+    folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, seed: int = 0, gated: bool = False, mt5: bool = False
+) -> Path:
+    """Write config, weights and tokenizer of a T5 (or mT5) with vocabulary 128 into `folder` and return it."""
     vocabulary = {piece: index for index, piece in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     vocabulary |= {f"w{index}": index for index in range(len(vocabulary), 128)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -24,7 +26,7 @@ def make(folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, s
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
-    config = T5Config(
+    config = (MT5Config if mt5 else T5Config)(
         vocab_size=128,
         d_model=width,
         d_kv=width // 4,
@@ -37,8 +39,9 @@ def make(folder: Path, *, tied: bool = True, width: int = 32, layers: int = 2, s
         pad_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=tied,
+        **({"feed_forward_proj": "gated-gelu"} if gated or mt5 else {}),
     )
-    model = T5ForConditionalGeneration(config)
+    model = (MT5ForConditionalGeneration if mt5 else T5ForConditionalGeneration)(config)
     if not tied:  # transformers ties T5 whatever the flag says; a really untied head needs its own tensor
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.1)
     model.save_pretrained(folder)

@@ -87,7 +87,7 @@ class MixedDecoder:
         of_nodes = states[torch.cat(places).to(states.device)]
         model = self.packed.model
         own = [trees[text] for text in owners]
-        sums = along_each(own, of_nodes, lambda some: logits_of(model, some), model.config.vocab_size)
+        sums = along_each(own, of_nodes, lambda some: logits_of(model, of_nodes[some]), model.config.vocab_size)
         found: dict[int, list[Tensor]] = {}
         for text, of_row in zip(owners, sums, strict=True):
             found.setdefault(text, []).append(of_row)

@@ -5,82 +5,80 @@ of a gated feed-forward) are one product; the decoder attends to the encoder's s
 for each head, (q W_k) . E instead of q . (E W_k), and (softmax(.) E) W_v instead of softmax(.) (E W_v). The few positions of the
 decoder take the projections that all positions of the encoder would take, which saves an eighth of all arithmetic.
 
+Each block computes inside the `forward` of its module, where its weights are whole also if the T5 is partitioned. Its result is a
+new tensor: what enters a block is not changed in place, because hooks and recomputation keep it. What a method has inserted into
+the modules acts at the same places here.
+
 Hidden states between the layers stay float32 whatever the weights are; products and attention are made in the type of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bpt_dist.backbones.attention import Attention
-from bpt_dist.backbones.t5.layout import Layout
+from bpt_dist.backbones.insertion import Change
+from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run, norm, product
+from bpt_dist.backbones.t5.layout import Grid, Rows
 
-Rows = Sequence[tuple[int, int]]  # of each group of tokens: number of sequences, positions of each
-
-
-class _Norm(torch.autograd.Function):
-    """x / rms(x) * gain; keeps one tensor for the backward pass, and x may be changed in place afterwards."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        # One pass over x and no temporary, unlike the mean of squares.
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        normed = x * scale
-        kept = normed.to(dtype)
-        ctx.save_for_backward(kept, scale, gain)
-        # In float32 `kept` is `normed` itself.
-        return normed * gain if kept is normed else normed.mul_(gain).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normed, scale, gain = ctx.saved_tensors
-        grad = grads[0] * gain
-        inner = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, inner, value=-1).mul_(scale), None, None, None
+Changes = Mapping[nn.Module, Sequence[Change]]
+MakeBiases = Callable[[], Sequence[Tensor]]  # the position biases of all groups; called while the first block is whole
 
 
-def norm(x: Float[Tensor, "*rows D"], layer: Any, dtype: torch.dtype) -> Float[Tensor, "*rows D"]:
-    """Return T5's layer norm (Zhang & Sennrich 2019: no mean is subtracted) of float32 x in `dtype`, computed in float32."""
-    normed: Tensor = _Norm.apply(x, layer.weight.float(), layer.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
-    return normed
+class Memory:
+    """The encoder's states, of each group of sequences [r, S, D]; with `keep`, also keys and values once they were made."""
+
+    def __init__(self, encoded: Float[Tensor, "tokens D"], rows: Rows, grid: Grid, *, keep: bool = False) -> None:
+        self.tokens, self.rows, self.grid = encoded, rows, grid
+        self.groups = self.cut(encoded)
+        self.kept: dict[nn.Module, list[Float[Tensor, "r S H d"]]] | None = {} if keep else None
+
+    def cut(self, tokens: Float[Tensor, "tokens i"]) -> list[Float[Tensor, "r S i"]]:
+        """Return what belongs to each group."""
+        parts = tokens.split([rows * length for rows, length in self.rows])
+        return [part.view(*shape, -1) for part, shape in zip(parts, self.rows, strict=True)]
+
+    def drop(self, continues: Sequence[Tensor]) -> None:
+        """Forget the sequences that have ended; groups without any leave."""
+        self.groups = _going_on(self.groups, continues)
+        for module, groups in (self.kept or {}).items():
+            assert self.kept is not None
+            self.kept[module] = _going_on(groups, continues)
 
 
-def joined(layers: Sequence[Any]) -> Float[Tensor, "outputs inputs"]:
-    """Return the weights of linear layers below each other; the layers become views of them, so there is no second copy."""
-    first = layers[0]
-    size = sum(layer.weight.numel() for layer in layers)
-    storage = first.weight.untyped_storage()
-    together = first.weight.data_ptr() == storage.data_ptr() and all(
-        layer.weight.untyped_storage().data_ptr() == storage.data_ptr() for layer in layers
-    )
-    if not together or storage.nbytes() != size * first.weight.element_size():
-        weights = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, weights.split([len(layer.weight) for layer in layers]), strict=True):
-            layer.weight.data = part
-    return first.weight.detach().as_strided((size // first.weight.shape[1], first.weight.shape[1]), first.weight.stride())
+def _going_on(groups: Sequence[Tensor], continues: Sequence[Tensor]) -> list[Tensor]:
+    return [part[keep] for part, keep in zip(groups, continues, strict=True) if keep.any()]
 
 
 class Stack:
-    """What encoder and decoder have in common."""
+    """What encoder and decoder have in common; `changes` are what is inserted at their modules."""
 
-    def __init__(self, stack: Any, attention: Attention) -> None:
+    def __init__(self, stack: Any, attention: Attention, changes: Changes) -> None:
         config = stack.config
-        self.stack, self.attention = stack, attention
+        self.stack, self.attention, self.changes = stack, attention, changes
         self.num_heads, self.head_width, self.width = config.num_heads, config.d_kv, config.d_model
         self.dtype = stack.block[0].layer[0].SelfAttention.q.weight.dtype
         self._longest: Tensor | None = None  # position bias
-        self.projections = [joined([attend.q, attend.k, attend.v]) for attend in (b.layer[0].SelfAttention for b in stack.block)]
+        let_run(*stack.block, stack.final_layer_norm)
+        attends = [block.layer[0].SelfAttention for block in stack.block]
+        self.projections = [FrozenLinear(attend.q, attend.k, attend.v) for attend in attends]
+        self.outputs = [FrozenLinear(attend.o) for attend in attends]
         feeds = [block.layer[-1].DenseReluDense for block in stack.block]
-        self.inner = [joined([feed.wi_0, feed.wi_1]) if hasattr(feed, "wi_0") else feed.wi.weight for feed in feeds]
+        self.inner = [FrozenLinear(*((feed.wi_0, feed.wi_1) if hasattr(feed, "wi_0") else (feed.wi,))) for feed in feeds]
+        self.outer = [FrozenLinear(feed.wo) for feed in feeds]
 
     def bias(self, length: int) -> Float[Tensor, "1 H S S"]:
-        """Return the position bias of a length: a part of that of the longest text so far, as the weights are frozen."""
+        """Return the position bias of a length: a part of that of the longest text so far, as the weights are frozen.
+
+        Only inside the first block, which holds the weights of it.
+        """
         if self._longest is None or self._longest.shape[-1] < length:
             with torch.no_grad():
                 self._longest = self._make_bias(length)
@@ -90,53 +88,100 @@ class Stack:
         bias: Tensor = self.stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
         return bias
 
-    def project(self, number: int, hidden: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens 3 H d"]:
-        """Return queries, keys and values of every token for the self-attention of a block, by one product."""
-        states = norm(hidden, self.stack.block[number].layer[0].layer_norm, self.dtype)
-        return functional.linear(states, self.projections[number]).view(-1, 3, self.num_heads, self.head_width)
+    def biases(self, rows: Rows) -> MakeBiases:
+        """Return what makes the position biases of groups, once a pass."""
+        return functools.cache(lambda: [self.bias(length) for _, length in rows])
 
-    def attend(self, number: int, hidden: Float[Tensor, "tokens D"], rows: Rows, biases: Sequence[Tensor]) -> Tensor:
-        """Return `hidden` plus the self-attention of a block."""
-        projected, read = self.project(number, hidden), []
+    def project(self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid) -> tuple[Tensor, Float[Tensor, "tokens 3 H d"]]:
+        """Return the normed states of every token, and its queries, keys and values for the self-attention of a block."""
+        layer = self.stack.block[number].layer[0]
+        states = self.normed(layer.layer_norm, hidden, grid)
+        projected = self.projections[number](states)
+        attend = layer.SelfAttention
+        if self.is_changed(attend.q, attend.k, attend.v):
+            parts = zip((attend.q, attend.k, attend.v), projected.chunk(3, dim=-1), strict=True)
+            projected = torch.cat([self.changed(module, states, part, grid) for module, part in parts], dim=-1)
+        return states, projected.view(-1, 3, self.num_heads, self.head_width)
+
+    def attend(self, number: int, hidden: Float[Tensor, "tokens D"], rows: Rows, biases: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Return `hidden` plus the self-attention of a block, as a new tensor."""
+        states, projected = self.project(number, hidden, grid)
+        read = []
         for part, shape, bias in zip(projected.split([n * length for n, length in rows]), rows, biases, strict=True):
             q, k, v = part.view(*shape, 3, self.num_heads, self.head_width).permute(2, 0, 3, 1, 4)
             read.append(self.attention(q, k, v, bias).transpose(1, 2).reshape(len(part), -1))
-        return self.out(number, hidden, torch.cat(read))
+        return self.out(number, hidden, states, torch.cat(read), grid)
 
-    def out(self, number: int, hidden: Float[Tensor, "tokens D"], read: Float[Tensor, "tokens I"]) -> Tensor:
-        """Return `hidden` plus the output projection of what the heads of a block's self-attention have read."""
-        return hidden.add_(functional.linear(read, self.stack.block[number].layer[0].SelfAttention.o.weight))
+    def out(self, number: int, hidden: Tensor, states: Tensor, read: Float[Tensor, "tokens I"], grid: Grid) -> Tensor:
+        """Return `hidden` plus the output projection of what the heads of a block's self-attention have read, as a new tensor."""
+        layer = self.stack.block[number].layer[0]
+        found = self.changed(layer.SelfAttention.o, read, self.outputs[number](read), grid)
+        found = self.changed(layer.SelfAttention, states, found, grid)
+        return self.changed(layer, hidden, hidden + found, grid)
 
-    def feed_forward(self, number: int, hidden: Float[Tensor, "tokens D"]) -> Tensor:
-        """Return `hidden` plus the feed-forward layer of a block."""
+    def feed_forward(self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid) -> Tensor:
+        """Return `hidden`, changed in place unless something is inserted, plus the feed-forward layer of a block."""
         layer = self.stack.block[number].layer[-1]
-        feed, inner = layer.DenseReluDense, functional.linear(norm(hidden, layer.layer_norm, self.dtype), self.inner[number])
+        feed, states = layer.DenseReluDense, self.normed(layer.layer_norm, hidden, grid)
+        inner = self.inner[number](states)
         if hasattr(feed, "wi_0"):
             gate, linear = inner.chunk(2, dim=-1)
+            gate, linear = self.changed(feed.wi_0, states, gate, grid), self.changed(feed.wi_1, states, linear, grid)
             inner = feed.act(gate) * linear
         else:
-            inner = inner.relu_() if isinstance(feed.act, nn.ReLU) else feed.act(inner)
-        return hidden.add_(functional.linear(inner.to(feed.wo.weight.dtype), feed.wo.weight))
+            inner = self.changed(feed.wi, states, inner, grid)
+            in_place = isinstance(feed.act, nn.ReLU) and not self.changes
+            inner = inner.relu_() if in_place else feed.act(inner)
+        inner = inner.to(feed.wo.weight.dtype)
+        found = self.changed(feed, states, self.changed(feed.wo, inner, self.outer[number](inner), grid), grid)
+        return self.changed(layer, hidden, self.plus(hidden, found), grid)
 
-    def last(self, hidden: Float[Tensor, "tokens D"]) -> Float[Tensor, "tokens D"]:
+    def last(self, hidden: Float[Tensor, "tokens D"], grid: Grid) -> Float[Tensor, "tokens D"]:
         """Return the last hidden states of the stack."""
-        return norm(hidden, self.stack.final_layer_norm, self.dtype)
+        layer = self.stack.final_layer_norm
+        states: Tensor = layer(hidden, run=partial(self.normed, layer, grid=grid))
+        return states
+
+    def normed(self, layer: Any, hidden: Float[Tensor, "tokens D"], grid: Grid) -> Float[Tensor, "tokens D"]:
+        """Return the layer norm of hidden states, in the type of the weights."""
+        return self.changed(layer, hidden, norm(hidden, layer, self.dtype), grid)
+
+    def plus(self, hidden: Tensor, found: Tensor) -> Tensor:
+        """Return the sum, in place where nothing is inserted that may have kept the hidden states."""
+        return hidden + found if self.changes else hidden.add_(found)
+
+    def is_changed(self, *modules: nn.Module) -> bool:
+        """Return whether something is inserted at one of the modules."""
+        return any(module in self.changes for module in modules)
+
+    def changed(self, module: nn.Module, x: Tensor, y: Float[Tensor, "tokens o"], grid: Grid) -> Float[Tensor, "tokens o"]:
+        """Return what the changes inserted at a module make of its output."""
+        for change in self.changes.get(module, ()):
+            y = grid.changed(change, x, y)
+        return y
 
 
 class Encoder(Stack):
     """The encoder."""
 
-    def __call__(self, tokens: Float[Tensor, "tokens D"], layout: Layout) -> Float[Tensor, "tokens D"]:
-        """Return the last hidden states; the float32 `tokens` are changed in place."""
-        rows, hidden = layout.encoder_rows, tokens
-        biases = [self.bias(length) for _, length in rows]
-        for number in range(len(self.stack.block)):
-            hidden = self.feed_forward(number, self.attend(number, hidden, rows, biases))
-        return self.last(hidden)
+    def __call__(self, tokens: Float[Tensor, "tokens D"], rows: Rows, grid: Grid) -> Float[Tensor, "tokens D"]:
+        """Return the last hidden states."""
+        hidden, biases = tokens, self.biases(rows)
+        for number, block in enumerate(self.stack.block):
+            hidden = block(hidden, run=partial(self._block, number, rows, biases, grid))
+        return self.last(hidden, grid)
+
+    def _block(self, number: int, rows: Rows, biases: MakeBiases, grid: Grid, hidden: Tensor) -> Tensor:
+        return self.feed_forward(number, self.attend(number, hidden, rows, biases(), grid), grid)
 
 
 class Decoder(Stack):
-    """The decoder; `memory` are the encoder's states of each group of sequences."""
+    """The decoder."""
+
+    def __init__(self, stack: Any, attention: Attention, changes: Changes) -> None:
+        super().__init__(stack, attention, changes)
+        crosses = [block.layer[1].EncDecAttention for block in stack.block]
+        self.queries, self.cross_outputs = ([FrozenLinear(getattr(attend, name)) for attend in crosses] for name in ("q", "o"))
 
     def _make_bias(self, length: int) -> Float[Tensor, "1 H U U"]:
         """Return the position bias, -inf on later positions."""
@@ -147,30 +192,100 @@ class Decoder(Stack):
     def __call__(
         self,
         tokens: Float[Tensor, "decoder_tokens D"],
-        memory: Sequence[Float[Tensor, "r S D"]],
+        memory: Memory,
         rows: Rows,
-        biases: Sequence[Float[Tensor, "_r H _U _U"]] | None = None,
+        grid: Grid,
+        biases: MakeBiases | None = None,
     ) -> Float[Tensor, "decoder_tokens D"]:
         """Return the last hidden states; `biases` of the groups say who sees whom where positions are not one after the other."""
-        biases = biases or [self.bias(length) for _, length in rows]
-        hidden = tokens
-        for number in range(len(self.stack.block)):
-            hidden = self.attend(number, hidden, rows, biases)
-            hidden = self.feed_forward(number, self.attend_memory(number, hidden, memory, rows))
-        return self.last(hidden)
+        biases, hidden = biases or self.biases(rows), tokens
+        for number, block in enumerate(self.stack.block):
+            hidden = block(hidden, run=partial(self._block, number, memory, rows, biases, grid))
+        return self.last(hidden, grid)
 
-    def attend_memory(self, number: int, hidden: Tensor, memory: Sequence[Float[Tensor, "r S D"]], rows: Rows) -> Tensor:
-        """Return `hidden` plus the cross-attention of a block, to the encoder's states as they are."""
+    def _block(self, number: int, memory: Memory, rows: Rows, biases: MakeBiases, grid: Grid, hidden: Tensor) -> Tensor:
+        hidden = self.attend(number, hidden, rows, biases(), grid)
+        return self.feed_forward(number, self.attend_memory(number, hidden, memory, rows, grid), grid)
+
+    def attend_memory(self, number: int, hidden: Tensor, memory: Memory, rows: Rows, grid: Grid) -> Tensor:
+        """Return `hidden`, changed in place unless something is inserted, plus the cross-attention of a block."""
         layer = self.stack.block[number].layer[1]
-        attend, heads = layer.EncDecAttention, (self.num_heads, self.head_width)
-        to_keys, to_values = (module.weight.view(*heads, self.width) for module in (attend.k, attend.v))
-        queries = functional.linear(norm(hidden, layer.layer_norm, self.dtype), attend.q.weight).view(-1, *heads)
-        queries = torch.bmm(queries.transpose(0, 1), to_keys).transpose(0, 1)  # [decoder_tokens, H, D]
-        means = []
-        groups = zip(memory, queries.split([n * length for n, length in rows]), rows, strict=True)
-        for states, of_group, (num_rows, length) in groups:
-            asked = of_group.reshape(num_rows, length * self.num_heads, self.width)
-            weights = (asked @ states.mT).softmax(-1)
-            means.append((weights @ states).view(-1, self.num_heads, self.width))
-        read = torch.bmm(torch.cat(means).transpose(0, 1), to_values.mT).transpose(0, 1)
-        return hidden.add_(functional.linear(read.reshape(len(hidden), -1), attend.o.weight))
+        attend = layer.EncDecAttention
+        states = self.normed(layer.layer_norm, hidden, grid)
+        queries = self.changed(attend.q, states, self.queries[number](states), grid).view(-1, self.num_heads, self.head_width)
+        read = self.read(attend, queries, memory, rows).reshape(len(hidden), -1)
+        found = self.changed(attend.o, read, self.cross_outputs[number](read), grid)
+        found = self.changed(attend, states, found, grid)
+        return self.changed(layer, hidden, self.plus(hidden, found), grid)
+
+    def read(self, attend: Any, queries: Float[Tensor, "tokens H d"], memory: Memory, rows: Rows) -> Float[Tensor, "tokens H d"]:
+        """Return what queries read of the encoder's states, or of their keys or values where those are cheaper or changed.
+
+        Without keys, queries are taken to the width of the states; without values, the mean states are taken to the heads.
+        """
+        heads = (self.num_heads, self.head_width, self.width)
+        is_long = max(length for _, length in rows) > self.head_width
+        keys = self.of_memory(attend.k, memory) if is_long or self.is_changed(attend.k) else None
+        values = self.of_memory(attend.v, memory) if is_long or self.is_changed(attend.v) else None
+        if keys is None:
+            queries = product(queries.transpose(0, 1), lambda: attend.k.weight.view(heads)).transpose(0, 1)  # [tokens, H, D]
+        found = []
+        groups = zip(memory.groups, queries.split([n * length for n, length in rows]), rows, strict=True)
+        for place, (states, of_group, (num_rows, length)) in enumerate(groups):
+            asked = of_group.reshape(num_rows, length * self.num_heads, -1)
+            if keys is None:
+                weights = (asked @ states.mT).softmax(-1)
+            else:
+                by_head = asked.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
+                scores = by_head @ keys[place].permute(0, 2, 3, 1)  # [r, H, U, S]
+                weights = scores.softmax(-1).transpose(1, 2).flatten(1, 2)
+            if values is None:
+                found.append((weights @ states).view(-1, self.num_heads, self.width))
+            else:
+                by_head = weights.unflatten(1, (length, self.num_heads)).transpose(1, 2)
+                found.append((by_head @ values[place].transpose(1, 2)).transpose(1, 2).flatten(0, 1))
+        read = torch.cat(found)
+        if values is None:
+            read = product(read.transpose(0, 1), lambda: attend.v.weight.view(heads).mT).transpose(0, 1)
+        return read
+
+    def of_memory(self, module: Any, memory: Memory) -> list[Float[Tensor, "r S H d"]]:
+        """Return the keys or values that a linear layer makes of the encoder's states, with what is inserted at it."""
+        if memory.kept is not None and module in memory.kept:
+            return memory.kept[module]
+        made = self.changed(module, memory.tokens, product(memory.tokens, lambda: module.weight.mT), memory.grid)
+        groups = [part.unflatten(-1, (self.num_heads, -1)) for part in memory.cut(made)]
+        if memory.kept is not None:
+            memory.kept[module] = groups
+        return groups
+
+
+class Cache:
+    """The decoder with the keys and values of what it has read, one token a sequence and step."""
+
+    def __init__(self, decoder: Decoder, attention: Attention) -> None:
+        self.decoder, self.attention = decoder, attention
+        self.kept: list[Tensor | None] = [None] * len(decoder.stack.block)  # of each block, [2, rows, H, t, d]
+
+    def step(self, tokens: Float[Tensor, "rows D"], memory: Memory, grid: Grid) -> Float[Tensor, "rows D"]:
+        """Return the last hidden state of each sequence's next token."""
+        hidden = tokens
+        for number, block in enumerate(self.decoder.stack.block):
+            hidden = block(hidden, run=partial(self._block, number, memory, grid))
+        return self.decoder.last(hidden, grid)
+
+    def _block(self, number: int, memory: Memory, grid: Grid, hidden: Tensor) -> Tensor:
+        decoder, before = self.decoder, self.kept[number]
+        states, projected = decoder.project(number, hidden, grid)
+        new = projected[:, 1:].permute(1, 0, 2, 3)[:, :, :, None]
+        kept = new if before is None else torch.cat([before, new], dim=3)
+        self.kept[number] = kept
+        bias = decoder.bias(kept.shape[3])[:, :, -1:]
+        read = self.attention(projected[:, 0, :, None], kept[0], kept[1], bias).flatten(1)
+        hidden = decoder.out(number, hidden, states, read, grid)
+        hidden = decoder.attend_memory(number, hidden, memory, [(len(states), 1) for states in memory.groups], grid)
+        return decoder.feed_forward(number, hidden, grid)
+
+    def keep(self, continues: Tensor) -> None:
+        """Forget the sequences that have ended."""
+        self.kept = [None if kept is None else kept[:, continues] for kept in self.kept]

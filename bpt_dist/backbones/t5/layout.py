@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from bpt_dist.backbones.insertion import Change, is_for_each_token
+
+Rows = Sequence[tuple[int, int]]  # of each group of tokens: number of sequences, positions of each
 
 
 class Group(NamedTuple):
@@ -16,6 +21,41 @@ class Group(NamedTuple):
     texts: tuple[int, ...]
     num_encoder: int
     num_decoder: int
+
+
+class Grid:
+    """The places of packed tokens in the rows [rows, length] of the stock pass, which are particle-major.
+
+    What is inserted may want its x and y in these rows. `make_places` is called when that is so for the first time.
+    """
+
+    def __init__(self, num_rows: int, length: int, make_places: Callable[[], Int[Tensor, " tokens"]]) -> None:
+        self.num_rows, self.length, self._make_places = num_rows, length, make_places
+
+    @functools.cached_property
+    def places(self) -> Int[Tensor, " tokens"]:
+        """Return the place of each token in the flattened rows."""
+        return self._make_places()
+
+    def changed(self, change: Change, x: Float[Tensor, "tokens i"], y: Float[Tensor, "tokens o"]) -> Float[Tensor, "tokens o"]:
+        """Return what takes the place of y."""
+        if is_for_each_token(change):
+            return change(x[None], y[None])[0]
+        rows = change(self.unpacked(x), self.unpacked(y))
+        return rows.flatten(0, 1).index_select(0, self.places)
+
+    def unpacked(self, tokens: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "rows length ..."]:
+        """Return the tokens in their rows, 0 elsewhere."""
+        full = tokens.new_zeros(self.num_rows * self.length, *tokens.shape[1:])
+        return full.index_copy(0, self.places, tokens).view(self.num_rows, self.length, *tokens.shape[1:])
+
+    def mask(self) -> Int[Tensor, "rows length"]:
+        """Return 1 where there is a token."""
+        return self.unpacked(torch.ones_like(self.places))
+
+    def part(self, tokens: slice) -> Grid:
+        """Return the grid of some of the tokens."""
+        return Grid(self.num_rows, self.length, lambda: self.places[tokens])
 
 
 class Layout:
@@ -61,6 +101,14 @@ class Layout:
         """Return values of decoder tokens in rows of one `length`, 0 on padding."""
         return self._unpacked(values, length, self.decoder_rows)
 
+    def encoder_grid(self, length: int, device: torch.device) -> Grid:
+        """Return where encoder tokens are in rows of one `length`."""
+        return self._grid(length, self.encoder_rows, device)
+
+    def decoder_grid(self, device: torch.device) -> Grid:
+        """Return where decoder tokens are in rows as long as the longest."""
+        return self._grid(max(length for _, length in self.decoder_rows), self.decoder_rows, device)
+
     def sums(self, values: Float[Tensor, " decoder_tokens"]) -> Float[Tensor, "m N"]:
         """Return the sum over each row's decoder tokens; rows of a group are equally long, so no padding takes part."""
         parts = values.split([rows * length for rows, length in self.decoder_rows])
@@ -69,10 +117,17 @@ class Layout:
 
     def in_order(self, rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "m N ..."]:
         """Return one value a sequence, in the order of this layout, particle by particle and text by text."""
+        order = self.order().argsort().to(rows.device)
+        return rows[order].view(self.num_particles, self.num_texts, *rows.shape[1:])
+
+    def order(self) -> Int[Tensor, " rows"]:
+        """Return the place of each sequence of this layout among all, particle by particle and text by text."""
         texts = [text for group in self.groups for _ in range(self.num_particles) for text in group.texts]
         particles = [m for group in self.groups for m in range(self.num_particles) for _ in group.texts]
-        order = torch.tensor(particles) * self.num_texts + torch.tensor(texts)
-        return rows[order.argsort().to(rows.device)].view(self.num_particles, self.num_texts, *rows.shape[1:])
+        return torch.tensor(particles) * self.num_texts + torch.tensor(texts)
+
+    def _grid(self, length: int, rows: list[tuple[int, int]], device: torch.device) -> Grid:
+        return Grid(self.num_particles * self.num_texts, length, lambda: self._places(length, rows).to(device))
 
     def _unpacked(self, values: Tensor, length: int, rows: list[tuple[int, int]]) -> Tensor:
         full = values.new_zeros(self.num_particles * self.num_texts * length, *values.shape[1:])

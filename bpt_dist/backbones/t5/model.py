@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from bpt_dist.backbones.attention import ATTENTIONS
 from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, Texts, average_distributions, end_tokens
+from bpt_dist.backbones.t5.frozen import let_run
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
@@ -32,12 +33,13 @@ class PromptedT5(nn.Module):
         self.model = model
 
     def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
-        """Run `log_likelihood`, `rank`, `generate` or `embed`."""
+        """Run `log_likelihood`, `rank`, `generate` or `embed` of the stock modules, or a `packed` pass given as a function."""
         run: dict[str, Callable[..., Any]] = {
             "log_likelihood": self._log_likelihood,
             "rank": self._rank,
             "generate": self._generate,
             "embed": self.model.shared,
+            "packed": lambda run: run(),
         }
         return run[task](*args, **kwargs)
 
@@ -119,11 +121,16 @@ class T5Backbone(Backbone):
     """A checkpoint of the T5 family."""
 
     core: PromptedT5
+    packs_partitioned = True
+    packs_recomputed = True
 
     def __init__(
         self, model: T5ForConditionalGeneration, tokenizer: Any, *, name: str, path: str, identity: str, revision: str | None = None
     ) -> None:
         core = PromptedT5(model.requires_grad_(False).eval())
+        # Before anything wraps a block's `forward`: partitioning, or running it again in the backward pass.
+        stacks: Any = (model.encoder, model.decoder)
+        let_run(model.lm_head, *(module for stack in stacks for module in (*stack.block, stack.final_layer_norm)))
         model.generation_config = greedy_decoding(model.config)
         super().__init__(core, tokenizer, name=name, path=path, identity=identity, revision=revision)
         self.packed: PackedT5 | None = None  # our own pass, where it is allowed
@@ -178,8 +185,9 @@ class T5Backbone(Backbone):
         return source, layers["decoder"] * (6 * attention + feed_forward) + config.vocab_size * config.d_model
 
     def use_packed_pass(self, attention: str) -> None:
-        """Read texts by our own pass wherever it applies; for a whole T5 only. `attention` is `sdpa` or `eager`."""
-        self.attention, self.packed = attention, PackedT5(self.model, ATTENTIONS[attention])
+        """Read texts by our own pass wherever it applies. `attention` is `sdpa` or `eager`."""
+        self.attention = attention
+        self.packed = PackedT5(self.model, ATTENTIONS[attention], self, lambda run: self.call("packed", run))
 
     def use_stock_pass(self) -> None:
         """Read texts by transformers' modules, padded."""
@@ -195,13 +203,15 @@ class T5Backbone(Backbone):
         return PASS_FLOPS[self.device.type] / self.width**2
 
     def packed_pass_for(self, num_targets: int) -> PackedT5 | None:
-        """Return our own pass where it applies to targets of that length: the T5 is whole, not trained, nothing is inserted.
+        """Return our own pass where it applies to targets of that length: nothing of the T5 is trained.
 
         It reads the encoder's states without keys and values, which pays while the decoder has fewer positions than a head is wide.
+        Longer targets are left to the stock pass, unless the T5 is partitioned: all ranks must make the same passes, whatever the
+        lengths of their texts.
         """
-        if self.packed is None or self._handles or num_targets > self.model.config.d_kv:
+        if self.packed is None or self.model.shared.weight.requires_grad:
             return None
-        return None if self.model.shared.weight.requires_grad else self.packed
+        return None if num_targets > self.model.config.d_kv and self.partition is None else self.packed
 
     def log_likelihood(self, texts: Any, input_embeds: InputEmbeds, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
@@ -225,7 +235,8 @@ class T5Backbone(Backbone):
     def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        if (packed := self.packed_pass_for(max_new_tokens)) is not None:
+        packed = self.packed_pass_for(max_new_tokens)
+        if packed is not None and not self.synced:  # ranks in step write as long as the slowest of them
             tokens = packed.generate(ids, mask, input_embeds, max_new_tokens, average)
         else:
             tokens = self.call("generate", ids, mask, input_embeds, max_new_tokens, self.synced, average)
@@ -246,7 +257,8 @@ class T5Backbone(Backbone):
     @torch.no_grad()
     def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
         """Return what each text's own prompts write together, in one pass where ours applies: for targets that are not long."""
-        short = [row for row, limit in enumerate(max_new_tokens) if self.packed_pass_for(limit) is not None]
+        packs = [self.packed_pass_for(limit) is not None and not self.synced for limit in max_new_tokens]
+        short = [row for row, is_packed in enumerate(packs) if is_packed]
         found: dict[int, str] = {}
         if short:
             assert self.packed is not None

@@ -15,6 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.checkpoint import CONFIG, PLACES, Checkpoint, first_line
+from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.t5.config import read_config
 from bpt_dist.backbones.t5.model import PromptedT5, T5Backbone
 from bpt_dist.distributed.hub import REMEDY, reach_hub
@@ -169,7 +170,8 @@ class ShapeBackbone(T5Backbone):
 
     def __init__(self, shape: T5Shape) -> None:
         self.core = PromptedT5(shape.model().requires_grad_(False))
-        self.call, self.synced, self._handles = self.core, False, []
+        InsertionPoints.__init__(self)
+        self.call, self.synced = self.core, False
         self.tokenizer = _Pieces(shape.config.vocab_size)
         self.name = self.path = self.identity = self.tokenizer_hash = "plan"
         self.revision = None

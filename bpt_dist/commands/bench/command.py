@@ -184,7 +184,7 @@ def scaling(
     sizes = numbers("--ranks", ranks, least=1)
     clock, machine = prepare("cpu", 1)
     from bpt_dist.commands.bench.machine import check_dtype
-    from bpt_dist.commands.bench.scaling import HEADER, run_scaling, scaling_rows
+    from bpt_dist.commands.bench.parallel.scaling import HEADER, run_scaling, scaling_rows
     from bpt_dist.commands.bench.workload import bench_shape
 
     check_dtype(dtype, clock.device)
@@ -209,7 +209,7 @@ def exchange(
     """Time what several processes do besides the T5: particles gathered, or coordinates partitioned."""
     sizes, counts = numbers("--ranks", ranks, least=2), numbers("--particles", particles, least=2)
     _, machine = prepare("cpu", 1)
-    from bpt_dist.commands.bench.exchange import HEADER, exchange_row, measure
+    from bpt_dist.commands.bench.parallel.exchange import HEADER, exchange_row, measure
 
     bad = [(size, count) for size in sizes for count in counts if count % size]
     if bad:
@@ -226,6 +226,35 @@ def exchange(
     say(["the SVGD phase with its exchange, P·D = 76,800", *machine_text(report)])
     print_list(HEADER, map(exchange_row, measured), right=tuple(range(len(HEADER))))
     finish(report, file, [])
+
+
+@bench.command()
+def sharded(
+    shape: Shape = None,
+    quick: Quick = False,
+    file: Json = None,
+    ranks: Annotated[int, typer.Option(metavar="W", min=2, help="Number of processes.")] = 2,
+    particles: Annotated[int, typer.Option(min=1, help="M of the source step.")] = 4,
+    shards: Annotated[str, typer.Option("--shard", metavar="KIND,...", help="deepspeed, fsdp2.")] = "deepspeed,fsdp2",
+    repeats: Repeats = None,
+) -> None:
+    """Time the step with the T5 whole and partitioned, by the stock modules and by ours; exit code 1 if one is wrong."""
+    kinds = shards.split(",")
+    if not set(kinds) <= {"deepspeed", "fsdp2"}:
+        raise ConfigError(f"--shard {shards}: is no list of deepspeed and fsdp2; write it like deepspeed,fsdp2")
+    _, machine = prepare("cpu", 1)
+    from bpt_dist.commands.bench.parallel.sharded import HEADER, run_sharded, sharded_rows, wrong_variants
+    from bpt_dist.commands.bench.workload import bench_shape
+
+    name, rounds = shape or "t5-small", repeats or (2 if quick else 5)
+    with progress() as tell:
+        report = {"command": "sharded", "shape": name}
+        report |= run_sharded(bench_shape(name), particles, ranks, [kind for kind in kinds], rounds, tell)  # type: ignore[misc]
+        report["machine"] = machine()
+    what = f"{name}, M = {particles}, six texts, {ranks} gloo processes; the slowest rank, median of {rounds} alternating rounds"
+    say([what, *machine_text(report)])
+    print_list(HEADER, sharded_rows(report), right=tuple(range(2, len(HEADER))))
+    finish(report, file, wrong_variants(report))
 
 
 @bench.command()

@@ -162,7 +162,8 @@ def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec
     hypotheses = num_hypotheses(config, copies)
     rows = config.data.max_eval_rows or ASSUMED_EVAL_ROWS
     texts = min(at_once, -(-rows // mesh.world.size))
-    packs = config.distribution.shard == "none" and config.backbone.forward != "stock"
+    is_trained_sharded = config.method.TRAINS_BACKBONE and config.distribution.shard != "none"
+    packs = config.backbone.forward != "stock" and not is_trained_sharded
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     usual, given = default_attention(torch.device(kind), DTYPES[config.backbone.dtype]), config.backbone.attention
     attention = usual if given == "auto" else given

@@ -150,10 +150,11 @@ def load_backbone(config: RunConfig, world: World, attention: str | None = None)
 
 def _may_pack(config: RunConfig, world: World, backbone: Backbone) -> bool:
     """Return whether our own pass may replace transformers', and log on rank 0 why not."""
-    given = config.distribution
-    is_cut = given.shard != "none" and not backbone.packs_partitioned
-    reason = f"distribution.shard is {given.shard}" if is_cut else None
-    reason = "distribution.activation_checkpointing is on" if given.activation_checkpointing else reason
+    given, reason = config.distribution, None
+    if given.shard != "none" and (config.method.TRAINS_BACKBONE or not backbone.packs_partitioned):
+        reason = f"distribution.shard is {given.shard}" + (" and the backbone is trained" if config.method.TRAINS_BACKBONE else "")
+    if given.activation_checkpointing and not backbone.packs_recomputed:
+        reason = "distribution.activation_checkpointing is on"
     if config.backbone.forward == "stock" or reason is None:
         return config.backbone.forward != "stock"
     if world.rank == 0:

@@ -13,6 +13,7 @@ import torch
 from plain_t5 import batch, shake
 from torch import Tensor
 
+from bpt_dist.backbones import loading
 from bpt_dist.config import DistributionConfig
 from bpt_dist.config.method_source import method_names
 from bpt_dist.data.batches import Batch
@@ -31,9 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_t5.make(tmp_path_factory.mktemp("t5"))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[(name, forward) for name in NAMES for forward in ("stock", "packed")], ids="-".join)
 def method(request: pytest.FixtureRequest, folder: Path) -> Any:
-    found = inserted.begun(folder, str(request.param), TASKS)
+    name, forward = request.param
+    found = inserted.begun(folder, name, TASKS)
+    if forward == "packed":
+        found.backbone.use_packed_pass("sdpa")
     shake(found)
     return found
 
@@ -115,6 +119,79 @@ def test_recomputing_the_blocks_in_the_backward_pass_changes_no_gradient(method:
     method.zero_grad(set_to_none=True)
     placement.place(method.backbone, DistributionConfig(activation_checkpointing=True), World())
     tiny_run.assert_same(gradients(method), expected)
+
+
+VARIANTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    *((name, {}, tasks) for name in NAMES for tasks in (TASKS, TASKS[:1])),
+    ("lora", {"targets": ("q", "k", "v", "o", "wi", "wo"), "init": "kaiming"}, TASKS),
+    ("lora", {"targets": ("k",)}, TASKS),
+    ("adapters", {"shared": True}, TASKS),
+    ("hyperformer", {"variant": "plain", "label_smoothing": 0.1}, TASKS),
+    ("hyperdecoder", {"adapter_input": "raw", "pooled_mlp": True, "label_smoothing": 0.1}, TASKS),
+]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("name", "options", "tasks"), VARIANTS, ids=str)
+def test_the_packed_pass_reads_what_is_inserted(
+    name: str, options: dict[str, Any], tasks: tuple[str, ...], gated: bool, tmp_path: Path
+) -> None:
+    folder, texts = (
+        tiny_t5.make(tmp_path / "t5", gated=gated, tied=not gated),
+        batch(TASK_INDEX if len(tasks) > 1 else (0, 0, 0, 0)),
+    )
+    labels, found = torch.tensor([[10, 1, -100], [11, 12, 1], [10, 12, 1]]), {}
+    for forward in ("stock", "packed"):
+        if gated and "wi" in options.get("targets", ()):
+            options = {**options, "targets": ("wi_0", "wi_1", "v", "wo")}
+        method = inserted.begun(folder, name, tasks, **options)
+        shake(method, std=0.1)
+        if forward == "packed":
+            method.backbone.use_packed_pass("sdpa")
+        scored = method(texts)
+        method.loss(scored, texts).backward()
+        gradients = {key: tensor.grad for key, tensor in method.named_parameters()}
+        ranked, written = method.rank(texts, labels, "map"), method.generate(texts, 6)
+        found[forward] = (scored.log_likelihood.detach(), ranked, gradients, written)
+    scores, ranks, gradients, written = found["packed"]
+    expected_scores, expected_ranks, expected, expected_written = found["stock"]
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ranks, expected_ranks, rtol=1e-5, atol=1e-5)
+    assert written == expected_written
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_a_change_that_reads_other_tokens_gets_the_rows_of_the_stock_pass(folder: Path) -> None:
+    """Whatever a change does within a row, at every kind of place: the packed pass asks it as the stock pass does."""
+    texts, found = batch(), {}
+    for forward in ("stock", "packed"):
+        backbone = loading.load(str(folder))
+        trained = [torch.ones(1, requires_grad=True) for _ in range(3)]
+
+        def first(_x: Tensor, y: Tensor, trained: list[Tensor] = trained) -> Tensor:
+            return y + 0.1 * trained[0] * y[:, :1].tanh()  # of the first token of each row
+
+        backbone.wrap_linear(lambda _place, first=first: first, ("q", "k", "o", "wi", "wo", "lm_head"))
+        backbone.wrap_norm(lambda _place, trained=trained: lambda x, y: y * trained[1] + 0.1 * x[:, :1].to(y.dtype))
+        for residual in (False, True):
+            backbone.wrap_sublayer(
+                lambda _place, trained=trained: lambda x, y: (y * trained[2]).tanh() + x,
+                ("self_attention", "cross_attention", "feed_forward"),
+                residual=residual,
+            )
+        if forward == "packed":
+            backbone.use_packed_pass("eager")
+            assert backbone.packed_pass_for(3) is not None
+        passed = backbone.log_likelihood(texts, lambda embeds: torch.stack([embeds, -embeds]), "token_mean", states=True)
+        passed.log_likelihood.sum().backward()
+        ranked = backbone.rank(texts, torch.tensor([[10, 1], [11, 1]]), lambda embeds: embeds[None])
+        written = backbone.generate(texts, lambda embeds: torch.stack([embeds, -embeds]), 5)
+        found[forward] = ([passed.log_likelihood.detach(), ranked, *(tensor.grad for tensor in trained)], written)
+    for ours, theirs in zip(found["packed"][0], found["stock"][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert found["packed"][1] == found["stock"][1]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,159 @@
+"""`bench sharded`: the source step on gloo processes with the T5 whole or partitioned, by the stock modules and by our pass.
+
+All variants alternate in one job. A rank's work is what training would give it: with a partitioned T5 one pass, because each pass
+gathers the whole T5 twice. Peak memory is that of fresh processes that run one variant only.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from bpt_dist.backbones.t5.model import T5Backbone
+from bpt_dist.backbones.t5.packed import PackedT5
+from bpt_dist.backbones.t5.shapes import T5Shape
+from bpt_dist.commands.bench.correctness import GRADIENT_FLOOR, LOSS_FLOOR, Gradients, relative, sum_microbatches
+from bpt_dist.commands.bench.processes import Job
+from bpt_dist.commands.bench.source_run import Tell
+from bpt_dist.commands.bench.timing import Spread, spread
+from bpt_dist.commands.bench.workload import Work, in_dtype, our_pass, random_backbone, source_work, use_attention
+from bpt_dist.config import DistributionConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.training.microbatches import MicroBatchLimits, shared_microbatches
+from bpt_dist.training.sharding import placement
+from bpt_dist.training.sharding.zero import import_deepspeed
+
+HEADER = ("T5", "pass", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole", "by CPU time",
+          "MB gathered a step", "peak memory")  # fmt: skip
+LIMIT_SECONDS = 900.0
+WHOLE, STOCK, PACKED = "none", "stock", "packed"
+
+
+class Variant(NamedTuple):
+    """How the T5 is held, and who reads the texts."""
+
+    shard: str
+    forward: str
+
+    @classmethod
+    def of(cls, name: str) -> Variant:
+        """Read the name that `str` writes."""
+        return cls(*name.split(" "))
+
+    def __str__(self) -> str:
+        """Write both with a blank."""
+        return f"{self.shard} {self.forward}"
+
+
+VARIANTS = [Variant(shard, forward) for shard in (WHOLE, "deepspeed", "fsdp2") for forward in (STOCK, PACKED)]
+
+
+class Step:
+    """The source step on a rank of a job, which places its copies of the T5 when a variant first asks for one."""
+
+    def __init__(self, whole: T5Backbone, work: Work) -> None:
+        self.whole, self.work = whole, work
+        self.placed: dict[str, tuple[T5Backbone, PackedT5]] = {}
+        self.reference: Gradients | None = None
+
+    def __call__(self, world: World, name: str) -> dict[str, float]:
+        """Run one step (collective: every rank) and return its seconds, its bytes and its distance from packed, whole."""
+        torch.set_num_threads(1)
+        variant, mesh = Variant.of(name), world.mesh(len(self.work.prompts))
+        backbone, ours = self._place(variant.shard, world)
+        own = Work(self.work.prompts[mesh.rows(len(self.work.prompts))].contiguous(), self.work.texts)
+        limits = MicroBatchLimits(None, own.prompts.shape[1], together=variant.shard != WHOLE)
+        passes = list(shared_microbatches(own.texts, slice(0, len(own.prompts)), mesh, limits))
+        world.barrier()
+        cpu, wall = time.process_time(), time.perf_counter()
+        found = sum_microbatches(backbone, ours if variant.forward == PACKED else None, own, passes)
+        seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        if variant == Variant(WHOLE, PACKED):
+            self.reference = found
+        loss, gradient = (0.0, 0.0) if self.reference is None else relative(found, self.reference)
+        whole = sum(weight.numel() * weight.element_size() for weight in self.whole.model.parameters())
+        received = 0.0 if variant.shard == WHOLE else 2 * len(passes) * whole * (world.size - 1) / world.size
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {**seconds, "loss": loss, "gradient": gradient, "received": received, "peak": float(peak)}
+
+    def _place(self, shard: Any, world: World) -> tuple[T5Backbone, PackedT5]:
+        if shard not in self.placed:
+            backbone = self.whole if shard == WHOLE else in_dtype(self.whole, "fp32")
+            use_attention(backbone, "sdpa")
+            placement.place(backbone, DistributionConfig(shard=shard), world)
+            self.placed[shard] = backbone, our_pass(backbone)
+        return self.placed[shard]
+
+
+def run_sharded(
+    shape: T5Shape, num_particles: int, size: int, shards: Sequence[Literal["deepspeed", "fsdp2"]], rounds: int, tell: Tell
+) -> dict[str, Any]:
+    """Return times, ratios and memory of every variant over `size` processes; each round goes through all of them."""
+    import_deepspeed()  # before the ranks are forked
+    variants = [variant for variant in VARIANTS if variant.shard in (WHOLE, *shards)]
+    whole = random_backbone(shape, torch.device("cpu"))
+    step = Step(whole, source_work(shape, num_particles))
+    answers: dict[Variant, list[list[dict[str, float]]]] = {variant: [] for variant in variants}
+    with Job(size, step, LIMIT_SECONDS) as job:
+        job.ask(str(Variant(WHOLE, PACKED)))  # what the others are compared with
+        for number in range(rounds + 1):
+            for variant in variants if number % 2 else variants[::-1]:
+                tell(f"{'warm-up' if number == 0 else f'round {number} of {rounds}'}: {variant}")
+                answers[variant].append(job.ask(str(variant)))
+    peaks = {}
+    for variant in variants:
+        tell(f"memory: {variant}")
+        with Job(size, Step(whole, step.work), LIMIT_SECONDS) as job:
+            peaks[variant] = max(rank["peak"] for rank in job.ask(str(variant)))
+    rows = [_row(variant, answers, peaks[variant]) for variant in variants]
+    cores = os.cpu_count() or 1
+    notes = [f"{size} processes on {cores} cores: they share cores"] if size > cores else []
+    return {"particles": num_particles, "ranks": size, "rounds": rounds, "variants": rows, "notes": notes}
+
+
+def _row(variant: Variant, answers: dict[Variant, list[list[dict[str, float]]]], peak: float) -> dict[str, Any]:
+    """Compare round by round; the time of a job is that of its slowest rank. The first round warms up."""
+
+    def seconds(of: Variant, kind: str) -> list[float]:
+        return [max(rank[kind] for rank in ranks) for ranks in answers[of][1:]]
+
+    def ratio(to: Variant, kind: str) -> dict[str, float]:
+        return spread([theirs / ours for theirs, ours in zip(seconds(to, kind), seconds(variant, kind), strict=True)]).to_json()
+
+    ranks = [rank for of_round in answers[variant] for rank in of_round]
+    return {
+        "shard": variant.shard, "forward": variant.forward, "received_bytes": ranks[0]["received"], "peak_bytes": peak,
+        "loss_difference": max(rank["loss"] for rank in ranks), "gradient_difference": max(rank["gradient"] for rank in ranks),
+        **{f"{kind}_seconds": statistics.median(seconds(variant, kind)) for kind in ("wall", "cpu")},
+        **{f"to_stock_{kind}": ratio(Variant(variant.shard, STOCK), kind) for kind in ("wall", "cpu")},
+        **{f"to_whole_{kind}": ratio(Variant(WHOLE, PACKED), kind) for kind in ("wall", "cpu")},
+    }  # fmt: skip
+
+
+def wrong_variants(report: dict[str, Any]) -> list[str]:
+    """Return the variants whose losses or gradients are not those of our pass through the whole T5."""
+    return [
+        f"wrong result: {row['shard']} {row['forward']}: loss off by {row['loss_difference']:.0e}, "
+        f"gradient by {row['gradient_difference']:.0e}"
+        for row in report["variants"]
+        if not (row["loss_difference"] <= LOSS_FLOOR and row["gradient_difference"] <= GRADIENT_FLOOR)
+    ]
+
+
+def sharded_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the lines of the table."""
+    return [
+        (
+            "whole" if row["shard"] == WHOLE else row["shard"], row["forward"],
+            f"{row['wall_seconds']:.3g}", f"{row['cpu_seconds']:.3g}",
+            *(str(Spread(**row[name])) for name in ("to_stock_wall", "to_stock_cpu", "to_whole_wall", "to_whole_cpu")),
+            f"{row['received_bytes'] / 1e6:,.0f}", f"{row['peak_bytes'] / 1e9:.2f} GB",
+        )
+        for row in report["variants"]
+    ]  # fmt: skip
