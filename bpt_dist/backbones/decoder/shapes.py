@@ -121,17 +121,19 @@ class DecoderShape(ModelShape):
     def prediction_bytes(self, num_prompt: int, num_source: int, num_nodes: int, attention: str, kind: str = "cpu") -> int:
         """Return the bytes that a pass without gradients has at once for each text, in the part of it that takes most.
 
-        A layer holds what came in and its norm; beside them either attention with the prompt's keys copied for each text, or both
-        halves of the feed-forward and their product. In the end there are logits, and their logarithms, for all candidates.
+        There are the text as it was given with its prompt, its tokens in the row of the pass, what came into a layer and its norm.
+        Beside them is either attention with the prompt's keys copied for each text, or both halves of the feed-forward and their
+        product. In the end there are logits, and their logarithms, for all candidates.
         """
         config, (width, inner) = self.config, self.feed_forward
         own, size = num_source + num_nodes - 1, getattr(config, "head_dim", None) or width // config.num_attention_heads
         heads, groups = config.num_attention_heads * size, config.num_key_value_heads * size
-        # Queries as projected, rotated, scaled and put in order; keys and values, and those joined to the prompt's.
-        attended = own * (4 * heads + 2 * groups) + (num_prompt + own) * 2 * groups
+        # Queries rotated, scaled and put in order; what is read, put in order and joined; keys and values, also joined to the prompt's.
+        attended = own * (6 * heads + 2 * groups) + (num_prompt + own) * 2 * groups
         if attention == "eager":
             attended += 2 * config.num_attention_heads * own * (num_prompt + own)
-        layer = self.item_bytes * (2 * own * width + max(attended, 3 * own * inner))
+        given = (num_prompt + num_source) * width
+        layer = self.item_bytes * (given + 3 * own * width + max(attended, 3 * own * inner))
         return int(max(layer, 2 * torch.float32.itemsize * min(num_nodes * config.vocab_size, MOST_LOGITS)))
 
     def _counted(self, key: tuple[Any, ...], count: Any) -> list[Counted]:
