@@ -12,6 +12,7 @@ from transformers.utils import logging
 from bpt_dist.backbones.base import DTYPES, Backbone, hash_tokenizer
 from bpt_dist.backbones.checkpoint import Checkpoint, Weights, first_line
 from bpt_dist.backbones.families import DECODERS, kind_of
+from bpt_dist.backbones.shapes import ModelShape, known_config
 from bpt_dist.distributed.hub import reach_hub
 from bpt_dist.errors import ConfigError
 from bpt_dist.tasks.text_to_text import ENCODED, TextForm
@@ -92,23 +93,27 @@ def _decoder(
     return DecoderBackbone(model, tokenizer, start=start, identity=identify(weights), **facts)
 
 
-def facts_of(path: str, *, revision: str | None = None) -> Mapping[str, Any]:
-    """Return what an export records of a backbone (`Backbone.facts`), from its config.json alone.
+def shape_of(path: str, *, revision: str | None = None, dtype: str = "fp32", ask_hub: bool = True) -> ModelShape:
+    """Return the shape of a checkpoint of any family, by `known_config`: no weight is read.
 
-    Raises ConfigError when nothing here or on the hub knows its shape.
+    Raises ConfigError when nothing here or on the hub knows it.
     """
-    checkpoint = Checkpoint(path, revision, local_only=True)
-    try:
-        is_decoder = kind_of(checkpoint) in DECODERS
-    except (OSError, ValueError):
-        is_decoder = False  # not here; `shape_of` knows published names and asks the hub
-    if is_decoder:
-        from bpt_dist.backbones.decoder.config import export_facts, read_config
+    from bpt_dist.backbones.decoder import config as decoder
+    from bpt_dist.backbones.decoder import shapes as decoders
+    from bpt_dist.backbones.t5 import config as t5
+    from bpt_dist.backbones.t5 import shapes as t5s
 
-        return export_facts(read_config(checkpoint))
-    from bpt_dist.backbones.t5.shapes import shape_of
+    config = known_config(
+        path, revision, ask_hub=ask_hub,
+        read=lambda checkpoint: (decoder if kind_of(checkpoint) in DECODERS else t5).read_config(checkpoint),
+        published=lambda name: t5s.published(name) or decoders.published(name),
+    )  # fmt: skip
+    return decoders.DecoderShape(config, dtype) if config.model_type in DECODERS else t5s.T5Shape(config, dtype)
 
-    return shape_of(path, revision=revision).config.to_dict()
+
+def facts_of(path: str, *, revision: str | None = None) -> Mapping[str, Any]:
+    """Return what an export records of a backbone (`Backbone.facts`), from its config.json alone; raises as `shape_of`."""
+    return shape_of(path, revision=revision).facts
 
 
 class Language(NamedTuple):

@@ -57,7 +57,7 @@ def print_methods(shape: str | None, *, as_json: bool) -> None:
 
 
 def _counts(shape: str) -> list[Any]:
-    from bpt_dist.backbones.t5.shapes import shape_of
+    from bpt_dist.backbones.loading import shape_of
     from bpt_dist.methods._counts import counts
 
     try:
@@ -68,7 +68,11 @@ def _counts(shape: str) -> list[Any]:
 
 def _counted_row(count: dict[str, Any], texts: dict[str, str]) -> tuple[str, ...]:
     name, *numbers = count.values()
-    return (name, *(f"{number:,}" for number in numbers), *(texts.get(key, "") for key in SHOWN_ATTRIBUTES))
+    return (
+        name,
+        *("-" if number is None else f"{number:,}" for number in numbers),
+        *(texts.get(key, "") for key in SHOWN_ATTRIBUTES),
+    )
 
 
 def described_methods(folder: Path = METHODS) -> dict[str, dict[str, str]]:

@@ -81,7 +81,8 @@ def world(folder: Path, family: str) -> Path:
 
 def settings(world_folder: Path, method: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
     """Return plain settings of a short run on the model of `world`."""
-    return tiny_run.settings(world_folder, method, backbone={"path": str(world_folder / "decoder")}, **sections)
+    backbone = {"path": str(world_folder / "decoder"), **sections.pop("backbone", {})}
+    return tiny_run.settings(world_folder, method, backbone=backbone, **sections)
 
 
 def make(folder: Path, family: str = "llama", *, seed: int = 0, starts: bool = False, **changes: Any) -> Path:

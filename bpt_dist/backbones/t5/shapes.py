@@ -5,21 +5,16 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.checkpoint import CONFIG, PLACES, Checkpoint, first_line
-from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, count_pass, known_config
 from bpt_dist.backbones.t5.config import read_config
 from bpt_dist.backbones.t5.model import PromptedT5, T5Backbone
-from bpt_dist.distributed.hub import REMEDY, reach_hub
-from bpt_dist.errors import ConfigError
 
 # d_model, d_kv, heads, d_ff, layers of the published checkpoints: a plan needs no download.
 _SHAPES = {
@@ -30,32 +25,25 @@ _SHAPES = {
     "mt5-small": (512, 64, 6, 1024, 8), "mt5-base": (768, 64, 12, 2048, 12), "mt5-large": (1024, 64, 16, 2816, 24),
     "mt5-xl": (2048, 64, 32, 5120, 24), "mt5-xxl": (4096, 64, 64, 10240, 24),
 }  # fmt: skip
-
-
-Counted = tuple[int, int, int]  # FLOPs forward and backward, bytes kept
 _COUNTED: dict[tuple[str, str, int, int, int, bool], tuple[Counted, Counted, Counted]] = {}
 
 
-@dataclass(frozen=True)
-class RowCost:
-    """What one text with its prompt costs: multiply-adds count two, bytes are those kept for the backward pass."""
-
-    forward_flops: int
-    backward_flops: int
-    activation_bytes: int
-
-    @property
-    def flops(self) -> int:
-        """Return the FLOPs of a training pass."""
-        return self.forward_flops + self.backward_flops
-
-
 @dataclass
-class T5Shape:
-    """A T5 of which only the configuration is known; `dtype` is that of weights and activations."""
+class T5Shape(ModelShape):
+    """A T5 of which only the configuration is known."""
 
     config: T5Config
-    dtype: str = "fp32"
+    noun: ClassVar[str] = "T5"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The configuration as an export records it."""
+        return self.config.to_dict()
+
+    @property
+    def feed_forward(self) -> tuple[int, int]:
+        """The width of the model, and that inside its feed-forward layers."""
+        return self.config.d_model, self.config.d_ff
 
     @property
     def num_blocks(self) -> tuple[int, int]:
@@ -78,17 +66,9 @@ class T5Shape:
         own_head = 0 if self.config.scale_decoder_outputs else self.config.vocab_size * self.config.d_model
         return sum(parameter.numel() for parameter in self.model().parameters()) + own_head
 
-    @property
-    def weight_bytes(self) -> int:
-        """Return the bytes of the whole T5."""
-        return self.num_parameters * DTYPES[self.dtype].itemsize
-
-    @property
-    def gathered_bytes(self) -> int:
-        """Return the bytes a partitioned T5 has gathered at once: the word embeddings, or two blocks, which may overlap."""
-        table = self.config.vocab_size * self.config.d_model * DTYPES[self.dtype].itemsize
-        blocks = (self.weight_bytes - table) // sum(self.num_blocks)
-        return max(2 * blocks, table)
+    def backbone(self) -> ShapeBackbone:
+        """Return a replacement for the T5 while a method creates its tensors."""
+        return ShapeBackbone(self)
 
     def row_cost(
         self, num_prompt: int, num_source: int, num_target: int, *, trains_weights: bool = False, recomputed: bool = False
@@ -104,13 +84,13 @@ class T5Shape:
         encoder, decoder = (number - 1 for number in self.num_blocks)
         return RowCost(*(a + encoder * (b - a) + decoder * (c - a) for a, b, c in zip(one, wider, deeper, strict=True)))
 
-    def prediction_bytes(self, num_positions: int, attention: str, kind: str = "cpu") -> int:
-        """Return the bytes a pass without gradients has at once for each row of so many positions, prompt included.
+    def prediction_bytes(self, num_prompt: int, num_source: int, num_nodes: int, attention: str, kind: str = "cpu") -> int:
+        """Return the bytes that a pass without gradients has at once for each text of so many tokens behind its prompt.
 
-        The encoder's positions decide, in the layer of a block that takes most; `attention` is `sdpa` or `eager`, `kind` that of
-        the device. Hidden states are float32: those that came in, and those that are added to.
+        The encoder's positions decide, in the layer of a block that takes most, whatever `num_nodes` of candidates there are.
+        Hidden states are float32: those that came in, and those that are added to.
         """
-        config, size = self.config, DTYPES[self.dtype].itemsize
+        config, size, num_positions = self.config, self.item_bytes, num_prompt + num_source
         width, inner, heads = config.d_model, config.d_ff, config.num_heads * config.d_kv
         # Queries, keys and values, what was read of them twice (by group and joined), and what is added.
         # A CPU adds a term in bf16 to float32 through a copy of it in float32.
@@ -129,7 +109,7 @@ class T5Shape:
         encoder, decoder = self.num_blocks
         again = encoder * (wider[0] - one[0]) + decoder * (deeper[0] - one[0])
         inputs = (encoder - 1) * (num_prompt + num_source) + (decoder - 1) * num_target
-        activations = one[2] + inputs * self.config.d_model * DTYPES[self.dtype].itemsize
+        activations = one[2] + inputs * self.config.d_model * self.item_bytes
         return RowCost(kept.forward_flops, kept.backward_flops + again, activations)
 
     def _counts(self, num_prompt: int, num_source: int, num_target: int, trains_weights: bool) -> tuple[Counted, Counted, Counted]:
@@ -144,91 +124,32 @@ class T5Shape:
         self, num_prompt: int, num_source: int, num_target: int, trains_weights: bool, num_encoder: int, num_decoder: int
     ) -> Counted:
         model = self.model(num_encoder, num_decoder).requires_grad_(trains_weights)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage  # held, or its address would be used again
-            return tensor
-
         width, meta = self.config.d_model, torch.device("meta")
         prompt = torch.zeros(1, num_prompt, width, device=meta, requires_grad=True)
         text = torch.zeros(1, num_source, width, device=meta, dtype=model.dtype)
         targets = torch.zeros(1, num_target, device=meta, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+
+        def logits() -> Tensor:
             inputs = torch.cat([prompt.to(model.dtype), text], dim=1)
-            logits = model(inputs_embeds=inputs, decoder_input_ids=targets, use_cache=False).logits
-            forward = counter.get_total_flops()
-            logits.float().log_softmax(-1).gather(-1, targets[..., None]).sum().backward()
-        return forward, counter.get_total_flops() - forward, sum(storage.nbytes() for storage in kept.values())
+            found: Tensor = model(inputs_embeds=inputs, decoder_input_ids=targets, use_cache=False).logits
+            return found
+
+        return count_pass(model, logits)
 
 
-class ShapeBackbone(T5Backbone):
-    """A replacement for the T5 while a method creates its tensors: right shapes, no weights; nothing ever runs through it."""
+class ShapeBackbone(Weightless, T5Backbone):
+    """A replacement for the T5 while a method creates its tensors."""
 
     def __init__(self, shape: T5Shape) -> None:
-        self.core = PromptedT5(shape.model().requires_grad_(False))
-        InsertionPoints.__init__(self)
-        self.call, self.synced = self.core, False
-        self.tokenizer = _Pieces(shape.config.vocab_size)
-        self.name = self.path = self.identity = self.tokenizer_hash = "plan"
-        self.revision = None
-        self.device = torch.device("cpu")  # where a method's own tensors live; its T5 is on the meta device
-
-    def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
-        """Return noise in the place of rows of the word-embedding table."""
-        return torch.randn(len(ids), self.width, generator=torch.Generator().manual_seed(0))
-
-
-class _Pieces:
-    """As much of a tokenizer as the start of a prompt asks for."""
-
-    all_special_ids = (0, 1, 2)
-
-    def __init__(self, num_pieces: int) -> None:
-        self.num_pieces = num_pieces
-        self.input_ids = [3]
-
-    def __len__(self) -> int:
-        return self.num_pieces
-
-    def __call__(self, _text: str, **_options: Any) -> _Pieces:
-        return self
+        self.begin(PromptedT5(shape.model().requires_grad_(False)), shape.config.vocab_size)
 
 
 def shape_of(path: str, *, revision: str | None = None, dtype: str = "fp32", ask_hub: bool = True) -> T5Shape:
-    """Return the shape of a checkpoint: a folder, a hub id in the local cache, a published name, or else what the hub says.
-
-    Raises ConfigError when none of them knows it.
-    """
-    try:
-        return T5Shape(_config_of(path, revision, ask_hub), dtype)
-    except (OSError, ValueError) as error:
-        remedy = "give" if path.startswith(PLACES) else f"{REMEDY}, or give"
-        raise ConfigError(
-            f"backbone.path: the shape of {path!r} is not known here ({first_line(error)}); {remedy} a folder with {CONFIG}"
-        ) from error
+    """Return the shape of a T5, by `known_config`; raises ConfigError for another family, and where nothing knows it."""
+    return T5Shape(known_config(path, revision, read=read_config, published=published, ask_hub=ask_hub), dtype)
 
 
-def _config_of(path: str, revision: str | None, ask_hub: bool) -> T5Config:
-    checkpoint = Checkpoint(path, revision, local_only=True)
-    if checkpoint.is_folder:
-        return read_config(checkpoint)
-    try:
-        return read_config(checkpoint)
-    except (OSError, ValueError):
-        published = _published(path.rpartition("/")[2])
-        if published is not None:
-            return published
-        if not ask_hub or not checkpoint.may_be_on_hub:
-            raise
-    reach_hub()
-    return read_config(Checkpoint(path, revision))
-
-
-def _published(name: str) -> T5Config | None:
+def published(name: str) -> T5Config | None:
     """Return the configuration of a published checkpoint by its name; LM-adapted ones have the shapes of version 1.1."""
     name = name.replace("t5-base-lm-adapt", "t5-v1_1-base").replace("t5-large-lm-adapt", "t5-v1_1-large")
     name = name.replace("t5-small-lm-adapt", "t5-v1_1-small").replace("t5-xl-lm-adapt", "t5-v1_1-xl")

@@ -78,6 +78,7 @@ def source(
     pass_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one of our passes, as in `source.pass_size`.")] = None,
     backbone: Backbone = Family.t5,
     prompts: Annotated[str, typer.Option(metavar="P,...", help="Prompt positions, with --backbone decoder.")] = "100,20",
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16, with --backbone decoder; all the device has by default.")] = None,
 ) -> None:
     """Time the source step: PEFT in a loop over particles, the stock T5, ours, in fp32 and bf16; exit code 1 if one is wrong."""
     if context.invoked_subcommand is not None:
@@ -87,7 +88,7 @@ def source(
             raise ConfigError(f"{words}: an option before the sub-command has no effect; write it after `{words}`")
         return
     if backbone is Family.decoder:
-        decoder_step(shape, quick, file, particles, repeats, threads, device, numbers("--prompts", prompts, least=1))
+        decoder_step(shape, quick, file, particles, repeats, threads, device, numbers("--prompts", prompts, least=1), dtype)
         return
     from bpt_dist.commands.bench.source_report import HEADER, NUMBERS, correctness_lines, source_json, table_rows
     from bpt_dist.commands.bench.source_run import Options, run_source
@@ -123,19 +124,23 @@ def source(
 
 def decoder_step(
     shape: str | None, quick: bool, file: Path | None, particles: int | None, repeats: int | None, threads: int, device: str,
-    prompts: Sequence[int],
+    prompts: Sequence[int], dtype: str | None,
 ) -> None:  # fmt: skip
     """Time the source step and the ranking of label words on a decoder-only model."""
     clock, machine = prepare(device, threads)
     from bpt_dist.commands.bench.decoder import HEADER, SMOLLM2, decoder_rows, run_decoder, shape_of, wrong_results
+    from bpt_dist.commands.bench.machine import check_dtype, has_bf16
     from bpt_dist.commands.bench.source_run import Options
 
+    if dtype is not None:
+        check_dtype(dtype, clock.device)
+    dtypes = [dtype] if dtype is not None else ["fp32", "bf16"] if has_bf16(clock.device) else ["fp32"]
     name = shape or SMOLLM2
     config = shape_of(name, quick=quick)
     options = Options(repeats or 3, QUICK_SECONDS if quick else None)
     with progress() as tell:
         report = {"command": "decoder", "shape": name, "layers": config.num_hidden_layers}
-        report |= run_decoder(config, particles or (QUICK_PARTICLES if quick else 5), prompts, clock, options, tell)
+        report |= run_decoder(config, particles or (QUICK_PARTICLES if quick else 5), prompts, dtypes, clock, options, tell)
         report["machine"] = machine()
     say([f"{name}, {config.num_hidden_layers} layers; relative difference from transformers' modules:"])
     checks = report["correct"].items()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
-from bpt_dist.backbones.attention import measured_attention
+from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.decoder.config import model_class
 from bpt_dist.backbones.decoder.model import DecoderBackbone
@@ -26,12 +26,10 @@ from bpt_dist.backbones.families import DECODERS
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.commands.bench.baselines import import_peft
 from bpt_dist.commands.bench.evaluation import LABEL_TOKENS, NUM_TOKENS, TIES, label_words, same_predictions
-from bpt_dist.commands.bench.machine import has_bf16
 from bpt_dist.commands.bench.source_run import Options, Tell
 from bpt_dist.commands.bench.timing import Clock, alternate, speedup
 from bpt_dist.commands.bench.workload import SOURCE_TASKS, TARGET_TASKS, NoTokenizer, Work, work_of
 from bpt_dist.data.batches import IGNORED, Batch
-from bpt_dist.data.prepare import default_cache
 from bpt_dist.errors import ConfigError
 from bpt_dist.objective import sequence_log_likelihood
 
@@ -76,7 +74,7 @@ class Models:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.peft: Any = peft.get_peft_model(model, settings).to(device).eval()
-        self.backbone.use_packed_pass(measured_attention(device, DTYPES[dtype], default_cache()))
+        self.backbone.use_packed_pass(default_attention(device, DTYPES[dtype]))
 
     def load(self, particle: Tensor) -> Tensor:
         """Make `particle` [P, D] the prompt of PEFT's model, and return the parameter."""
@@ -178,11 +176,12 @@ def step_flops(config: Any, work: Work) -> tuple[int, int]:
     return flops_of(config, padded, padded, padded * longest), ours
 
 
-def run_decoder(config: Any, particles: int, prompts: Sequence[int], clock: Clock, options: Options, tell: Tell) -> dict[str, Any]:
+def run_decoder(
+    config: Any, particles: int, prompts: Sequence[int], dtypes: Sequence[str], clock: Clock, options: Options, tell: Tell
+) -> dict[str, Any]:
     """Return times, ratios and differences for prompts of each length: the source step, and the ranking of label words."""
     clock.use_threads()
     report: dict[str, Any] = {"rows": [], "correct": {}, "notes": []}
-    dtypes = ["fp32", "bf16"] if has_bf16(clock.device) else ["fp32"]
     for num_prompt in prompts:
         for dtype in dtypes:
             models = Models(config, dtype, clock.device, num_prompt)
@@ -196,7 +195,7 @@ def run_decoder(config: Any, particles: int, prompts: Sequence[int], clock: Cloc
 def _source_step(
     models: Models, work: Work, dtype: str, clock: Clock, options: Options, report: dict[str, Any], tell: Tell
 ) -> None:
-    """Compare one step: everything is computed once to be checked, then timed in rounds."""
+    """Compare one step in rounds; the results of the last round are checked. A step takes so long that none is for warming up."""
     particles, num_prompt = work.prompts.shape[:2]
     name, everything = f"source step, P = {num_prompt}", [list(range(len(work.texts)))]
     runs: dict[str, Callable[[], Gradients]] = {
@@ -204,13 +203,19 @@ def _source_step(
         "text by text, stock": partial(models.stock_gradients, work),
         "ours, prompt read once": partial(models.gradients, work, everything),
     }
-    tell(f"{name}, {dtype}: checking")
-    found = {title: run() for title, run in runs.items()}
+    found: dict[str, Gradients] = {}
+
+    def kept(title: str) -> Callable[[], None]:
+        return lambda: found.update({title: runs[title]()})
+
+    tell(f"{name}, {dtype}")
+    times = alternate(
+        {title: kept(title) for title in runs}, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell
+    )
     reference = found["text by text, stock"]
     for title, values in found.items():
         distances = [float((own - other).abs().max() / other.abs().max()) for own, other in zip(values, reference, strict=True)]
         report["correct"][f"{name}, {title}, {dtype}"] = {"difference": max(distances), "right": max(distances) <= CLOSE[dtype]}
-    times = alternate(runs, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell)
     of_peft, of_ours = step_flops(models.backbone.model.config, work)
     own = sum(source + target for source, target in work.lengths)
     longest = max(source + target for source, target in work.lengths)

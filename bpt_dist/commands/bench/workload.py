@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
-from bpt_dist.backbones.attention import measured_attention
+from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.backbones.t5.shapes import T5Shape, shape_of
 from bpt_dist.data.batches import IGNORED, Batch
-from bpt_dist.data.prepare import default_cache
 from bpt_dist.errors import ConfigError
 from bpt_dist.svgd import KernelOptions, direction, kernel_matrices, squared_distances
 
@@ -166,7 +165,7 @@ def use_attention(backbone: T5Backbone, kind: str) -> None:
 
 def our_pass(backbone: T5Backbone) -> PackedT5:
     """Return our pass over these weights, with the attention that a training run would choose on this machine."""
-    backbone.use_packed_pass(measured_attention(backbone.device, backbone.dtype, default_cache()))
+    backbone.use_packed_pass(default_attention(backbone.device, backbone.dtype))
     packed, backbone.packed = backbone.packed, None
     assert packed is not None
     return packed

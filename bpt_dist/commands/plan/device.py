@@ -86,7 +86,7 @@ def of_table(row: PublishedDevice, dtype: str) -> Device:
 
 
 def probe(width: int, inner: int, dtype: str, ranks_here: int, *, only_cpu: bool = False) -> Device:
-    """Measure this machine with the feed-forward product of a T5 `width` wide; its memory is shared by `ranks_here` processes."""
+    """Measure this machine with the feed-forward product of a backbone `width` wide; `ranks_here` processes share its memory."""
     if torch.cuda.is_available() and not only_cpu:
         properties = torch.cuda.get_device_properties(0)
         sharing = -(-ranks_here // torch.cuda.device_count())

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist import config as configuration
-from bpt_dist.backbones.t5.shapes import ShapeBackbone, T5Shape, shape_of
+from bpt_dist.backbones.loading import shape_of
+from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.output import size
 from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, device_of, processes_here
 from bpt_dist.commands.plan.stages import PlannedWorld, StagePlan, stage_plan
@@ -39,13 +40,14 @@ class Plan:
     name: str
     method: str
     backbone: str
+    family: str  # what its model is called: T5, or the backbone
     dtype: str
     shard: str
     world_size: int
     ranks_here: int
     num_parameters: int
     weight_bytes: int
-    sharers: int  # processes that hold one T5 between them
+    sharers: int  # processes that hold one backbone between them
     resident_weight_bytes: int
     gathered_weight_bytes: int
     num_blocks: int
@@ -56,7 +58,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Return the most memory a process needs at once: while it loads the whole T5, or in its largest stage."""
+        """Return the most memory a process needs at once: while it loads the whole backbone, or in its largest stage."""
         largest = max(map(stage_memory, self.stages), default=0)
         return RUNTIME_BYTES + max(self.weight_bytes, self.resident_weight_bytes + self.gathered_weight_bytes + largest)
 
@@ -155,6 +157,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
         name=config.name,
         method=config.method.name,
         backbone=settings.path,
+        family=shape.noun,
         dtype=settings.dtype,
         shard=config.distribution.shard,
         world_size=world_size,
@@ -166,7 +169,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
         gathered_weight_bytes=shape.gathered_bytes if sharers > 1 else 0,
         num_blocks=sum(shape.num_blocks),
         stages=tuple(stages),
-        device=device_of(device, shape.config.d_model, shape.config.d_ff, settings.dtype, here),
+        device=device_of(device, *shape.feed_forward, settings.dtype, here),
         disk_bytes=disk[0],
         kept_bytes=disk[1],
     )
@@ -174,9 +177,9 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
     return plan
 
 
-def _stages(config: RunConfig, world: PlannedWorld, shape: T5Shape) -> list[StagePlan]:
+def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[StagePlan]:
     """Let the method create the tensors of each stage in turn, as training does, and count them."""
-    method = methods.load(config, ShapeBackbone(shape))
+    method = methods.load(config, shape.backbone())
     specs_of_data = known_specs(config.data)
     sources = [catalogue.get(name, specs_of_data) for name in config.data.source_tasks]
     targets = [catalogue.get(name, specs_of_data) for name in config.data.target_tasks]
@@ -220,7 +223,7 @@ def _refuse_small_memory(plan: Plan) -> None:
     largest = max(plan.stages, key=stage_memory)
     raise ConfigError(
         f"{plan.name}: a process needs {size(plan.memory_bytes)} and has {size(plan.device.memory)} "
-        f"({plan.device.name}, {plan.ranks_here} on a machine): T5 {size(plan.resident_weight_bytes)}, "
+        f"({plan.device.name}, {plan.ranks_here} on a machine): {plan.family} {size(plan.resident_weight_bytes)}, "
         f"activations of {largest.rows_at_once} rows in {largest.name} {size(largest.activation_bytes)}, evaluation "
         f"{size(largest.evaluation_bytes)}, "
         f"trained tensors and optimizer {size(largest.trained_bytes + largest.optimizer_bytes)}; lower batch_size or "

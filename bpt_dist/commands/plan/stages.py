@@ -1,4 +1,4 @@
-"""What one stage of a planned run computes, sends and stores; sizes are those of the method's own tensors, made without a T5."""
+"""What one stage of a planned run computes, sends and stores; sizes are those of the method's tensors, made without a backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.t5.shapes import T5Shape
+from bpt_dist.backbones.shapes import NOTHING, ModelShape
+from bpt_dist.backbones.shared_prompts import shared_prompts_of
 from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.exchange import slices
@@ -22,10 +23,11 @@ from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
 from bpt_dist.training.optimizer import OPTIMIZERS
+from bpt_dist.training.sharding.placement import padding_reason
 from bpt_dist.training.start import MOST_ROWS
 
 ASSUMED_EVAL_ROWS = 1000  # the published split rule carves so many; data.max_eval_rows says otherwise
-CHARACTERS_A_TOKEN = 3  # of label words; a T5 piece is longer on average
+CHARACTERS_A_TOKEN = 3  # of label words; a piece is longer on average
 PROJECTED = 64  # numbers by which a picture places a particle
 WORD = 8  # bytes of the float64 numbers that ranks agree on
 
@@ -89,7 +91,7 @@ def stage_plan(
     method: Method,
     mesh: Mesh,
     specs: Sequence[TaskSpec],
-    shape: T5Shape,
+    shape: ModelShape,
     *,
     evaluated: bool = True,
     carried: Mapping[str, Tensor] | None = None,
@@ -100,7 +102,7 @@ def stage_plan(
     """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStageConfig) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
-    copies, positions = _added(method)
+    copies, positions, num_prompts = _added(method, len(specs))
     is_source = isinstance(settings, SourceStageConfig)
     if mesh.exchange == "coordinates":
         slices(positions, mesh.particle.size)
@@ -109,7 +111,14 @@ def stage_plan(
     shape_of_mesh = (mesh.particle.size, mesh.data.size)
     trains_weights = config.method.TRAINS_BACKBONE
     again = config.distribution.activation_checkpointing
-    costs = [shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again) for spec in specs]
+    shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
+    pairs = [
+        shape.shared_costs(positions, *lengths(spec, config))
+        if shares
+        else (NOTHING, shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again))
+        for spec in specs
+    ]
+    prompt, costs = max((of_prompt for of_prompt, _ in pairs), key=lambda cost: cost.flops), [of_text for _, of_text in pairs]
     in_parts = trains_weights and config.distribution.shard != "none"
     sharers = mesh.world.size if in_parts else 1
     trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
@@ -121,12 +130,17 @@ def stage_plan(
     states = num_optimizer_states(settings)
     keeps_best = isinstance(settings, TargetStageConfig) and evaluated
     passes, evaluation_flops = (
-        evaluation(config, settings, mesh, copies, [cost.forward_flops for cost in costs])
+        evaluation(config, settings, mesh, copies, [cost.forward_flops for cost in costs], prompt.forward_flops)
         if isinstance(settings, TargetStageConfig) and evaluated
         else (0, 0)
     )
     longest = max(positions + sum(lengths(spec, config)) for spec in specs)
     work = work_of_a_rank(config, settings, own, texts, mesh.data.size, longest)
+    # Each text may have a prompt of its own at most.
+    num_read = min(mesh.world.size * work.prompts * num_prompts, copies * texts)
+    of_prompts = num_read * (prompt.flops + method.extra_forwards * prompt.forward_flops)
+    flops_of_texts = copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)
+    prompts_at_once = min(work.prompts_at_once * num_prompts, work.rows_at_once)
     return StagePlan(
         name=name,
         steps=settings.steps,
@@ -139,15 +153,16 @@ def stage_plan(
         rows_at_once=work.rows_at_once,
         passes_per_step=work.passes,
         exact_passes_per_step=own * -(-texts // mesh.data.size),
-        flops=round(copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)),
-        activation_bytes=work.rows_at_once * max(cost.activation_bytes for cost in costs),
+        flops=round(of_prompts + flops_of_texts),
+        activation_bytes=prompts_at_once * prompt.activation_bytes
+        + work.rows_at_once * max(cost.activation_bytes for cost in costs),
         trainable_parameters=method.num_trainable(),
         trained_bytes=values + trained * (1 + keeps_best),
         optimizer_bytes=trained * states,
         checkpoint_bytes=whole * (1 + states + keeps_best),
         checkpoints=math.ceil(settings.steps / settings.checkpoint_every),
         left_bytes=left_behind(method, settings, whole, carried) if evaluated else 0,
-        evaluation_bytes=predicting_bytes(config, shape, specs, positions, copies, mesh) if keeps_best else 0,
+        evaluation_bytes=predicting_bytes(config, method, shape, specs, positions, copies, mesh) if keeps_best else 0,
         collectives=tuple(_collectives(method, mesh, len(specs), copies, work.passes, config, shape)) if settings.steps else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
@@ -156,19 +171,25 @@ def stage_plan(
     )
 
 
-def predicting_bytes(config: RunConfig, shape: T5Shape, specs: Sequence[TaskSpec], num_prompt: int, copies: int, mesh: Mesh) -> int:
+def may_pack(config: RunConfig, method: Method) -> bool:
+    """Return whether the run reads texts by the family's own pass."""
+    return config.backbone.forward != "stock" and padding_reason(config, method.backbone) is None
+
+
+def predicting_bytes(
+    config: RunConfig, method: Method, shape: ModelShape, specs: Sequence[TaskSpec], num_prompt: int, copies: int, mesh: Mesh
+) -> int:
     """Return the bytes of a pass that predicts: all hypotheses of a prediction read all texts of an evaluation batch at once."""
     at_once = 1 if config.distribution.exact else config.evaluation.batch_size
     hypotheses = num_hypotheses(config, copies)
     rows = config.data.max_eval_rows or ASSUMED_EVAL_ROWS
     texts = min(at_once, -(-rows // mesh.world.size))
-    is_trained_sharded = config.method.TRAINS_BACKBONE and config.distribution.shard != "none"
-    packs = config.backbone.forward != "stock" and not is_trained_sharded
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     usual, given = default_attention(torch.device(kind), DTYPES[config.backbone.dtype]), config.backbone.attention
     attention = usual if given == "auto" else given
-    longest = max(lengths(spec, config)[0] for spec in specs)
-    return texts * max(1, hypotheses) * shape.prediction_bytes(num_prompt + longest, attention if packs else "eager", kind)
+    longest, nodes = max(lengths(spec, config)[0] for spec in specs), max(num_nodes(spec, config) for spec in specs)
+    chosen = attention if may_pack(config, method) else "eager"
+    return texts * max(1, hypotheses) * shape.prediction_bytes(num_prompt, longest, nodes, chosen, kind)
 
 
 def comparison_work(
@@ -177,7 +198,7 @@ def comparison_work(
     method: Method,
     mesh: Mesh,
     sizes: Sequence[tuple[int, int]],
-    shape: T5Shape,
+    shape: ModelShape,
     positions: int,
 ) -> dict[str, int]:
     """Return the passes of a rank and the FLOPs of all ranks in which the stage compares prompts and learns nothing.
@@ -245,11 +266,16 @@ def _snapshot_bytes(method: Method, settings: StageConfig) -> int:
 
 
 class RankWork(NamedTuple):
-    """What the rank with the most work does in a step: sequences in all, the most in one pass, passes."""
+    """What the rank with the most work does in a step: sequences in all, the most in one pass, passes.
+
+    `prompts` are read in its passes, a particle's once a pass, `prompts_at_once` in one pass.
+    """
 
     rows: int
     rows_at_once: int
     passes: int
+    prompts: int
+    prompts_at_once: int
 
 
 def work_of_a_rank(
@@ -258,17 +284,22 @@ def work_of_a_rank(
     """Return the work of a rank that owns `particles` and shares `texts` with other ranks, all texts `longest` tokens long."""
     of_rank = -(-texts // num_sharers)
     if config.distribution.exact:
-        return RankWork(particles * of_rank, 1, particles * of_rank)
+        return RankWork(particles * of_rank, 1, particles * of_rank, particles * of_rank, 1)
     limits = MicroBatchLimits(size=settings.pass_size, together=config.distribution.shard != "none")
     own_texts = isinstance(settings, SourceStageConfig) and not settings.shared_texts
     if limits.together and not own_texts:
-        sizes = [[(some.stop - some.start) * len(share) for some, share in of_each] for of_each in
-                 assign([longest] * texts, particles, num_sharers, limits)]  # fmt: skip
-        return RankWork(max(map(sum, sizes)), max(max(each, default=0) for each in sizes), max(map(len, sizes)))
+        assigned = assign([longest] * texts, particles, num_sharers, limits)
+        sizes = [[(some.stop - some.start) * len(share) for some, share in of_each] for of_each in assigned]
+        prompts = [[some.stop - some.start for some, _ in of_each] for of_each in assigned]
+        return RankWork(
+            max(map(sum, sizes)), max(max(each, default=0) for each in sizes), max(map(len, sizes)),
+            max(map(sum, prompts)), max(max(each, default=0) for each in prompts),
+        )  # fmt: skip
     together = 1 if own_texts else particles
     particles_at_once, texts_at_once = sequences_at_once(together, of_rank, longest, limits)
-    passes = -(-particles // particles_at_once) * -(-of_rank // texts_at_once)
-    return RankWork(particles * of_rank, particles_at_once * texts_at_once, passes)
+    parts = -(-of_rank // texts_at_once)
+    passes = -(-particles // particles_at_once) * parts
+    return RankWork(particles * of_rank, particles_at_once * texts_at_once, passes, particles * parts, particles_at_once)
 
 
 def lengths(spec: TaskSpec, config: RunConfig) -> tuple[int, int]:
@@ -276,6 +307,12 @@ def lengths(spec: TaskSpec, config: RunConfig) -> tuple[int, int]:
     source = config.data.max_source_length or spec.max_source_length
     words = spec.words(config.data.protocol)
     return source, max((-(-len(word) // CHARACTERS_A_TOKEN) + 1 for word in words), default=spec.max_target_length)
+
+
+def num_nodes(spec: TaskSpec, config: RunConfig) -> int:
+    """Return how many tokens of the candidates of a task are scored at once; one where text is generated."""
+    words = spec.words(config.data.protocol)
+    return 1 + sum(-(-len(word) // CHARACTERS_A_TOKEN) for word in words)
 
 
 def flops_of_a_text(flops: Sequence[int], settings: StageConfig) -> float:
@@ -293,7 +330,7 @@ def num_optimizer_states(stage: StageConfig) -> int:
 
 
 def evaluation(
-    config: RunConfig, settings: TargetStageConfig, mesh: Mesh, copies: int, forward_flops: Sequence[int]
+    config: RunConfig, settings: TargetStageConfig, mesh: Mesh, copies: int, forward_flops: Sequence[int], prompt_flops: int
 ) -> tuple[int, int]:
     """Return the passes of a rank, and the FLOPs of all ranks, in the validations and final evaluations of a target stage."""
     every, rows = settings.eval_every or settings.steps, config.data.max_eval_rows or ASSUMED_EVAL_ROWS
@@ -302,18 +339,23 @@ def evaluation(
     num_splits = len(config.evaluation.splits)
     validations += copies - 1 if config.evaluation.predict == "best" else 0  # the choice among the particles
     at_once = 1 if config.distribution.exact else config.evaluation.batch_size
-    passes = -(-rows // (mesh.world.size * at_once)) * (validations + num_splits * (1 + beside))
-    rows_forward = rows * (validations + num_splits * (1 + hypotheses))
-    return passes * len(forward_flops), rows_forward * sum(forward_flops)
+    of_split = -(-rows // (mesh.world.size * at_once))
+    passes, readings = of_split * (validations + num_splits * (1 + beside)), validations + num_splits * (1 + hypotheses)
+    of_prompts = mesh.world.size * of_split * readings * prompt_flops * len(forward_flops)
+    return passes * len(forward_flops), rows * readings * sum(forward_flops) + of_prompts
 
 
-def _added(method: Method) -> tuple[int, int]:
-    """Return how many particles a method puts before a text, and how many positions each adds."""
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    batch = Batch(0, ids, ids, ids, torch.zeros(1, dtype=torch.long), ("plan",), torch.ones(1))
+def _added(method: Method, num_tasks: int) -> tuple[int, int, int]:
+    """Return how many particles a method puts before a text, how many positions each adds, and how many prompts a pass shares.
+
+    The pass has a text of each task; no prompts are shared where each text has one of its own.
+    """
+    ids, tasks = torch.zeros(num_tasks, 1, dtype=torch.long), torch.arange(num_tasks)
+    batch = Batch(0, ids, torch.ones_like(ids), ids, tasks, ("plan",) * num_tasks, torch.ones(num_tasks))
     with torch.no_grad():
-        inputs = method.input_embeds(torch.zeros(1, 1, method.backbone.width), batch)
-    return inputs.shape[0], inputs.shape[2] - 1
+        inputs = method.input_embeds(torch.zeros(num_tasks, 1, method.backbone.width), batch)
+    shared = shared_prompts_of(inputs)
+    return inputs.shape[0], inputs.shape[2] - 1, 0 if shared is None else len(shared.choice.unique())
 
 
 def _bytes(method: Method, mesh: Mesh, particles: int | None = None) -> int:
@@ -329,7 +371,7 @@ def _bytes(method: Method, mesh: Mesh, particles: int | None = None) -> int:
 
 
 def _collectives(
-    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: RunConfig, shape: T5Shape
+    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: RunConfig, shape: ModelShape
 ) -> list[Collective]:
     """Return what the ranks send one another in every step."""
     if mesh.world.size == 1:
@@ -346,7 +388,7 @@ def _collectives(
     elif mesh.data.size > 1:
         collectives.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
     if mesh.particle.size > 1 and mesh.exchange == "coordinates":
-        num_positions = _added(method)[1]
+        num_positions = _added(method, 1)[1]
         of_position = _bytes(method, Mesh()) // num_positions
         widest = max(part.stop - part.start for part in slices(num_positions, mesh.particle.size))
         received = 2 * widest * of_position + _bytes(method, mesh)
@@ -357,6 +399,6 @@ def _collectives(
         collectives.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
     if config.distribution.shard != "none":
         gathers = (2 + method.extra_forwards) * num_passes
-        name = "all-gather of T5 blocks, forward and backward"
+        name = f"all-gather of {shape.noun} blocks, forward and backward"
         collectives.append(Collective(name, gathers * sum(shape.num_blocks), gathers * shape.weight_bytes))
     return collectives

@@ -26,7 +26,7 @@ def run_text(plan: Plan, names: Sequence[str]) -> str:
     lines = [
         f"{names[0]}{several}: {plan.method} on {plan.backbone}, {plan.dtype}",
         f"  world        {plan.world_size} process(es), {plan.ranks_here} of them on {where} machine",
-        f"  T5           {plan.num_parameters:,} parameters, {size(plan.weight_bytes)}{resident}",
+        f"  {plan.family:12} {plan.num_parameters:,} parameters, {size(plan.weight_bytes)}{resident}",
         "",
         *("  " + line for line in _columns([HEADER, *(_stage_texts(plan, stage) for stage in plan.stages)])),
         "",

@@ -148,13 +148,19 @@ def load_backbone(config: RunConfig, world: World, attention: str | None = None)
     return backbone
 
 
-def _may_pack(config: RunConfig, world: World, backbone: Backbone) -> bool:
-    """Return whether our own pass may replace transformers', and log on rank 0 why not."""
-    given, reason = config.distribution, None
-    if given.shard != "none" and (config.method.TRAINS_BACKBONE or not backbone.packs_partitioned):
-        reason = f"distribution.shard is {given.shard}" + (" and the backbone is trained" if config.method.TRAINS_BACKBONE else "")
+def padding_reason(config: RunConfig, backbone: Backbone) -> str | None:
+    """Return why our own pass cannot replace transformers', which pad; None where it can."""
+    given = config.distribution
     if given.activation_checkpointing and not backbone.packs_recomputed:
-        reason = "distribution.activation_checkpointing is on"
+        return "distribution.activation_checkpointing is on"
+    if given.shard != "none" and (config.method.TRAINS_BACKBONE or not backbone.packs_partitioned):
+        return f"distribution.shard is {given.shard}" + (" and the backbone is trained" if config.method.TRAINS_BACKBONE else "")
+    return None
+
+
+def _may_pack(config: RunConfig, world: World, backbone: Backbone) -> bool:
+    """Return whether our own pass replaces transformers', and log on rank 0 why not."""
+    reason = padding_reason(config, backbone)
     if config.backbone.forward == "stock" or reason is None:
         return config.backbone.forward != "stock"
     if world.rank == 0:

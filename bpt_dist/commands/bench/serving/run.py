@@ -20,7 +20,6 @@ from bpt_dist.commands.bench.evaluation import TIES, label_words, same_predictio
 from bpt_dist.commands.bench.predict import NUM_TASKS, QUICK_ROWS, ROWS, Mixture, answer_task_by_task, mixture
 from bpt_dist.commands.bench.serving.exports import rows_of, words_of, write_backbone, write_exports
 from bpt_dist.commands.bench.serving.server import Load, Server, served
-from bpt_dist.commands.bench.source import Models
 from bpt_dist.commands.bench.source_report import ratio_cell
 from bpt_dist.commands.bench.source_run import Options, Tell
 from bpt_dist.commands.bench.timing import Clock, Timing, speedup
@@ -33,17 +32,17 @@ CHECKED = 40  # rows of 1 and of 10 tasks that PEFT answers too; of 100 tasks al
 def run_serve(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
     """Return times, latencies, memory and ratios, and whether the server and PEFT predict the same label words."""
     clock.use_threads()
-    models = Models(shape, clock.device, num_prompt, options.seed)
+    sides = T5Sides(shape, clock, num_prompt, options.seed)
     most = max(NUM_TASKS)
     num_rows = ROWS if options.limit_seconds is None else QUICK_ROWS
     mixtures = {
-        number: _with_different_words(mixture(shape, number, num_rows, num_prompt, options.seed), shape, options.seed)
+        number: _with_different_words(mixture(sides, number, num_rows, num_prompt, options.seed), shape, options.seed)
         for number in NUM_TASKS
     }
     with tempfile.TemporaryDirectory(prefix="bpt-dist-bench-") as name:
         place, exports = Path(name) / "t5", Path(name) / "exports"
         tell("writing the backbone and its prompts")
-        write_backbone(models.backbone("fp32"), place)
+        write_backbone(sides.models.backbone("fp32"), place)
         stored = loading.load(str(place))
         for number, mixed in mixtures.items():
             write_exports(stored, mixed, exports, number)
@@ -51,12 +50,12 @@ def run_serve(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, t
         tell("starting the server")
         with served(exports, clock.num_threads, clock.device.type) as server:
             idle_bytes = server.process.memory_info().rss
-            loads, peft, theirs = _rounds(models, mixtures, server, clock, options, tell)
+            loads, peft, theirs = _rounds(sides, mixtures, server, clock, options, tell)
             peak_bytes = server.peak_bytes
     same = {}
     for number, mixed in mixtures.items():
         tell(f"comparing answers: {number} tasks")
-        expected = theirs if number == most else answer_task_by_task(models, _first(mixed, CHECKED))
+        expected = theirs if number == most else answer_task_by_task(sides, _first(mixed, CHECKED))
         same[number] = _same(mixed, loads[number][0].answers, expected)
     times = {number: [_timing(load, clock) for load in found] for number, found in loads.items()}
     rows = {f"ours_{number}": _row(number, num_rows, times, loads[number], peft) for number in NUM_TASKS}
@@ -94,7 +93,7 @@ def other_answers(report: dict[str, Any]) -> list[str]:
 
 
 def _rounds(
-    models: Models, mixtures: dict[int, Mixture], server: Server, clock: Clock, options: Options, tell: Tell
+    sides: T5Sides, mixtures: dict[int, Mixture], server: Server, clock: Clock, options: Options, tell: Tell
 ) -> tuple[dict[int, list[Load]], list[Timing], list[Tensor]]:
     """Return what each mixture took in each round, what PEFT took, and PEFT's answers."""
     requests = {number: _requests(number, rows_of(mixed, number)) for number, mixed in mixtures.items()}
@@ -103,7 +102,7 @@ def _rounds(
     found: dict[int, list[Load]] = {number: [] for number in mixtures}
     peft: list[Timing] = []
     theirs: list[Tensor] = []
-    run = partial(answer_task_by_task, models, mixtures[max(mixtures)])
+    run = partial(answer_task_by_task, sides, mixtures[max(mixtures)])
     started = time.perf_counter()
     for number in range(options.repeats):
         elapsed = time.perf_counter() - started

@@ -401,7 +401,7 @@ def test_the_memory_of_an_evaluation_is_what_it_takes(tmp_path, gated, attention
     words = torch.tensor([[5, 1], [6, 1], [7, 1]])
     method.rank(batch, words, "map")  # what is made once, such as the bias, is there
     assert bool(backbone.model.config.is_gated_act) == gated
-    planned = 32 * 8 * shape_of(str(folder), dtype=dtype).prediction_bytes(90, attention)
+    planned = 32 * 8 * shape_of(str(folder), dtype=dtype).prediction_bytes(50, 40, 3, attention)
     assert planned == pytest.approx(most_at_once(lambda: method.rank(batch, words, "map")), rel=0.15)
 
 

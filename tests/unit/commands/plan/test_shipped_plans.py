@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_decoder
 import tiny_t5
 
 from bpt_dist import config as configuration
-from bpt_dist.backbones.t5.shapes import T5Shape, shape_of
+from bpt_dist.backbones.loading import shape_of
+from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.plan import estimate as estimating
 from bpt_dist.commands.plan.device import Device
 from bpt_dist.commands.plan.estimate import Plan, estimate
@@ -16,13 +18,8 @@ from bpt_dist.config import RunConfig
 from bpt_dist.config.processes import check_processes
 
 ROOT = Path(__file__).parents[4]
-# `bpt-dist plan` knows T5 only; it refuses the files of decoder-only backbones.
-DECODERS = {"decoder/gemma3_270m.yaml", "decoder/llama_1b.yaml", "decoder/smollm2_135m.yaml", "table/smollm2.yaml"}
-SHIPPED = sorted(
-    path
-    for path in (ROOT / "configs").rglob("*.yaml")
-    if "sweep" not in path.parts and str(path.relative_to(ROOT / "configs")) not in DECODERS
-)
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "sweep" not in path.parts)
+DECODERS = ("decoder/", "table/smollm2.yaml")  # the files of decoder-only backbones
 SIZES = (1, 2, 4, 8, 16)
 LARGE = Device("a large GPU", "cuda", 1e14, 80 << 30)
 
@@ -39,17 +36,20 @@ def rows(path: Path) -> list[RunConfig]:
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> T5Shape:
-    return shape_of(str(tiny_t5.make(tmp_path_factory.mktemp("t5"))))
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, ModelShape]:
+    """Return a narrow T5, and under True a narrow decoder-only model."""
+    t5, decoder = (tmp_path_factory.mktemp(name) for name in ("t5", "decoder"))
+    return {False: shape_of(str(tiny_t5.make(t5))), True: shape_of(str(tiny_decoder.make(decoder, num_hidden_layers=2)))}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_no_shipped_configuration_is_refused_for_its_number_of_processes(
-    path: Path, shape: T5Shape, monkeypatch: pytest.MonkeyPatch
+    path: Path, shapes: dict[bool, ModelShape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_decoder = str(path.relative_to(ROOT / "configs")).startswith(DECODERS)
     monkeypatch.setattr(estimating, "probe", lambda *_: LARGE)
     # The arrangement does not depend on the width of the backbone, and narrow tensors are made in no time.
-    monkeypatch.setattr(estimating, "shape_of", lambda *_, **__: shape)
+    monkeypatch.setattr(estimating, "shape_of", lambda *_, **__: shapes[is_decoder])
     for run in rows(path):
         for size in SIZES:
             check_processes([run], size, launched=True)
