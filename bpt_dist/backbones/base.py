@@ -23,6 +23,7 @@ InputEmbeds = Callable[[Tensor], Tensor]  # word embeddings [N, T, D] -> inputs 
 # FLOPs lost by the host time of a pass (1.1 ms a block) at the rate of one core or one GPU, over the 48 D^2 FLOPs that a token
 # costs in a block, forward and backward.
 PASS_FLOPS = {"cpu": 1.1e-3 * 5e10 / 48, "cuda": 1.1e-3 * 3e14 / 48}
+AnyRank = Callable[[bool], bool]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,6 +91,7 @@ class Backbone(InsertionPoints, ABC):
         self.identity = identity  # SHA-256 of the checkpoint's files: what a posterior belongs to, whatever the dtype
         self.tokenizer_hash = hash_tokenizer(tokenizer)
         self.synced = False  # whether generation must keep the ranks in step
+        self.any_rank: AnyRank = bool  # whether something holds on any of the ranks that are kept in step (collective)
         self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
         self.attention: str | None = None  # how the family's own pass computes attention, where it is used
         self.partition: Any = None  # how training partitioned the model, for a method that trains it

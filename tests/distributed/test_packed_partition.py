@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ranks
+import tiny_run
 import tiny_t5
 import torch
 from plain_t5 import shake
@@ -21,7 +22,7 @@ from bpt_dist.backbones.base import Texts, local_shard
 from bpt_dist.backbones.loading import load
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.backbones.t5.model import T5Backbone
-from bpt_dist.config import DistributionConfig
+from bpt_dist.config import DistributionConfig, RunConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import method_class
@@ -120,6 +121,12 @@ def kept_for_backward(parts: T5Backbone, rank: int) -> tuple[list[str], int]:
     return kept, waiting
 
 
+def all_written(backbone: T5Backbone, rank: int) -> list[list[str]]:
+    """What a rank generates for each hypothesis, and for all together."""
+    batch, inputs, limit = texts(rank, 0), partial(prepend, prompts(1)), 3 + 4 * rank
+    return backbone.generate(batch, inputs, limit) + backbone.generate(batch, inputs, limit, average=True)
+
+
 def packed(folder: str, **options: Any) -> T5Backbone:
     found: Any = load(folder, **options)
     found.use_packed_pass("sdpa")
@@ -142,7 +149,8 @@ def cases(world: World, folders: list[str], shard: Any, recomputed: bool, longes
         expected = answers(whole, world.rank, longest_target)
         parts = partitioned(folder, world, DistributionConfig(shard=shard, activation_checkpointing=recomputed))
         differences = errors(answers(parts, world.rank, longest_target), expected)
-        written = [each.generate(texts(world.rank, 0), partial(prepend, prompts(1)), 3 + world.rank) for each in (parts, whole)]
+        # Ranks write other numbers of tokens: the first that are done keep step with the others.
+        written = [all_written(each, world.rank) for each in (parts, whole)]
         kept, waiting = kept_for_backward(parts, world.rank)
         left = gathered(parts)
         parts.verify_unchanged()
@@ -232,7 +240,7 @@ def begun(backbone: T5Backbone, name: str, options: dict[str, Any]) -> Any:
 
 
 def inserted_answers(method: Any, rank: int) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {"log_likelihood": [], "gradient": [], "ranked": []}
+    found: dict[str, list[Tensor]] = {"log_likelihood": [], "gradient": [], "ranked": [], "written": []}
     for step in range(STEPS):
         batch = texts(rank, step)
         batch = replace(batch, task_index=torch.arange(len(batch)) % 2)
@@ -242,6 +250,8 @@ def inserted_answers(method: Any, rank: int) -> dict[str, list[Tensor]]:
         found["log_likelihood"].append(passed.log_likelihood.detach())
         found["gradient"].append(torch.cat([tensor.grad.flatten() for tensor in method.parameters()]))
         found["ranked"].append(method.rank(batch, CANDIDATES, "map"))
+        written = method.backbone.tokenizer(method.generate(batch, 2 + 3 * rank, "map"), padding="max_length", max_length=12)
+        found["written"].append(torch.tensor(written.input_ids) + 1.0)
     return found
 
 
@@ -266,3 +276,35 @@ def test_what_is_inserted_into_parts_acts_as_in_the_whole(shard: str, folders: d
         for each in rank:
             assert max(each["errors"].values()) <= 5e-6, each
             assert each["gathered"] == 0, each
+
+
+# --- which pass a run takes -----------------------------------------------------------------------------------------------------
+
+
+def chosen(world: World, configs: list[RunConfig]) -> list[bool]:
+    found = []
+    for config in configs:
+        backbone: Any = placement.load_backbone(config, world)
+        found.append(backbone.packed is not None)
+        placement.release(backbone)
+    return found
+
+
+def test_runs_pack_texts_however_the_t5_is_held_unless_they_train_it_in_parts_or_are_told_not_to(tmp_path: Path) -> None:
+    data, configs, expected = tiny_run.world(tmp_path / "world"), [], []
+    cases: list[tuple[str, str, dict[str, Any], bool]] = [
+        ("lora", "deepspeed", {"activation_checkpointing": True}, True),
+        ("prompt_tuning", "fsdp2", {"activation_checkpointing": True}, True),
+        ("prompt_tuning", "none", {"activation_checkpointing": True}, True),
+        ("fine_tuning", "fsdp2", {}, False),
+        ("fine_tuning", "none", {}, True),
+    ]
+    for number, (name, shard, options, packs) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        plain = tiny_run.settings(data, {"name": name}, distribution={"shard": shard, **options})
+        plain["target"]["lr"] = 0.01
+        configs.append(tiny_run.load(folder, plain))
+        expected.append(packs)
+    for found in ranks.run(chosen, 2, configs):
+        assert found == expected

@@ -224,9 +224,9 @@ class Decoder(Stack):
         Without keys, queries are taken to the width of the states; without values, the mean states are taken to the heads.
         """
         heads = (self.num_heads, self.head_width, self.width)
-        is_long = max(length for _, length in rows) > self.head_width
-        keys = self.of_memory(attend.k, memory) if is_long or self.is_changed(attend.k) else None
-        values = self.of_memory(attend.v, memory) if is_long or self.is_changed(attend.v) else None
+        makes_keys = self.makes_keys(rows)
+        keys = self.of_memory(attend.k, memory) if makes_keys or self.is_changed(attend.k) else None
+        values = self.of_memory(attend.v, memory) if makes_keys or self.is_changed(attend.v) else None
         if keys is None:
             queries = product(queries.transpose(0, 1), lambda: attend.k.weight.view(heads)).transpose(0, 1)  # [tokens, H, D]
         found = []
@@ -248,6 +248,10 @@ class Decoder(Stack):
         if values is None:
             read = product(read.transpose(0, 1), lambda: attend.v.weight.view(heads).mT).transpose(0, 1)
         return read
+
+    def makes_keys(self, rows: Rows) -> bool:
+        """Return whether keys and values cost less than their absence: a text has more positions than a head is wide."""
+        return max(length for _, length in rows) > self.head_width
 
     def of_memory(self, module: Any, memory: Memory) -> list[Float[Tensor, "r S H d"]]:
         """Return the keys or values that a linear layer makes of the encoder's states, with what is inserted at it."""

@@ -33,7 +33,8 @@ def let_run(*modules: nn.Module) -> None:
     """Make modules `Runs`. Their class is changed rather than a function of theirs, so that copies run their own weights."""
     for module in modules:
         if not isinstance(module, Runs):
-            module.__class__ = _running(type(module))
+            kind: Any = type(module)
+            module.__class__ = _running(kind)
 
 
 @functools.cache

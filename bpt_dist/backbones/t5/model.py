@@ -188,6 +188,7 @@ class T5Backbone(Backbone):
         """Read texts by our own pass wherever it applies. `attention` is `sdpa` or `eager`."""
         self.attention = attention
         self.packed = PackedT5(self.model, ATTENTIONS[attention], self, lambda run: self.call("packed", run))
+        self.packed.any_rank = self.any_rank
 
     def use_stock_pass(self) -> None:
         """Read texts by transformers' modules, padded."""
@@ -235,8 +236,7 @@ class T5Backbone(Backbone):
     def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        packed = self.packed_pass_for(max_new_tokens)
-        if packed is not None and not self.synced:  # ranks in step write as long as the slowest of them
+        if (packed := self.packed_pass_for(max_new_tokens)) is not None:
             tokens = packed.generate(ids, mask, input_embeds, max_new_tokens, average)
         else:
             tokens = self.call("generate", ids, mask, input_embeds, max_new_tokens, self.synced, average)
@@ -257,8 +257,7 @@ class T5Backbone(Backbone):
     @torch.no_grad()
     def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
         """Return what each text's own prompts write together, in one pass where ours applies: for targets that are not long."""
-        packs = [self.packed_pass_for(limit) is not None and not self.synced for limit in max_new_tokens]
-        short = [row for row, is_packed in enumerate(packs) if is_packed]
+        short = [row for row, limit in enumerate(max_new_tokens) if self.packed_pass_for(limit) is not None]
         found: dict[int, str] = {}
         if short:
             assert self.packed is not None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bpt_dist.backbones.attention import Attention, plain_attention
-from bpt_dist.backbones.base import Forward, InputEmbeds, average_distributions, end_tokens
+from bpt_dist.backbones.base import AnyRank, Forward, InputEmbeds, average_distributions, end_tokens
 from bpt_dist.backbones.candidates import MOST_LOGITS, Tree, along_each
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.t5.blocks import Cache, Changes, Decoder, Encoder, MakeBiases, Memory
@@ -42,6 +42,7 @@ class PackedT5:
         changes: Changes = {} if insertions is None else insertions.changes
         self.observers = [] if insertions is None else insertions.observers
         self.encoder, self.decoder = Encoder(model.encoder, attention, changes), Decoder(model.decoder, plain_attention, changes)
+        self.any_rank: AnyRank = bool  # replaced where ranks gather together: they write as long as the slowest of them
         let_run(model.lm_head)
         self.head = FrozenLinear(model.lm_head)
 
@@ -248,6 +249,12 @@ class PackedT5:
         logits: Tensor = self._through_head(decoded, lambda decoded: self._logits(decoded, grid))
         return logits
 
+    def keep_step(self, device: torch.device) -> None:
+        """Gather what a step of the decoder gathers, for the sake of ranks that still write, and compute nothing."""
+        hidden = self.embed(torch.zeros(1, dtype=torch.long, device=device))
+        for module in (*self.decoder.stack.block, self.decoder.stack.final_layer_norm, self.model.lm_head):
+            module(hidden, run=torch.clone)
+
     def _along(self, tree: Tree, decoded: Float[Tensor, "nodes D"], grid: Grid) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood of each candidate from the states of all nodes of all sequences, some sequences at a time."""
         num_nodes = len(tree.tokens)
@@ -298,7 +305,10 @@ def greedy(
     alive = torch.arange(num_rows, device=device)
     cache = Cache(packed.decoder, plain_attention)
     steps = 0
-    while steps < max_new_tokens and len(alive):
+    while packed.any_rank(writes := steps < max_new_tokens and len(alive) > 0):
+        if not writes:
+            packed.keep_step(device)
+            continue
         places = grid(alive)
         scores = packed.next_logits(cache.step(packed.embed(tokens[alive, steps]), memory, places), places)
         steps += 1

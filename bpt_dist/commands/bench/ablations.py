@@ -7,14 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bpt_dist.backbones.attention import ATTENTIONS, default_attention, plain_attention
-from bpt_dist.backbones.t5.blocks import Decoder, norm
+from bpt_dist.backbones.t5.blocks import Decoder
+from bpt_dist.backbones.t5.layout import Rows
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.backbones.t5.shapes import T5Shape
@@ -32,7 +30,6 @@ from bpt_dist.training.microbatches import MicroBatchLimits, assign
 
 RANKS, NUM_PROMPT = 8, 100
 Run = Callable[[], Any]
-Rows = Sequence[tuple[int, int]]
 
 
 def run_passes(shape: T5Shape, work: Work, clock: Clock, repeats: int, tell: Tell, *, allocator: bool = True) -> dict[str, Any]:
@@ -231,25 +228,14 @@ def recomputing(backbone: T5Backbone) -> Iterator[None]:
 def pass_with_keys(backbone: T5Backbone) -> PackedT5:
     """Return our pass over these weights, with keys and values in cross-attention."""
     kind = default_attention(backbone.device, backbone.dtype)
-    ours = PackedT5(backbone.model, ATTENTIONS[kind])
-    ours.decoder = DecoderWithKeys(backbone.model.decoder, plain_attention)
+    ours = PackedT5(backbone.model, ATTENTIONS[kind], backbone)
+    ours.decoder = DecoderWithKeys(backbone.model.decoder, plain_attention, backbone.changes)
     return ours
 
 
 class DecoderWithKeys(Decoder):
     """The decoder with a key and a value of every encoder token in each block."""
 
-    def attend_memory(self, number: int, hidden: Tensor, memory: Sequence[Float[Tensor, "r S D"]], rows: Rows) -> Tensor:
-        """Return `hidden` plus the cross-attention of a block."""
-        layer = self.stack.block[number].layer[1]
-        attend, outputs = layer.EncDecAttention, []
-        queries = functional.linear(norm(hidden, layer.layer_norm, self.dtype), attend.q.weight)
-        none = torch.zeros((), dtype=self.dtype, device=hidden.device)
-        for states, asked, (num_rows, length) in zip(memory, queries.split([n * u for n, u in rows]), rows, strict=True):
-            k, v = (self._heads(functional.linear(states, weight), num_rows) for weight in (attend.k.weight, attend.v.weight))
-            read = plain_attention(self._heads(asked, num_rows), k, v, none)
-            outputs.append(read.transpose(1, 2).reshape(num_rows * length, -1))
-        return hidden.add_(functional.linear(torch.cat(outputs), attend.o.weight))
-
-    def _heads(self, states: Tensor, num_rows: int) -> Float[Tensor, "r H n d"]:
-        return states.view(num_rows, -1, self.num_heads, self.head_width).transpose(1, 2)
+    def makes_keys(self, _rows: Rows) -> bool:
+        """Return that it makes them always."""
+        return True

@@ -77,7 +77,15 @@ def place(backbone: Backbone, distribution: DistributionConfig, world: World, *,
         partition_with_deepspeed(backbone, distribution, group, trained=trained)
     # Asked of the largest host: generation is kept in step over all ranks, so all must agree on whether it is.
     backbone.synced = largest > 1
+    backbone.any_rank = functools.partial(_any_rank, backbone.device) if backbone.synced else bool
     backbone.remember_partition()
+
+
+def _any_rank(device: torch.device, holds: bool) -> bool:
+    """Return whether something holds on any rank (collective: every rank)."""
+    flag = torch.tensor([float(holds)], device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def release(backbone: Backbone) -> None:

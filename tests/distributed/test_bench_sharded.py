@@ -1,0 +1,50 @@
+"""`bpt-dist bench sharded` on a T5 so small that a step takes a moment: right results, and what it counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from bpt_dist.commands.bench.parallel.sharded import wrong_variants
+from bpt_dist.commands.main import main
+
+
+@pytest.fixture
+def shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in (("HOME", str(tmp_path)), ("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0, model_type="t5"
+    )
+    config.save_pretrained(tmp_path / "shape")
+    return tmp_path / "shape"
+
+
+def test_variants_agree_and_the_partitioned_ones_gather_each_block_twice(
+    shape: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    code = main(["bench", "sharded", "--shape", str(shape), "--repeats", "1", "--particles", "2", "--json", str(file)])
+    assert code == 0, capsys.readouterr().err
+    report = json.loads(file.read_text())
+    rows = {(row["shard"], row["forward"]): row for row in report["variants"]}
+    assert set(rows) == {(shard, forward) for shard in ("none", "deepspeed", "fsdp2") for forward in ("stock", "packed")}
+    for (shard, forward), row in rows.items():
+        if forward == "packed":
+            assert row["gradient_difference"] < 2e-6
+        assert row["cpu_seconds"] > 0
+        assert row["to_stock_wall"]["median"] == pytest.approx(rows[shard, "stock"]["wall_seconds"] / row["wall_seconds"], rel=1e-3)
+        assert row["peak_bytes"] > 1e8
+        # Half of the weights, forward and backward; a table that is gathered for two purposes is counted once.
+        assert (row["received_bytes"] > 0) == (shard != "none")
+    report["variants"][0]["gradient_difference"] = 0.1
+    assert wrong_variants(report) == ["wrong result: none stock: loss off by " + f"{rows['none', 'stock']['loss_difference']:.0e}, "
+                                      "gradient by 1e-01"]  # fmt: skip
+
+
+def test_another_kind_of_sharding_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "sharded", "--shard", "zero"]) == 2
+    assert "--shard zero: is no list of deepspeed and fsdp2" in capsys.readouterr().err
