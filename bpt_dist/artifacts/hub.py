@@ -125,7 +125,8 @@ def push(folders: Mapping[str, Path], place: HubPlace, *, private: bool) -> str:
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file in files.items()
         ]
         if "" not in folders:
-            operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=_page(folders).encode()))
+            if "README.md" not in there:
+                operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=_page(folders).encode()))
             # An earlier export in the repository itself would hide those in its folders.
             own = (layout.TASK_RECORD, layout.ADAPTER_CONFIG, layout.ADAPTER_WEIGHTS, *POSTERIOR)
             operations += [CommitOperationDelete(path_in_repo=name) for name in own if name in there]

@@ -85,13 +85,14 @@ def test_one_export_is_the_repository_and_answers_from_there(
 def test_all_exports_of_a_run_are_folders_of_one_repository_written_in_one_commit(
     hub: hub_server.Hub, world: Path, run: Path, tmp_path: Path
 ) -> None:
-    hub.commit("lab/all", {name: b"{}" for name in FOUR} | {"LICENSE": b"MIT"})
+    hub.commit("lab/all", {name: b"{}" for name in FOUR} | {"LICENSE": b"MIT", "README.md": b"mine"})
     assert main(["export", str(run), "--particles", "--posterior", "--push-to", "lab/all", "--private"]) == 0
     assert len(hub.commits) == 2
     files = hub.files("lab/all")
     assert {name.partition("/")[0] for name in files} == {
         "LICENSE", "README.md", "mood", "mood-best", "count", "count-best", "particles", "posterior"
     }  # fmt: skip
+    assert files["README.md"] == b"mine"
     for kind in ("map", "best"):
         found = predicted(world, tmp_path, "count", "lab/all", *(["--best"] if kind == "best" else []))
         exported.assert_equal(found, exported.predictions(run, "count", kind))
