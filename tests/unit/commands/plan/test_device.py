@@ -50,8 +50,8 @@ def test_a_row_is_plausible_and_has_a_source(name: str) -> None:
     [
         ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 NVL", "h100-nvl"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"), ("Tesla T4", "t4"), ("Tesla V100-SXM2-32GB", "v100"), 
-        ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"),
+        ("Tesla T4", "t4"), ("Tesla V100-SXM2-32GB", "v100"), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090", None),
     ],
 )  # fmt: skip
 def test_a_driver_s_name_finds_its_row(driver: str, name: str | None) -> None:
