@@ -17,7 +17,7 @@ from torch import Tensor
 from bpt_dist.backbones import loading
 from bpt_dist.backbones.t5.shapes import T5Shape
 from bpt_dist.commands.bench.evaluation import TIES, label_words, same_predictions
-from bpt_dist.commands.bench.predict import NUM_TASKS, QUICK_ROWS, ROWS, Mixture, answer_task_by_task, mixture
+from bpt_dist.commands.bench.predict import NUM_TASKS, QUICK_ROWS, ROWS, Mixture, T5Sides, answer_task_by_task, mixture
 from bpt_dist.commands.bench.serving.exports import rows_of, words_of, write_backbone, write_exports
 from bpt_dist.commands.bench.serving.server import Load, Server, served
 from bpt_dist.commands.bench.source_report import ratio_cell
