@@ -60,12 +60,10 @@ class Device:
         return max(work, host) if self.kind == "cuda" else work + host
 
 
-def device_of(name: str | None, width: int, inner: int, dtype: str, ranks_here: int) -> Device:
-    """Return the device of that name, or this machine's: its GPU where it has one. Raises ConfigError for a name nobody knows."""
-    if name is None or name == LOCAL:
-        return probe(width, inner, dtype, ranks_here, only_cpu=name == LOCAL)
+def named_device(name: str, width: int, inner: int, dtype: str, ranks_here: int) -> Device:
+    """Return the device of that name; the processor of this machine is measured. Raises ConfigError for a name nobody knows."""
     check_name(name)
-    return of_table(DEVICES[name], dtype)
+    return probe(width, inner, dtype, ranks_here, only_cpu=True) if name == LOCAL else of_table(DEVICES[name], dtype)
 
 
 def check_name(name: str | None) -> None:

@@ -17,7 +17,7 @@ from bpt_dist import config as configuration
 from bpt_dist.backbones.loading import shape_of
 from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.output import size
-from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, device_of, processes_here
+from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, named_device, probe, processes_here
 from bpt_dist.commands.plan.stages import PlannedWorld, StagePlan, stage_plan
 from bpt_dist.config import RunConfig, StageConfig
 from bpt_dist.data.prepare import specs as known_specs
@@ -151,6 +151,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
     here = ranks_here or processes_here(world_size, device)
     stages = _stages(config, PlannedWorld(0, world_size), shape)
+    sizes = (*shape.feed_forward, settings.dtype, here)
     disk = disk_of(stages)
     sharers = {"none": 1}.get(config.distribution.shard, here if config.distribution.scope == "node" else world_size)
     plan = Plan(
@@ -169,7 +170,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
         gathered_weight_bytes=shape.gathered_bytes if sharers > 1 else 0,
         num_blocks=sum(shape.num_blocks),
         stages=tuple(stages),
-        device=device_of(device, *shape.feed_forward, settings.dtype, here),
+        device=probe(*sizes) if device is None else named_device(device, *sizes),
         disk_bytes=disk[0],
         kept_bytes=disk[1],
     )
@@ -220,10 +221,10 @@ def _target_name(config: RunConfig, group: Sequence[TaskSpec]) -> str:
 def _refuse_small_memory(plan: Plan) -> None:
     if plan.memory_bytes <= plan.device.memory:
         return
-    largest = max(plan.stages, key=stage_memory)
+    largest, where = max(plan.stages, key=stage_memory), "this" if plan.device.source is None else "a"
     raise ConfigError(
         f"{plan.name}: a process needs {size(plan.memory_bytes)} and has {size(plan.device.memory)} "
-        f"({plan.device.name}, {plan.ranks_here} on a machine): {plan.family} {size(plan.resident_weight_bytes)}, "
+        f"({plan.device.name}, {plan.ranks_here} on {where} machine): {plan.family} {size(plan.resident_weight_bytes)}, "
         f"activations of {largest.rows_at_once} rows in {largest.name} {size(largest.activation_bytes)}, evaluation "
         f"{size(largest.evaluation_bytes)}, "
         f"trained tensors and optimizer {size(largest.trained_bytes + largest.optimizer_bytes)}; lower batch_size or "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.shapes import NOTHING, ModelShape
+from bpt_dist.backbones.shapes import NOTHING, ModelShape, RowCost
 from bpt_dist.backbones.shared_prompts import shared_prompts_of
 from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
 from bpt_dist.data.batches import Batch
@@ -109,24 +109,12 @@ def stage_plan(
     own = copies // mesh.particle.size if is_source else copies
     sharing = own if config.particles_share_texts(settings) else 1
     shape_of_mesh = (mesh.particle.size, mesh.data.size)
+    prompt, costs = pass_costs(config, method, shape, specs, positions, num_prompts)
     trains_weights = config.method.TRAINS_BACKBONE
-    again = config.distribution.activation_checkpointing
-    shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
-    pairs = [
-        shape.shared_costs(positions, *lengths(spec, config))
-        if shares
-        else (NOTHING, shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again))
-        for spec in specs
-    ]
-    prompt, costs = max((of_prompt for of_prompt, _ in pairs), key=lambda cost: cost.flops), [of_text for _, of_text in pairs]
     in_parts = trains_weights and config.distribution.shard != "none"
     sharers = mesh.world.size if in_parts else 1
     trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
-    # Values, which a trained backbone holds itself unless they are copied in float32, and beside it the pretrained weights.
-    values = trained
-    if trains_weights:
-        has_copies = config.backbone.dtype != "fp32" or config.distribution.shard == "deepspeed"
-        values = has_copies * trained + shape.weight_bytes // sharers
+    values = value_bytes(config, trained, shape.weight_bytes // sharers)
     states = num_optimizer_states(settings)
     keeps_best = isinstance(settings, TargetStageConfig) and evaluated
     passes, evaluation_flops = (
@@ -169,6 +157,32 @@ def stage_plan(
         **comparison_work(config, settings, method, mesh, [lengths(spec, config) for spec in specs], shape, positions),
         warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
     )
+
+
+def pass_costs(
+    config: RunConfig, method: Method, shape: ModelShape, specs: Sequence[TaskSpec], positions: int, num_prompts: int
+) -> tuple[RowCost, list[RowCost]]:
+    """Return what a prompt costs that many texts read (nothing where each text reads its own), and what a text of each task costs."""
+    shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
+    trains_weights, again = config.method.TRAINS_BACKBONE, config.distribution.activation_checkpointing
+    pairs = [
+        shape.shared_costs(positions, *lengths(spec, config))
+        if shares
+        else (NOTHING, shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again))
+        for spec in specs
+    ]
+    return max((of_prompt for of_prompt, _ in pairs), key=lambda cost: cost.flops), [of_text for _, of_text in pairs]
+
+
+def value_bytes(config: RunConfig, trained: int, weights: int) -> int:
+    """Return the bytes of trained values.
+
+    A trained backbone holds them itself unless they are copied in float32, and beside it are the pretrained weights.
+    """
+    if not config.method.TRAINS_BACKBONE:
+        return trained
+    has_copies = config.backbone.dtype != "fp32" or config.distribution.shard == "deepspeed"
+    return has_copies * trained + weights
 
 
 def may_pack(config: RunConfig, method: Method) -> bool:
