@@ -43,7 +43,7 @@ class Device:
 
 
 def probe(width: int, inner: int, dtype: str, ranks_here: int) -> Device:
-    """Measure this machine with the feed-forward product of a backbone `width` wide; its memory is shared by `ranks_here` processes."""
+    """Measure this machine with the feed-forward product of a backbone; its memory is shared by `ranks_here` processes."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         sharing = -(-ranks_here // torch.cuda.device_count())

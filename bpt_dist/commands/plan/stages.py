@@ -1,4 +1,4 @@
-"""What one stage of a planned run computes, sends and stores; sizes are those of the method's own tensors, made without a backbone."""
+"""What one stage of a planned run computes, sends and stores; sizes are those of the method's tensors, made without a backbone."""
 
 from __future__ import annotations
 
