@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor, nn
 
 from bpt_dist.backbones.checkpoint import CONFIG, FLOATS, Checkpoint, Weights, some_of
+from bpt_dist.errors import ConfigError
 
+# The usual cause, with its remedy, of weights that are missing and of others that a model has no place for.
+Cause = Callable[[Collection[str], Collection[str]], str]
 # What names show that no plain model has, and the usual cause of that with its remedy.
 SIGNS = {
     ("lora_", "adapter", "prompt_embeddings", "base_layer"): (
@@ -32,6 +36,40 @@ def cause_in_names(missing: Collection[str], unexpected: Collection[str], family
         return f"{inner}: a wrapper was saved; save the {family} inside it with `save_pretrained`"
     signs = [cause for parts, cause in SIGNS.items() if any(part in name for part in parts for name in unexpected)]
     return signs[0] if signs else None
+
+
+def lacking(checkpoint: Checkpoint, missing: Collection[str], unexpected: Collection[str], cause: Cause) -> ConfigError:
+    """Return the error for a checkpoint without some weights of its model."""
+    beside = f" and holds {count_of(unexpected)} it has no place for ({some_of(unexpected)})" if unexpected else ""
+    return checkpoint.error(f"lacks {count_of(missing)} of the model ({some_of(missing)}){beside}; {cause(missing, unexpected)}")
+
+
+def fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    dtype: torch.dtype,
+    *,
+    mapped: bool,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    cause: Cause,
+) -> None:
+    """Give a model on the meta device the weights of the files, converted to `dtype`, frozen; `mapped` as in `Weights.read`.
+
+    Raises ConfigError where weights are `missing` or `unexpected`, or have another type or shape than the model's.
+    """
+    if missing:
+        raise lacking(checkpoint, missing, unexpected, cause)
+    if unexpected:
+        raise checkpoint.error(
+            f"holds {count_of(unexpected)} that the model of its {CONFIG} has no place for ({some_of(unexpected)}); "
+            f"{cause(missing, unexpected)}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensors(checkpoint, weights, shapes)
+    for name, tensor in weights.read(shapes.keys() & weights.tensors.keys(), dtype, mapped=mapped):
+        assign(model, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def check_tensors(checkpoint: Checkpoint, weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -145,7 +145,7 @@ class InsertionPoints:
         matching = [(place, matched) for place in places if (matched := matches(place)) is not None]
         missing = wanted - {matched for _, matched in matching}
         if missing or not matching:
-            names = sorted({place.name.rsplit(".", 1)[-1] for place in places})
+            names = sorted({name for place in places if (name := place.name.rsplit(".", 1)[-1]) and not name.isdigit()})
             raise ConfigError(
                 f"{self.name}: no layer of this backbone matches {', '.join(sorted(missing))}; its layers are called "
                 f"{', '.join(names)}"

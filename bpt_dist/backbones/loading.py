@@ -17,6 +17,8 @@ from bpt_dist.distributed.hub import reach_hub
 from bpt_dist.errors import ConfigError
 from bpt_dist.tasks.text_to_text import ENCODED, TextForm
 
+GGUF = ".gguf"  # how files are called that are converted first
+
 
 def identity_of(weights: Weights) -> str:
     """Return the hash over the files of the weights, which are read for it."""
@@ -44,7 +46,10 @@ def load(
     """
     checkpoint = Checkpoint(path, revision)
     if not checkpoint.is_folder and not checkpoint.may_be_on_hub:
-        raise ConfigError(f"backbone.path: there is no folder {path}; give one made by `save_pretrained`, or a hub id")
+        made = "one made by `save_pretrained`, or a hub id"
+        if path.endswith(GGUF):
+            made = "the folder that `bpt-dist convert FILE FOLDER` makes of a GGUF file"
+        raise ConfigError(f"backbone.path: there is no folder {path}; give {made}")
     if not checkpoint.is_folder:
         reach_hub()
     logging.disable_progress_bar()  # transformers': a bar for files that load in a moment, on every rank

@@ -144,7 +144,7 @@ class Pieces:
         return self.num_pieces
 
     def __call__(self, _text: str, **_options: Any) -> Pieces:
-        """Return the piece that every text has."""
+        """Return the pieces of a text: any."""
         return self
 
 

@@ -68,11 +68,8 @@ def _counts(shape: str) -> list[Any]:
 
 def _counted_row(count: dict[str, Any], texts: dict[str, str]) -> tuple[str, ...]:
     name, *numbers = count.values()
-    return (
-        name,
-        *("-" if number is None else f"{number:,}" for number in numbers),
-        *(texts.get(key, "") for key in SHOWN_ATTRIBUTES),
-    )
+    written = ["-" if number is None else f"{number:,}" for number in numbers]
+    return (name, *written, *(texts.get(key, "") for key in SHOWN_ATTRIBUTES))
 
 
 def described_methods(folder: Path = METHODS) -> dict[str, dict[str, str]]:

@@ -130,7 +130,7 @@ def configs(
 @app.command()
 def methods(
     shape: Annotated[
-        str | None, typer.Option(metavar="T5", help="Count the trained numbers on t5-small, t5-base, t5-large, ... or a folder.")
+        str | None, typer.Option(metavar="NAME", help="Count the trained numbers on t5-base, smollm2-135m, ... or a folder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -26,9 +26,10 @@ def check_positions(tasks: Iterable[TaskData], config: RunConfig, backbone: Back
             num_source = int(np.max(lengths_of(rows.tokens.source_ids), initial=0))
             needed = num_prompt + num_source + num_target
             if needed > most:
+                room = most - num_prompt - num_target
+                shorter = f"set data.max_source_length to {room} or less, or lower method.length"
                 raise ConfigError(
                     f"data.max_source_length: a text of task {task.spec.name!r} ({split}) has {num_source} tokens, which with "
                     f"{num_prompt} prompt positions and {num_target} target tokens need {needed} positions; {backbone.name} has "
-                    f"{most}; set data.max_source_length to {max(most - num_prompt - num_target, 0)} or less, or lower "
-                    "method.length"
+                    f"{most}; {shorter if room > 0 else 'lower method.length'}"
                 )

@@ -128,7 +128,7 @@ class DecoderShape(ModelShape):
         config, (width, inner) = self.config, self.feed_forward
         own, size = num_source + num_nodes - 1, getattr(config, "head_dim", None) or width // config.num_attention_heads
         heads, groups = config.num_attention_heads * size, config.num_key_value_heads * size
-        # Queries rotated, scaled and put in order; what is read, put in order and joined; both also joined to the prompt's.
+        # Queries rotated, scaled and put in order; what is read, put in order, joined; keys and values, also behind the prompt's.
         attended = own * (6 * heads + 2 * groups) + (num_prompt + own) * 2 * groups
         if attention == "eager":
             attended += 2 * config.num_attention_heads * own * (num_prompt + own)

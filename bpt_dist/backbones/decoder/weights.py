@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, Weights, some_of
+from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, Weights
 from bpt_dist.backbones.decoder.config import model_class
-from bpt_dist.backbones.fitting import assign, cause_in_names, check_tensors, count_of
-from bpt_dist.errors import ConfigError
+from bpt_dist.backbones.fitting import assign, cause_in_names, fill, lacking
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = "rotary_emb.inv_freq"  # older checkpoints store it; it follows from config.json
@@ -22,40 +21,20 @@ def build_decoder(config: Any, checkpoint: Checkpoint, weights: Weights, dtype: 
 
     Raises ConfigError, naming weights and the usual cause, when files and config.json do not describe one model.
     """
+    cause = partial(_cause, config)
     if config.num_hidden_layers > len(weights.tensors):  # before a network of that depth is built
-        missing = {f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"}
-        raise _lacking(config, checkpoint, missing, set())
+        raise lacking(checkpoint, {f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"}, set(), cause)
     with torch.device("meta"):
         model: Any = model_class(config)(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_names(config, checkpoint, weights, shapes.keys())
-    check_tensors(checkpoint, weights, shapes)
-    for name, tensor in weights.read(shapes.keys() & weights.tensors.keys(), dtype, mapped=mapped):
-        assign(model, name, nn.Parameter(tensor, requires_grad=False))
+    expected, stored = model.state_dict().keys(), {name for name in weights.tensors if not name.endswith(COMPUTED)}
+    missing = set(expected) - stored - ({HEAD} if config.tie_word_embeddings else set())
+    fill(
+        model, checkpoint, weights, dtype, mapped=mapped, missing=missing, unexpected=stored - set(expected), cause=cause
+    )  # fmt: skip
     _tie(model, config, checkpoint, weights)
     _fill_buffers(model, config)
     config.dtype, config.name_or_path = dtype, checkpoint.path
     return model.eval()
-
-
-def _check_names(config: Any, checkpoint: Checkpoint, weights: Weights, expected: Collection[str]) -> None:
-    stored = {name for name in weights.tensors if not name.endswith(COMPUTED)}
-    missing = set(expected) - stored - ({HEAD} if config.tie_word_embeddings else set())
-    unexpected = stored - set(expected)
-    if missing:
-        raise _lacking(config, checkpoint, missing, unexpected)
-    if unexpected:
-        raise checkpoint.error(
-            f"holds {count_of(unexpected)} that the model of its {CONFIG} has no place for ({some_of(unexpected)}); "
-            f"{_cause(config, missing, unexpected)}"
-        )
-
-
-def _lacking(config: Any, checkpoint: Checkpoint, missing: Collection[str], unexpected: Collection[str]) -> ConfigError:
-    beside = f" and holds {count_of(unexpected)} it has no place for ({some_of(unexpected)})" if unexpected else ""
-    return checkpoint.error(
-        f"lacks {count_of(missing)} of the model ({some_of(missing)}){beside}; {_cause(config, missing, unexpected)}"
-    )
 
 
 def _cause(config: Any, missing: Collection[str], unexpected: Collection[str]) -> str:

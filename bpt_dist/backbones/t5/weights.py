@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, Weights, some_of
-from bpt_dist.backbones.fitting import assign, cause_in_names, check_tensors, count_of
+from bpt_dist.backbones.checkpoint import CONFIG, Checkpoint, Weights
+from bpt_dist.backbones.fitting import assign, cause_in_names, fill, lacking
 
 TABLE, HEAD = "shared.weight", "lm_head.weight"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # the same table under other names
@@ -25,53 +25,38 @@ def build_t5(
 
     Raises ConfigError, naming weights and the usual cause, when files and config.json do not describe one model.
     """
+    cause = partial(_cause, weights)
     if config.num_layers + (config.num_decoder_layers or 0) > len(weights.tensors):  # before a network of that depth is built
-        raise _lacking(checkpoint, weights, {f"encoder.block.{config.num_layers - 1}.layer.0.layer_norm.weight"}, set())
+        raise lacking(checkpoint, {f"encoder.block.{config.num_layers - 1}.layer.0.layer_norm.weight"}, set(), cause)
     with torch.device("meta"):
         model: Any = T5ForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_names(config, checkpoint, weights, shapes.keys())
-    check_tensors(checkpoint, weights, shapes)
-    for name, tensor in weights.read(shapes.keys() & weights.tensors.keys(), dtype, mapped=mapped):
-        assign(model, name, nn.Parameter(tensor, requires_grad=False))
+    missing, unexpected = _differences(config, weights, model.state_dict().keys())
+    fill(model, checkpoint, weights, dtype, mapped=mapped, missing=missing, unexpected=unexpected, cause=cause)
     _tie(model, config, checkpoint, weights)
     config.dtype, config.name_or_path = dtype, checkpoint.path
     result: T5ForConditionalGeneration = model.eval()
     return result
 
 
-def _check_names(config: T5Config, checkpoint: Checkpoint, weights: Weights, expected: Collection[str]) -> None:
+def _differences(config: T5Config, weights: Weights, expected: Collection[str]) -> tuple[set[str], set[str]]:
+    """Return the weights that the files lack, and those that the model has no place for."""
     stored = weights.tensors.keys()
     missing = {name for name in expected if name not in stored and name not in (TABLE, *COPIES, HEAD)}
     if not stored & {TABLE, *COPIES}:
         missing.add(TABLE)
     if HEAD not in stored and not config.scale_decoder_outputs:
         missing.add(HEAD)
-    unexpected = stored - set(expected) - IGNORED_WEIGHTS
-    if missing:
-        raise _lacking(checkpoint, weights, missing, unexpected)
-    if unexpected:
-        raise checkpoint.error(
-            f"holds {count_of(unexpected)} that the model of its {CONFIG} has no place for ({some_of(unexpected)}); "
-            f"{_cause(missing, unexpected)}"
-        )
+    return missing, stored - set(expected) - IGNORED_WEIGHTS
 
 
-def _lacking(checkpoint: Checkpoint, weights: Weights, missing: Collection[str], unexpected: Collection[str]) -> Exception:
-    beside = f" and holds {count_of(unexpected)} it has no place for ({some_of(unexpected)})" if unexpected else ""
-    return checkpoint.error(
-        f"lacks {count_of(missing)} of the model ({some_of(missing)}){beside}; {_cause(missing, unexpected, weights)}"
-    )
-
-
-def _cause(missing: Collection[str], unexpected: Collection[str], weights: Weights | None = None) -> str:
+def _cause(weights: Weights, missing: Collection[str], unexpected: Collection[str]) -> str:
     """Return the usual cause of such weights, with its remedy."""
     cause = cause_in_names(missing, unexpected, "T5")
     if cause is not None:
         return cause
     if set(missing) == {HEAD}:
         return "its head is not the table of word embeddings and was not saved; save the whole model"
-    if weights is not None and not any(name.startswith("decoder.") for name in weights.tensors):
+    if not any(name.startswith("decoder.") for name in weights.tensors):
         return "it holds the encoder only (a text or sentence encoder); give the whole T5 it was taken from"
     return f"its {CONFIG} is that of another model, or it was saved in part; give weights and {CONFIG} of one whole model"
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.decoder.config import model_class
 from bpt_dist.backbones.decoder.model import DecoderBackbone
+from bpt_dist.backbones.decoder.shapes import published
 from bpt_dist.backbones.families import DECODERS
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.commands.bench.baselines import import_peft
@@ -47,14 +48,12 @@ def shape_of(name: str, *, quick: bool) -> Any:
     Raises ConfigError for any other name.
     """
     if name == SMOLLM2:
-        return LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=6 if quick else 30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1, eos_token_id=END,
-            pad_token_id=END, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        )  # fmt: skip
-    if not (Path(name) / "config.json").is_file():
+        config = published(SMOLLM2)
+        config.num_hidden_layers = 6 if quick else config.num_hidden_layers
+    elif not (Path(name) / "config.json").is_file():
         raise ConfigError(f"--shape {name}: is not known; choose {SMOLLM2}, or name a folder with a config.json")
-    config = AutoConfig.from_pretrained(name)
+    else:
+        config = AutoConfig.from_pretrained(name)
     if config.model_type not in DECODERS:
         raise ConfigError(f"--shape {name}: is a {config.model_type!r} model; give one of {', '.join(DECODERS)}")
     config.eos_token_id = config.pad_token_id = END  # weights and tokens are random: END is one of them

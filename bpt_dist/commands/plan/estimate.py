@@ -180,7 +180,9 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
 
 def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[StagePlan]:
     """Let the method create the tensors of each stage in turn, as training does, and count them."""
-    method = methods.load(config, shape.backbone())
+    backbone = shape.backbone()
+    backbone.name = config.backbone.path
+    method = methods.load(config, backbone)
     specs_of_data = known_specs(config.data)
     sources = [catalogue.get(name, specs_of_data) for name in config.data.source_tasks]
     targets = [catalogue.get(name, specs_of_data) for name in config.data.target_tasks]

@@ -162,7 +162,7 @@ def stage_plan(
 def pass_costs(
     config: RunConfig, method: Method, shape: ModelShape, specs: Sequence[TaskSpec], positions: int, num_prompts: int
 ) -> tuple[RowCost, list[RowCost]]:
-    """Return what a prompt costs that many texts read (nothing where each text reads its own), and what a text of each task costs."""
+    """Return what a prompt costs that many texts read, nothing where each text has its own, and what a text of each task costs."""
     shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
     trains_weights, again = config.method.TRAINS_BACKBONE, config.distribution.activation_checkpointing
     pairs = [
