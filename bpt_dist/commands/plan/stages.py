@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.shapes import NOTHING, ModelShape
+from bpt_dist.backbones.shapes import NOTHING, ModelShape, RowCost
 from bpt_dist.backbones.shared_prompts import shared_prompts_of
 from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
 from bpt_dist.data.batches import Batch
@@ -106,15 +106,7 @@ def stage_plan(
     sharing = own if config.particles_share_texts(settings) else 1
     shape_of_mesh = (mesh.particle.size, mesh.data.size)
     trains_weights = config.method.TRAINS_BACKBONE
-    again = config.distribution.activation_checkpointing
-    shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
-    pairs = [
-        shape.shared_costs(positions, *lengths(spec, config))
-        if shares
-        else (NOTHING, shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again))
-        for spec in specs
-    ]
-    prompt, costs = max((of_prompt for of_prompt, _ in pairs), key=lambda cost: cost.flops), [of_text for _, of_text in pairs]
+    prompt, costs = costs_of(config, method, specs, shape, positions, num_prompts)
     in_parts = trains_weights and config.distribution.shard != "none"
     sharers = mesh.world.size if in_parts else 1
     trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
@@ -164,6 +156,17 @@ def stage_plan(
         evaluation_flops=evaluation_flops,
         warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
     )
+
+
+def costs_of(
+    config: RunConfig, method: Method, specs: Sequence[TaskSpec], shape: ModelShape, num_prompt: int, num_shared: int
+) -> tuple[RowCost, list[RowCost]]:
+    """Return what reading a prompt costs, once a pass, and what a text of each task costs; `num_shared` prompts are in a pass."""
+    if num_shared and may_pack(config, method) and method.backbone.reads_prompts_once:
+        pairs = [shape.shared_costs(num_prompt, *lengths(spec, config)) for spec in specs]
+        return max((prompt for prompt, _ in pairs), key=lambda cost: cost.flops), [text for _, text in pairs]
+    again, trained = config.distribution.activation_checkpointing, config.method.TRAINS_BACKBONE
+    return NOTHING, [shape.row_cost(num_prompt, *lengths(spec, config), trains_weights=trained, recomputed=again) for spec in specs]
 
 
 def may_pack(config: RunConfig, method: Method) -> bool:
