@@ -109,8 +109,8 @@ def stage_plan(
     own = copies // mesh.particle.size if is_source else copies
     sharing = own if config.particles_share_texts(settings) else 1
     shape_of_mesh = (mesh.particle.size, mesh.data.size)
-    prompt, costs = pass_costs(config, method, shape, specs, positions, num_prompts)
     trains_weights = config.method.TRAINS_BACKBONE
+    prompt, costs = costs_of(config, method, specs, shape, positions, num_prompts)
     in_parts = trains_weights and config.distribution.shard != "none"
     sharers = mesh.world.size if in_parts else 1
     trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
@@ -159,19 +159,15 @@ def stage_plan(
     )
 
 
-def pass_costs(
-    config: RunConfig, method: Method, shape: ModelShape, specs: Sequence[TaskSpec], positions: int, num_prompts: int
+def costs_of(
+    config: RunConfig, method: Method, specs: Sequence[TaskSpec], shape: ModelShape, num_prompt: int, num_shared: int
 ) -> tuple[RowCost, list[RowCost]]:
-    """Return what a prompt costs that many texts read, nothing where each text has its own, and what a text of each task costs."""
-    shares = num_prompts > 0 and may_pack(config, method) and method.backbone.reads_prompts_once
-    trains_weights, again = config.method.TRAINS_BACKBONE, config.distribution.activation_checkpointing
-    pairs = [
-        shape.shared_costs(positions, *lengths(spec, config))
-        if shares
-        else (NOTHING, shape.row_cost(positions, *lengths(spec, config), trains_weights=trains_weights, recomputed=again))
-        for spec in specs
-    ]
-    return max((of_prompt for of_prompt, _ in pairs), key=lambda cost: cost.flops), [of_text for _, of_text in pairs]
+    """Return what reading a prompt costs, once a pass, and what a text of each task costs; `num_shared` prompts are in a pass."""
+    if num_shared and may_pack(config, method) and method.backbone.reads_prompts_once:
+        pairs = [shape.shared_costs(num_prompt, *lengths(spec, config)) for spec in specs]
+        return max((prompt for prompt, _ in pairs), key=lambda cost: cost.flops), [text for _, text in pairs]
+    again, trained = config.distribution.activation_checkpointing, config.method.TRAINS_BACKBONE
+    return NOTHING, [shape.row_cost(num_prompt, *lengths(spec, config), trains_weights=trained, recomputed=again) for spec in specs]
 
 
 def value_bytes(config: RunConfig, trained: int, weights: int) -> int:
