@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import psutil
 
-from bpt_dist.errors import ConfigError
+from bpt_dist.errors import ConfigError, Stopped
 
 PROGRAM = "import sys; from bpt_dist.commands.main import main; sys.exit(main())"
 SECONDS = 600  # that a client waits
@@ -83,6 +85,7 @@ class Server:
 @contextmanager
 def served(exports: Path, threads: int, device: str) -> Iterator[Server]:
     """Start `bpt-dist serve` for a folder of exports. Raises ConfigError where it does not start."""
+    before = signal.signal(signal.SIGTERM, _stopped)  # the server must not outlive the bench
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -98,3 +101,8 @@ def served(exports: Path, threads: int, device: str) -> Iterator[Server]:
         process.terminate()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped("stopped on request; run the command again")
