@@ -14,6 +14,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "library.md"
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*label names.*")  # of Trainer on a CPU
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     text = PAGE.read_text()
