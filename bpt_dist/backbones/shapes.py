@@ -151,19 +151,20 @@ class Pieces:
 class Weightless:
     """Makes of a family's `Backbone` a replacement for the time a method creates its tensors: nothing ever runs through it."""
 
-    def begin(self: Any, core: nn.Module, num_pieces: int) -> None:
-        """Take the place of a backbone whose `core` is on the meta device."""
-        self.core = self.call = core
-        InsertionPoints.__init__(self)
-        self.synced, self.packed = False, None
-        self.tokenizer = Pieces(num_pieces)
-        self.name = self.path = self.identity = self.tokenizer_hash = "plan"
-        self.revision = None
-        self.device = torch.device("cpu")  # where a method's own tensors live; the model is on the meta device
-
     def vocabulary_rows(self: Any, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
         """Return noise in the place of rows of the word-embedding table."""
         return torch.randn(len(ids), self.width, generator=torch.Generator().manual_seed(0))
+
+
+def begin_weightless(backbone: Any, core: nn.Module, num_pieces: int) -> None:
+    """Give a `Weightless` backbone what a loaded one has; `core` is on the meta device."""
+    backbone.core = backbone.call = core
+    InsertionPoints.__init__(backbone)
+    backbone.synced, backbone.packed = False, None
+    backbone.tokenizer = Pieces(num_pieces)
+    backbone.name = backbone.path = backbone.identity = backbone.tokenizer_hash = "plan"
+    backbone.revision = None
+    backbone.device = torch.device("cpu")  # where a method's own tensors live; the model is on the meta device
 
 
 def known_config(

@@ -8,8 +8,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 from installed_wheel import make
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(1500)
@@ -54,3 +56,13 @@ def test_a_table_of_your_own(installed: Path, tmp_path: Path) -> None:
     for text in ("Compared: 2 seeds", r"\begin{tabular}"):
         assert text in shown
     assert (tmp_path / "runs/my-table/bpt-s0/figures/panel.png").stat().st_size > 10_000
+
+
+def test_the_notebook(tmp_path: Path) -> None:
+    """Every cell runs, and its last answers are right."""
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept: they would be older than the code"
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "['food', 'travel']" in notebook.cells[-2].outputs[0]["data"]["text/plain"]
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert pictures

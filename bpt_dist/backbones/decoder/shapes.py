@@ -21,7 +21,7 @@ from bpt_dist.backbones.decoder.config import CLASSES, export_facts, model_class
 from bpt_dist.backbones.decoder.layout import Layout
 from bpt_dist.backbones.decoder.model import DecoderBackbone, PromptedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, logits_of
-from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, count_pass
+from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, begin_weightless, count_pass
 
 # model_type, width, inner, layers, heads, key-value heads, head width, pieces of models that configurations of this project name:
 # a plan needs neither a conversion nor a download.
@@ -155,7 +155,7 @@ class WeightlessDecoder(Weightless, DecoderBackbone):
     """A replacement for a decoder-only model while a method creates its tensors."""
 
     def __init__(self, shape: DecoderShape) -> None:
-        self.begin(PromptedDecoder(shape.model().requires_grad_(False)), shape.config.vocab_size)
+        begin_weightless(self, PromptedDecoder(shape.model().requires_grad_(False)), shape.config.vocab_size)
         self.packed = PackedDecoder(self.model, plain_attention)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bpt_dist.backbones.base import DTYPES
-from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, count_pass, known_config
+from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, begin_weightless, count_pass, known_config
 from bpt_dist.backbones.t5.config import read_config
 from bpt_dist.backbones.t5.model import PromptedT5, T5Backbone
 
@@ -141,7 +141,7 @@ class ShapeBackbone(Weightless, T5Backbone):
     """A replacement for the T5 while a method creates its tensors."""
 
     def __init__(self, shape: T5Shape) -> None:
-        self.begin(PromptedT5(shape.model().requires_grad_(False)), shape.config.vocab_size)
+        begin_weightless(self, PromptedT5(shape.model().requires_grad_(False)), shape.config.vocab_size)
 
 
 def shape_of(path: str, *, revision: str | None = None, dtype: str = "fp32", ask_hub: bool = True) -> T5Shape:

@@ -48,7 +48,7 @@ def shape_of(name: str, *, quick: bool) -> Any:
     Raises ConfigError for any other name.
     """
     if name == SMOLLM2:
-        config = published(SMOLLM2)
+        config: Any = published(SMOLLM2)
         config.num_hidden_layers = 6 if quick else config.num_hidden_layers
     elif not (Path(name) / "config.json").is_file():
         raise ConfigError(f"--shape {name}: is not known; choose {SMOLLM2}, or name a folder with a config.json")
