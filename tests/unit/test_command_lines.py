@@ -23,7 +23,8 @@ from launcher import sweep
 LINES = command_lines.lines()
 # Made by the reader, or by an earlier command of the same page.
 MADE = {
-    "invent.py", ".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts",
+    "invent.py", "ask.py",
+    ".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts",
 }  # fmt: skip
 
 

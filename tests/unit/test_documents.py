@@ -19,7 +19,7 @@ PACKAGES = sorted(path.stem for path in (ROOT / "bpt_dist").iterdir() if path.na
 BASES = (ROOT, ROOT / "bpt_dist", ROOT / "docs")
 FOLDERS = ("bpt_dist", "configs", "docs", "launcher", "tests", *PACKAGES)
 # Examples of the reader's own files, and files that a run or a user makes.
-EXAMPLES = {"bpt_dist/methods/residual_prompt.py", "invent.py"}
+EXAMPLES = {"bpt_dist/methods/residual_prompt.py", "invent.py", "ask.py", "card.py"}
 
 
 def name(page: Path) -> str:
