@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 INK, FAINT, ICE, SAND = "#22303c", "#6f7d89", "#e3eef7", "#f6ead6"
 PURPOSES = {
     "launcher": "entry points for deepspeed, torchrun, srun, Ray",
-    "commands": "what a user starts besides training: plan, check, table, sweep, ...",
+    "commands": "what a user starts besides training: plan, table, predict, serve, ...",
+    "library": "what `import bpt_dist` offers",
     "train": "the story: source stage, target stage, one step",
     "training": "one run, one stage, one step on this rank; sharding",
     "artifacts": "posterior, results, exports, pictures; their readers",
