@@ -5,9 +5,9 @@ of a gated feed-forward) are one product; the decoder attends to the encoder's s
 for each head, (q W_k) . E instead of q . (E W_k), and (softmax(.) E) W_v instead of softmax(.) (E W_v). The few positions of the
 decoder take the projections that all positions of the encoder would take, which saves an eighth of all arithmetic.
 
-Each block computes inside the `forward` of its module, where its weights are whole also if the T5 is partitioned. Its result is a
-new tensor: what enters a block is not changed in place, because hooks and recomputation keep it. What a method has inserted into
-the modules acts at the same places here.
+Each block computes inside the `forward` of its module, where its weights are whole also if the T5 is partitioned. If a backward
+pass will follow, its result is a new tensor: what enters a block is not changed in place, because hooks and recomputation keep it.
+What a method has inserted into the modules acts at the same places here.
 
 Hidden states between the layers stay float32 whatever the weights are; products and attention are made in the type of the weights.
 """
@@ -92,8 +92,10 @@ class Stack:
         """Return what makes the position biases of groups, once a pass."""
         return functools.cache(lambda: [self.bias(length) for _, length in rows])
 
-    def project(self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid) -> tuple[Tensor, Float[Tensor, "tokens 3 H d"]]:
-        """Return the normed states of every token, and its queries, keys and values for the self-attention of a block."""
+    def project(
+        self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid
+    ) -> tuple[Tensor | None, Float[Tensor, "tokens 3 H d"]]:
+        """Return the normed states, for changes, and queries, keys and values of every token for a block's self-attention."""
         layer = self.stack.block[number].layer[0]
         states = self.normed(layer.layer_norm, hidden, grid)
         projected = self.projections[number](states)
@@ -101,10 +103,10 @@ class Stack:
         if self.is_changed(attend.q, attend.k, attend.v):
             parts = zip((attend.q, attend.k, attend.v), projected.chunk(3, dim=-1), strict=True)
             projected = torch.cat([self.changed(module, states, part, grid) for module, part in parts], dim=-1)
-        return states, projected.view(-1, 3, self.num_heads, self.head_width)
+        return states if self.changes else None, projected.view(-1, 3, self.num_heads, self.head_width)
 
     def attend(self, number: int, hidden: Float[Tensor, "tokens D"], rows: Rows, biases: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Return `hidden` plus the self-attention of a block, as a new tensor."""
+        """Return `hidden` plus the self-attention of a block, as `out` does."""
         states, projected = self.project(number, hidden, grid)
         read = []
         for part, shape, bias in zip(projected.split([n * length for n, length in rows]), rows, biases, strict=True):
@@ -112,18 +114,23 @@ class Stack:
             read.append(self.attention(q, k, v, bias).transpose(1, 2).reshape(len(part), -1))
         return self.out(number, hidden, states, torch.cat(read), grid)
 
-    def out(self, number: int, hidden: Tensor, states: Tensor, read: Float[Tensor, "tokens I"], grid: Grid) -> Tensor:
-        """Return `hidden` plus the output projection of what the heads of a block's self-attention have read, as a new tensor."""
+    def out(self, number: int, hidden: Tensor, states: Tensor | None, read: Float[Tensor, "tokens I"], grid: Grid) -> Tensor:
+        """Return `hidden` plus the output projection of what the heads of a block's self-attention have read.
+
+        It is a new tensor where a backward pass will follow, because hooks and recomputation keep what enters a block.
+        """
         layer = self.stack.block[number].layer[0]
         found = self.changed(layer.SelfAttention.o, read, self.outputs[number](read), grid)
         found = self.changed(layer.SelfAttention, states, found, grid)
-        return self.changed(layer, hidden, hidden + found, grid)
+        return self.changed(layer, hidden, hidden + found if torch.is_grad_enabled() else self.plus(hidden, found), grid)
 
     def feed_forward(self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid) -> Tensor:
         """Return `hidden`, changed in place unless something is inserted, plus the feed-forward layer of a block."""
         layer = self.stack.block[number].layer[-1]
-        feed, states = layer.DenseReluDense, self.normed(layer.layer_norm, hidden, grid)
-        inner = self.inner[number](states)
+        feed, normed = layer.DenseReluDense, self.normed(layer.layer_norm, hidden, grid)
+        inner = self.inner[number](normed)
+        states = normed if self.changes else None
+        del normed  # the largest moment of a pass without gradients is here
         if hasattr(feed, "wi_0"):
             gate, linear = inner.chunk(2, dim=-1)
             gate, linear = self.changed(feed.wi_0, states, gate, grid), self.changed(feed.wi_1, states, linear, grid)
@@ -154,9 +161,10 @@ class Stack:
         """Return whether something is inserted at one of the modules."""
         return any(module in self.changes for module in modules)
 
-    def changed(self, module: nn.Module, x: Tensor, y: Float[Tensor, "tokens o"], grid: Grid) -> Float[Tensor, "tokens o"]:
+    def changed(self, module: nn.Module, x: Tensor | None, y: Float[Tensor, "tokens o"], grid: Grid) -> Float[Tensor, "tokens o"]:
         """Return what the changes inserted at a module make of its output."""
         for change in self.changes.get(module, ()):
+            assert x is not None
             y = grid.changed(change, x, y)
         return y
 
