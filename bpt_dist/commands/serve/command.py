@@ -74,7 +74,8 @@ def serve(
         signal.signal(number, lambda _number, _frame: None)
     server = server_of(make_app(service), limits)
     listener.listen(server.config.backlog)
-    typer.echo(f"{len(exports)} tasks at http://{_shown(address)}:{port}; Ctrl-C or SIGTERM ends it")
+    tasks = "1 task" if len(exports) == 1 else f"{len(exports)} tasks"
+    typer.echo(f"{tasks} at http://{_shown(address)}:{port}; Ctrl-C or SIGTERM ends it")
     server.run(sockets=[listener])
 
 
