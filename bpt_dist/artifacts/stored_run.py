@@ -42,7 +42,10 @@ class StoredRun:
             why = f" ({status.reason})" if status.reason else ""
             again = f"rerun `{status.next}`" if status.next else "rerun its command"
             raise ConfigError(f"{folder}: the run is {status.state}{why}, not finished; {again} to complete it")
-        return cls(folder, configuration.load(folder / layout.CONFIG))
+        # The run keeps the file of a method outside the package: the user's may have moved, or changed since.
+        kept = next((folder / layout.METHOD).glob("*.py"), None)
+        values = {} if kept is None else {"method.path": str(kept)}
+        return cls(folder, configuration.load_values(folder / layout.CONFIG, values))
 
     @property
     def targets(self) -> Sequence[str]:

@@ -37,7 +37,7 @@ def print_evaluation(
     if (stored / layout.STATUS).is_file():
         run = StoredRun.open(stored)
         task = task or _only_target(run)
-        settings = configuration.load(config or stored / layout.CONFIG, overrides)
+        settings = configuration.load(config or stored / layout.CONFIG, overrides) if config or overrides else run.config
         # A task the run was not adapted to is judged with its only prompt.
         adapted = task if task in run.targets else _only_target(run)
         stored = run.weights(adapted) or run.adapter(adapted)
@@ -77,7 +77,7 @@ def evaluate_stored(stored: Path, config: RunConfig, task: str, split: str, task
     method: Method
     names = [task]
     if is_weights(stored):
-        method, names = read_weights(stored, backbone, data.spec, settings), read_facts(stored)["target_tasks"]
+        method, names = read_weights(stored, backbone, data.spec, settings, config.method), read_facts(stored)["target_tasks"]
     elif is_low_rank(stored):
         method = read_low_rank(stored, backbone, data.spec, settings, config.reduction)
     else:

@@ -31,7 +31,7 @@ CHANGEABLE = frozenset({
 """Keys that a resumed run may change: where things are, how often, on how many processes. All others shape the result."""
 
 MOVABLE = frozenset({
-    "backbone.path", "backbone.revision", "data.root", "data.task_files", "source.posterior", "method.init_file",
+    "backbone.path", "backbone.revision", "data.root", "data.task_files", "source.posterior", "method.init_file", "method.path",
 })  # fmt: skip
 """Keys that say where an input is. A resumed run may change them, because the contents are compared (backbone.json, data.json,
 inputs.json)."""
