@@ -115,9 +115,8 @@ def _class(folder: Path, facts: Mapping[str, Any], given: MethodConfig | None) -
     if given is None or given.name != name or own is None:
         raise ConfigError(f"{folder}: is of method {name!r}, a file outside the package; name that file, method.path={name}.py")
     if own != stored:
-        raise ConfigError(
-            f"method.path: is not the file that {folder} was trained with (hash {stored[:SHORT]}, here {own[:SHORT]}); give that one"
-        )
+        hashes = f"hash {stored[:SHORT]}, here {own[:SHORT]}"
+        raise ConfigError(f"method.path: is not the file that {folder} was trained with ({hashes}); give that one")
     return class_of(given)
 
 

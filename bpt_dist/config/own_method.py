@@ -99,6 +99,7 @@ def _content(file: Path) -> str:
 @lru_cache(maxsize=64)
 def _options(file: Path, source: str) -> type[OwnMethod]:
     try:
+        compile(source, str(file), "exec", dont_inherit=True)  # the whole of it: some errors are not found by parsing
         options = options_in(file, source)
     except ConfigError:
         raise ConfigError(f"{file} has no class Config(MethodConfig); every method file needs one") from None

@@ -325,7 +325,7 @@ def load(config: RunConfig, backbone: Backbone) -> Method:
 
 
 def class_of(config: MethodConfig) -> type[Method]:
-    """Return the Method subclass that reads these options. Raises ConfigError for a file outside the package that has none, or two."""
+    """Return the Method subclass of these options. Raises ConfigError for a file outside the package without one, or with two."""
     if not isinstance(config, OwnMethod):
         return method_class(config.name)
     found = _classes_in(_own.imported(config))

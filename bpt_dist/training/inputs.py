@@ -1,8 +1,8 @@
 """What a run reads beside its backbone and its rows, pinned by content: `inputs.json` {what: SHA-256}.
 
-The backbone is pinned by backbone.json and the rows by data.json. Here are the file of a method outside the package, the posterior a
-run starts from, the stored prompt of `init: file`, the definitions of the user's tasks and the settings of DeepSpeed. Places are not
-pinned: files may move.
+The backbone is pinned by backbone.json and the rows by data.json. Here are the file of a method outside the package, the posterior
+a run starts from, the stored prompt of `init: file`, the definitions of the user's tasks and the settings of DeepSpeed. Places are
+not pinned: files may move.
 """
 
 from __future__ import annotations

@@ -100,10 +100,9 @@ def test_path_alone_is_the_backbones_where_the_method_has_none(file: Path, tmp_p
     assert "write one of backbone.path, method.path" in refusal(tmp_path, plain({"path": str(file)}), "path=other")
 
 
-@pytest.mark.parametrize("overrides", [("method.name=bpt",), ("method.name=bpt", "swapped")])
-def test_a_name_and_a_file_that_differ_are_refused_in_any_order(file: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    both = [f"method.path={file}", "method.name=bpt"]
-    text = refusal(tmp_path, plain("prompt_tuning"), *(both[::-1] if "swapped" in overrides else both))
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_name_and_a_file_that_differ_are_refused_in_any_order(file: Path, tmp_path: Path, step: int) -> None:
+    text = refusal(tmp_path, plain("prompt_tuning"), *[f"method.path={file}", "method.name=bpt"][::step])
     assert text == f"command line: method.name: is 'bpt', and the file of method.path is {NAME}.py; remove the name"
 
 
@@ -169,6 +168,11 @@ FILES = {
     "no Config": ("mine.py", HEAD, r".*mine\.py has no class Config\(MethodConfig\); every method file needs one"),
     "another Config": ("mine.py", "class Config:\n    pass\n", r".*mine\.py has no class Config\(MethodConfig\); .*"),
     "syntax": ("mine.py", HEAD + "\nclass Config(:\n", r".*mine\.py:3: is not Python \(invalid syntax\); correct the file"),
+    "syntax found late": (
+        "mine.py",
+        HEAD + "class Config(MethodConfig):\n    name: str\n\nreturn 3\n",
+        r".*mine\.py:5: is not Python \('return' outside function\); correct the file",
+    ),
     "no text": ("mine.py", b"\xff\xfe", r".*mine\.py is not UTF-8 text; store it as UTF-8"),
     "zero byte": ("mine.py", b"a = 1\0", r".*mine\.py:\d+: is not Python \(.*null bytes.*\); correct the file"),
     "needs the rest": (
@@ -212,7 +216,8 @@ def test_a_bad_section_is_refused_in_one_line(section: dict[str, Any], expected:
 
 
 def test_a_file_in_the_place_of_a_name_is_told_how(file: Path, tmp_path: Path) -> None:
-    assert refusal(tmp_path, plain("my_method.py")).endswith("no such method (got 'my_method.py'); write method: {path: my_method.py}")
+    said = refusal(tmp_path, plain("mine.py"))
+    assert said.endswith("method.name: no such method (got 'mine.py'); write method: {path: mine.py}")
 
 
 def test_a_config_without_a_name_of_its_own_takes_that_of_the_file(tmp_path: Path) -> None:
