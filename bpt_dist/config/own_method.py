@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, create_model
 
@@ -117,7 +117,8 @@ def _options(file: Path, source: str) -> type[OwnMethod]:
     default = fields["name"].default
     if isinstance(default, str) and default != name:
         raise ConfigError(f"{file}: class Config names method {default!r}, and the file is named {name!r}; rename one of them")
-    made = create_model("Config", __base__=(options, OwnMethod), __doc__=options.__doc__)
+    # In this order a `name` of the file's own wins over the plain one of every method.
+    made = cast(type[OwnMethod], create_model("Config", __base__=(options, OwnMethod), __doc__=options.__doc__))
     made.SOURCE = source
     return made
 

@@ -13,9 +13,11 @@ import tiny_run
 from typer.testing import CliRunner
 
 import bpt_dist
+from bpt_dist import config as configuration
 from bpt_dist.artifacts.results import collect
 from bpt_dist.artifacts.weights import read_facts
 from bpt_dist.commands.main import app
+from bpt_dist.commands.table.command import mixture_notes
 from bpt_dist.config import RunConfig
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.own_method import digest
@@ -167,6 +169,23 @@ def test_a_table_is_trained_and_shows_the_method_by_its_name_or_label(world: Pat
     assert [run.name for run in runs] == [f"{NAME}-s0", "wide-s0", "prompt_tuning-s0"]
     shown = ran("table", tmp_path / "runs" / "run").replace("\\", "")  # of Markdown
     assert all(f"| {label} |" in shown for label in (f"{NAME} [{NAME}]", f"{NAME} [wide]", "PT"))
+
+
+def test_the_rows_of_a_table_may_have_files_of_their_own_but_the_runs_of_one_file_had_one_content(
+    world: Path, tmp_path: Path
+) -> None:
+    first, second = own_method.write(tmp_path / "mine"), tmp_path / "mine" / "another.py"
+    second.write_text(first.read_text().replace(NAME, "another"))
+    plain = {**settings(world, tmp_path, first), "seeds": [0, 1, 2], "rows": [{}, {"method": {"path": str(second), "length": 3}}]}
+    plain |= {"data": {**plain["data"], "target_tasks": ["mood"]}, "target": {"steps": 1, "batch_size": 2, "lr": 0.3}}
+    runs = configuration.expand(tiny_run.load(tmp_path, plain))
+    for run in runs[:-1]:
+        tiny_run.trained(run)
+    assert mixture_notes(runs[:-1]) == []
+    second.write_text(second.read_text().replace("torch.relu", "torch.tanh"))
+    tiny_run.trained(configuration.expand(tiny_run.load(tmp_path, plain))[-1])
+    (note,) = mixture_notes(runs)
+    assert note.startswith("Not comparable: another-s2 had another content of method.path than the other runs; ")
 
 
 def test_the_plan_counts_its_tensors(world: Path, tmp_path: Path) -> None:
