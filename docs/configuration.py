@@ -17,6 +17,10 @@ appear in editors, which read `configs/schema.json`. A key is written as in YAML
 name that only one section has is enough there (`sigma=0.5`). `bpt-dist train --print-config` shows the values of one run.
 """
 BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
+METHOD = (
+    "The name of a method alone (`method: bpt`), or its name and options. `path` in the place of the name is the Python file of "
+    "[a method outside the package](adding_a_method.md#outside-the-package); its options are those of its `Config`."
+)
 CONTAINERS = ("method", "rows", "quick")  # they hold keys of the other sections
 
 
@@ -44,7 +48,7 @@ def page() -> str:
                 heading(f"`{key}`", definitions[section].get("description", "")),
                 table(definitions[section]["properties"], definitions),
             ]
-    parts.append(heading("`method`", "The name of a method alone (`method: bpt`), or its name and options."))
+    parts.append(heading("`method`", METHOD))
     for name in sorted(key.removeprefix("method.") for key in definitions if key.startswith("method.")):
         options = definitions[f"method.{name}"]
         own = {key: value for key, value in options["properties"].items() if key != "name"}

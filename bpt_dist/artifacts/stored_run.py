@@ -42,7 +42,7 @@ class StoredRun:
             why = f" ({status.reason})" if status.reason else ""
             again = f"rerun `{status.next}`" if status.next else "rerun its command"
             raise ConfigError(f"{folder}: the run is {status.state}{why}, not finished; {again} to complete it")
-        return cls(folder, configuration.load(folder / layout.CONFIG))
+        return cls(folder, stored_config(folder))
 
     @property
     def targets(self) -> Sequence[str]:
@@ -164,6 +164,15 @@ class StoredRun:
             if self.posterior is None
             else read_tensors(real_file(self.posterior / layout.POSTERIOR_TENSORS))[0].get("particles")
         )
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """Return the configuration of the run in `folder`, with the file of a method outside the package that the run has kept.
+
+    The user's own file may have moved, or changed since. Raises ConfigError.
+    """
+    kept = next((folder / layout.METHOD).glob("*.py"), None)
+    return configuration.load_values(folder / layout.CONFIG, {} if kept is None else {"method.path": kept})
 
 
 def is_finished(run: RunConfig) -> bool:

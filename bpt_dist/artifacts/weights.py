@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from bpt_dist.backbones.base import Backbone
-from bpt_dist.config import EvaluationConfig
+from bpt_dist.config import EvaluationConfig, MethodConfig
 from bpt_dist.config.method_source import method_names
+from bpt_dist.config.own_method import digest
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError, NonFinite
-from bpt_dist.methods.base import Method, Tensors, method_class, options_class
+from bpt_dist.methods.base import Method, Tensors, class_of, method_class, options_class, own_digest
 from bpt_dist.storage import layout
 from bpt_dist.storage.checkpoint import read_tensors, write_tensors_atomic
+from bpt_dist.storage.digest import SHORT
 from bpt_dist.storage.files import read_json, write_json_atomic
 from bpt_dist.tasks.spec import TaskSpec
 
@@ -59,7 +61,8 @@ def write_weights(
         "trainable_parameters": method.num_trainable(),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
-    write_json_atomic(folder / FACTS, facts)
+    own = own_digest(type(method))
+    write_json_atomic(folder / FACTS, facts if own is None else {**facts, "method_file_hash": own})
     return folder
 
 
@@ -73,10 +76,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / FACTS))
 
 
-def read_weights(folder: Path, backbone: Backbone, spec: TaskSpec, evaluation: EvaluationConfig) -> Method:
+def read_weights(
+    folder: Path, backbone: Backbone, spec: TaskSpec, evaluation: EvaluationConfig, given: MethodConfig | None = None
+) -> Method:
     """Return the method on `backbone` as it was after training; `spec` represents its target tasks, of which only names count.
 
-    Raises ConfigError for another backbone or tokenizer, and for a method or options this version does not know.
+    What a method outside the package left is read with the file that `given`, the method of a configuration, names; a folder never
+    says which code is run. Raises ConfigError for another backbone, tokenizer or file, and for a method or options this version
+    does not know.
     """
     facts = read_facts(folder)
     for what, own in (("backbone", backbone.identity), ("tokenizer", backbone.tokenizer_hash)):
@@ -85,9 +92,7 @@ def read_weights(folder: Path, backbone: Backbone, spec: TaskSpec, evaluation: E
                 f"{folder}: was made with another {what} ({facts['backbone']}, hash {facts[f'{what}_hash'][:12]}; "
                 f"here {backbone.name}, {own[:12]}); set backbone.path to that one"
             )
-    if facts["method"] not in method_names():
-        raise ConfigError(f"{folder}: is of method {facts['method']!r}; this version has {', '.join(method_names())}")
-    chosen = method_class(facts["method"])
+    chosen = _class(folder, facts, given)
     tensors, _ = read_tensors(folder / WEIGHTS)
     trained = {name.removeprefix("trained/"): tensor for name, tensor in tensors.items() if name.startswith("trained/")}
     try:
@@ -98,6 +103,21 @@ def read_weights(folder: Path, backbone: Backbone, spec: TaskSpec, evaluation: E
     method = chosen(options, backbone, seed=facts["seed"], reduction=facts["reduction"], evaluation=evaluation)
     _begin(method, tensors, facts, spec)
     return method
+
+
+def _class(folder: Path, facts: Mapping[str, Any], given: MethodConfig | None) -> type[Method]:
+    name, stored = facts["method"], facts.get("method_file_hash")
+    if stored is None and name in method_names():
+        return method_class(name)
+    if stored is None:
+        raise ConfigError(f"{folder}: is of method {name!r}; this version has {', '.join(method_names())}")
+    own = None if given is None else digest(given)
+    if given is None or given.name != name or own is None:
+        raise ConfigError(f"{folder}: is of method {name!r}, a file outside the package; name that file, method.path={name}.py")
+    if own != stored:
+        hashes = f"hash {stored[:SHORT]}, here {own[:SHORT]}"
+        raise ConfigError(f"method.path: is not the file that {folder} was trained with ({hashes}); give that one")
+    return class_of(given)
 
 
 def _begin(method: Method, tensors: Tensors, facts: Mapping[str, Any], spec: TaskSpec) -> None:

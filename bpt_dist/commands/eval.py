@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bpt_dist import config as configuration
-from bpt_dist.artifacts.stored_run import StoredRun
+from bpt_dist.artifacts.stored_run import StoredRun, stored_config
 from bpt_dist.commands.output import print_list
 from bpt_dist.config import DistributionConfig, RunConfig
 from bpt_dist.errors import ConfigError
@@ -37,12 +37,12 @@ def print_evaluation(
     if (stored / layout.STATUS).is_file():
         run = StoredRun.open(stored)
         task = task or _only_target(run)
-        settings = configuration.load(config or stored / layout.CONFIG, overrides)
+        settings = _settings(stored, config, overrides)
         # A task the run was not adapted to is judged with its only prompt.
         adapted = task if task in run.targets else _only_target(run)
         stored = run.weights(adapted) or run.adapter(adapted)
     else:
-        settings = configuration.load(config or _config_around(stored), overrides)
+        settings = _settings(_run_around(stored) if config is None else stored, config, overrides)
         task = task or _last_folder_with_export(stored)
     evaluated, num_rows = evaluate_stored(stored, settings, task, split, task_id)
     if as_json:
@@ -77,7 +77,7 @@ def evaluate_stored(stored: Path, config: RunConfig, task: str, split: str, task
     method: Method
     names = [task]
     if is_weights(stored):
-        method, names = read_weights(stored, backbone, data.spec, settings), read_facts(stored)["target_tasks"]
+        method, names = read_weights(stored, backbone, data.spec, settings, config.method), read_facts(stored)["target_tasks"]
     elif is_low_rank(stored):
         method = read_low_rank(stored, backbone, data.spec, settings, config.reduction)
     else:
@@ -102,11 +102,18 @@ def _only_target(run: StoredRun) -> str:
     )
 
 
-def _config_around(stored: Path) -> Path:
-    """Return the configuration of the run that holds `stored`."""
+def _settings(run: Path, config: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the settings of the run in a folder as it keeps them, or with overrides, or those of another file."""
+    if config is None and not overrides:
+        return stored_config(run)
+    return configuration.load(config or run / layout.CONFIG, overrides)
+
+
+def _run_around(stored: Path) -> Path:
+    """Return the folder of the run that holds `stored`."""
     for folder in stored.resolve().parents:
         if (folder / layout.CONFIG).is_file() and (folder / layout.STATUS).is_file():
-            return folder / layout.CONFIG
+            return folder
     raise ConfigError(f"{stored}: is not inside a run; give --config FILE, which names the backbone and where the data are")
 
 

@@ -135,7 +135,7 @@ def _joint_factors(run: StoredRun) -> SharedPrompt | None:
     import torch
 
     from bpt_dist.backbones.prompts import read_prompt
-    from bpt_dist.methods.base import method_class
+    from bpt_dist.methods.base import class_of
     from bpt_dist.objective import low_rank_product
     from bpt_dist.storage import checkpoint
 
@@ -146,7 +146,7 @@ def _joint_factors(run: StoredRun) -> SharedPrompt | None:
         )
     state, _ = checkpoint.load(newest)
     parts = [key.removeprefix("trained/").removesuffix("/value") for key in state if key.endswith("/value")]
-    factors = method_class(run.config.method.name).shared_prompt(
+    factors = class_of(run.config.method).shared_prompt(
         {name: state.get(f"best/{name}", state[f"trained/{name}/value"]) for name in parts}
     )
     if factors is None:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -415,7 +415,8 @@ def predict(
 @app.command()
 def serve(
     prompts: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, or a folder of exports.")
+        list[Path] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
@@ -428,6 +429,9 @@ def serve(
     ] = None,
     backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")
+    ] = False,
     wait_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Milliseconds a row waits for others at most.")] = 5.0,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that one pass reads, prompts included.")] = 16_384,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
@@ -443,7 +447,8 @@ def serve(
     place = Place(host=host, port=port, token_file=token_file, adapters=adapters)
     sizes = {"body_bytes": max_body, "rows": max_rows, "characters": max_characters, "waiting_rows": max_waiting,
              "body_seconds": body_seconds}  # fmt: skip
-    run(prompts or [], prompt or [], place, backbone=backbone, ensemble=ensemble, wait_ms=wait_ms, tokens=tokens, sizes=sizes)
+    options: dict[str, Any] = {"backbone": backbone, "ensemble": ensemble, "best": best, "wait_ms": wait_ms, "tokens": tokens}
+    run(prompts or [], prompt or [], place, **options, sizes=sizes)
 
 
 @app.command()

@@ -7,7 +7,16 @@ from bpt_dist.config.base import MethodConfig, refuse, without_effect
 from bpt_dist.config.loading import expand, load, load_values, resolved_yaml
 from bpt_dist.config.method_source import method_names, method_options
 from bpt_dist.config.prompt_options import PromptOptions
-from bpt_dist.config.resume import CHANGEABLE, MOVABLE, changed_keys, changes, fingerprint, is_same_run, moved_inputs
+from bpt_dist.config.resume import (
+    CHANGEABLE,
+    MOVABLE,
+    changed_keys,
+    changes,
+    fingerprint,
+    is_same_run,
+    job_identity,
+    moved_inputs,
+)
 from bpt_dist.config.sections import (
     BackboneConfig,
     DataConfig,
@@ -41,6 +50,7 @@ __all__ = [
     "expand",
     "fingerprint",
     "is_same_run",
+    "job_identity",
     "load",
     "load_values",
     "method_names",

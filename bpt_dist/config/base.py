@@ -58,8 +58,8 @@ class MethodConfig(Section):
     name: str
 
     def as_options_of(self, options: type[Options]) -> Options:
-        """Return the same options as an instance of `options`, the class of the imported method file."""
-        return options.model_validate(dict(self))
+        """Return the same options as an instance of `options`, the class of the imported method file, which knows no `path`."""
+        return options.model_validate({name: value for name, value in self if name in options.model_fields})
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from bpt_dist.config.keys import other_unit
 from bpt_dist.config.method_source import METHODS
 from bpt_dist.config.mlflow_environment import experiment_of_environment
 from bpt_dist.config.overrides import Overridden, apply, apply_values, drop_idle_source, plain_value
+from bpt_dist.config.own_method import KEY as PATH
 from bpt_dist.config.quick import QUICK, in_section, quick_data
 from bpt_dist.config.sections import (
     RunConfig,
@@ -161,7 +162,7 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     if isinstance(row.get("method"), str):
         row["method"] = {"name": row["method"]}
     if isinstance(row.get("method"), dict) and row["method"].get("name") not in (None, config.method.name):
-        base["method"] = {"name": row["method"]["name"]}
+        base["method"] = {key: row["method"][key] for key in ("name", PATH) if key in row["method"]}
         drop_idle_source(base, methods)
     for section, keys in row.items():
         _give_way(base.get(section), keys)

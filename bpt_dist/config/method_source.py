@@ -38,18 +38,16 @@ class _OptionsLoader(InspectLoader):
     Not a SourceFileLoader: that would store the shortened code as the bytecode of the real module.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, text: str) -> None:
+        self.file, self.text = file, text
 
     def get_source(self, fullname: str) -> str:
-        return self.file.read_text(encoding="utf-8")
+        return self.text
 
-    @staticmethod
-    def source_to_code(data: object, path: object = "<string>") -> CodeType:
-        tree = ast.parse(data if isinstance(data, str | bytes) else str(data))
-        kept = [node for node in tree.body if _is_light_import(node) or _is_config_class(node)]
+    def get_code(self, fullname: str) -> CodeType:
+        kept = [node for node in ast.parse(self.text).body if _is_light_import(node) or _is_config_class(node)]
         # The annotations must be evaluated here: the module is never registered, pydantic could not resolve strings.
-        return compile(ast.Module(kept, type_ignores=[]), str(path), "exec", dont_inherit=True)
+        return compile(ast.Module(kept, type_ignores=[]), str(self.file), "exec", dont_inherit=True)
 
 
 def _is_light_import(node: ast.stmt) -> bool:
@@ -69,12 +67,21 @@ def method_options(name: str, folder: Path = METHODS) -> type[MethodConfig]:
     `name` must come from `method_names`. The class has the fields and validators of the real one but is another
     object; `MethodConfig.as_options_of` turns an instance into one of the real class.
     """
-    spec = importlib.util.spec_from_loader(f"{__name__}.{name}", _OptionsLoader(folder / f"{name}.py"))
+    file = folder / f"{name}.py"
+    return options_in(file, file.read_text(encoding="utf-8"))
+
+
+def options_in(file: Path, text: str) -> type[MethodConfig]:
+    """Return the class `Config` of the method file `file`, which holds `text`, without importing it.
+
+    Raises ConfigError where there is none, and whatever its class body raises.
+    """
+    spec = importlib.util.spec_from_loader(f"{__name__}.{file.stem}", _OptionsLoader(file, text))
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{folder / name}.py: cannot be read as a method")
+        raise ConfigError(f"{file}: cannot be read as a method")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     options = getattr(module, "Config", None)
     if not (isinstance(options, type) and issubclass(options, MethodConfig)):
-        raise ConfigError(f"{folder / name}.py: has no class Config(MethodConfig); every method file needs one")
+        raise ConfigError(f"{file}: has no class Config(MethodConfig); every method file needs one")
     return options

@@ -30,10 +30,13 @@ from bpt_dist.config.keys import (
     takes_only_text,
     takes_value,
 )
-from bpt_dist.config.method_source import method_names, method_options
+from bpt_dist.config.own_method import KEY as PATH
+from bpt_dist.config.own_method import OwnMethod, options_of_section, with_name
 from bpt_dist.config.sections import NATURAL_KEY
 from bpt_dist.config.strict_yaml import Key, Problem, parse_value
+from bpt_dist.errors import ConfigError
 
+METHOD_NAME, METHOD_PATH = ("method", "name"), ("method", PATH)
 OVERRIDE = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=([A-Za-z0-9_./:+,\[\]-]*)")
 
 
@@ -48,11 +51,16 @@ class Overridden:
 
 
 def spell_out(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` with sections written as one value in full: `method: bpt` is `method: {name: bpt}`."""
+    """Return `data` with sections written as one value in full: `method: bpt` is `method: {name: bpt}`.
+
+    A method given by its file gets its name: `{path: my_method.py}` is `{name: my_method, path: my_method.py}`.
+    """
     full = {**data}
     for section, key in NATURAL_KEY.items():
         if isinstance(full.get(section), str):
             full[section] = {key: full[section]}
+    if isinstance(full.get("method"), dict):
+        full["method"] = with_name(full["method"])
     if isinstance(full.get("rows"), list):
         full["rows"] = [spell_out(row) if isinstance(row, dict) else row for row in full["rows"]]
     return full
@@ -60,16 +68,17 @@ def spell_out(data: dict[str, Any]) -> dict[str, Any]:
 
 def options_of(data: dict[str, Any], folder: Path) -> type[MethodConfig] | None:
     """Return the option class of the method that `data` names, None when it names none that exists."""
-    section = data.get("method")
-    name = section.get("name") if isinstance(section, dict) else None
-    return method_options(name, folder) if isinstance(name, str) and name in method_names(folder) else None
+    try:
+        return options_of_section(data.get("method"), folder)
+    except ConfigError:
+        return None
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str], folder: Path) -> Overridden:
     """Set every `key=value` of `overrides` in a spelled-out copy of `data`."""
     result = Overridden(spell_out(data))
     # Which options exist depends on the method, which rows exist on `rows`: these two go first.
-    first = [override for override in overrides if re.match(r"(rows|method|method\.name)=", override)]
+    first = [override for override in overrides if re.match(r"(rows|method|method\.name|method\.path)=", override)]
     for override in first + [override for override in overrides if override not in first]:
         _apply_one(result, override, folder)
     return result
@@ -81,7 +90,7 @@ def _apply_one(result: Overridden, override: str, folder: Path) -> None:
         result.problems.append(Problem((), _not_an_override(override)))
         return
     written, text = match.groups()
-    known = _known(result, folder)
+    known = _known(result, folder, written)
     key = _new_key(result, written, known, override)
     if key is None:
         return
@@ -97,18 +106,18 @@ def apply_values(data: dict[str, Any], values: Mapping[str, Any], folder: Path) 
     """Set values by their keys in a spelled-out copy of `data`: dotted, a unique end, or `__` for the dot (`target__steps`)."""
     result = Overridden(spell_out(data), place="arguments")
     named = {written.replace("__", "."): value for written, value in values.items()}
-    first = [written for written in ("rows", "method", "method.name") if written in named]
+    first = [written for written in ("rows", "method", "method.name", "method.path") if written in named]
     for written in [*first, *(written for written in named if written not in first)]:
         _apply_value(result, written, named[written], folder)
     return result
 
 
 def _apply_value(result: Overridden, written: str, value: Any, folder: Path) -> None:
-    known = _known(result, folder)
+    known = _known(result, folder, written)
     field_of = known.get(written)
     if isinstance(value, Mapping) and field_of is not None and (section_of(field_of, None) or takes_names(field_of)):
-        # The name of a method comes first: it decides which options there are.
-        for name in sorted(value, key=lambda name: name != NATURAL_KEY.get(written)):
+        # The name or the file of a method comes first: it decides which options there are.
+        for name in sorted(value, key=lambda name: (name != NATURAL_KEY.get(written), name != PATH)):
             _apply_value(result, f"{written}.{name}", value[name], folder)
         return
     key = _new_key(result, written, known, f"{written}={value!r}")
@@ -133,10 +142,13 @@ def plain_value(value: Any) -> Any:
     raise TypeError(f"holds a value of type {type(value).__name__}, which no configuration can hold")
 
 
-def _known(result: Overridden, folder: Path) -> Fields:
-    """Return the keys of the file's own settings and of each row, whose methods differ in their options."""
+def _known(result: Overridden, folder: Path, written: str) -> Fields:
+    """Return the keys of the file's own settings and of each row, whose methods differ in their options.
+
+    The file of another method can be given whatever the method is, by its full key: `path` alone is the backbone's.
+    """
     rows = [row for row in result.data.get("rows") or () if isinstance(row, dict)]
-    known: Fields = {}
+    known: Fields = {written: OwnMethod.model_fields[PATH]} if written == ".".join(METHOD_PATH) else {}
     for settings in (result.data, *rows):
         known |= fields_by_key(options_of(settings, folder))
     return known
@@ -202,15 +214,15 @@ def _value(text: str, leaf: Any) -> Any:
 
 def _set_everywhere(result: Overridden, key: Key, value: Any, folder: Path) -> None:
     rows = [row for row in result.data.get("rows") or () if isinstance(row, dict)]
-    if key == ("method", "name") and rows and all("method" in row for row in rows):
+    if key in (METHOD_NAME, METHOD_PATH) and rows and all("method" in row for row in rows):
         result.problems.append(Problem(key, f"has no effect, every row names its method (got {value!r}); add rows=null"))
         return
     dotted = ".".join(map(str, key))
     # The command line wins over the file in another unit, too; what it gives in both is refused with the rest.
     other: Key = (*key[:-1], other_unit(str(key[-1])))
     gives_way = value is not None and other not in result.keys
-    if key == ("method", "name"):
-        _name_method(result.data, value, folder)
+    if key in (METHOD_NAME, METHOD_PATH):
+        _name_method(result, key, value, folder)
     elif key[0] != "method" or dotted in fields_by_key(options_of(result.data, folder)):
         set_key(result.data, key, value)
         if gives_way:
@@ -224,12 +236,18 @@ def _set_everywhere(result: Overridden, key: Key, value: Any, folder: Path) -> N
     result.keys.add(key)
 
 
-def _name_method(data: dict[str, Any], name: Any, folder: Path) -> None:
-    """Name another method: its section starts empty, and without a source stage the source settings are dropped."""
-    section = data.get("method")
-    if isinstance(section, dict) and section.get("name") == name:
+def _name_method(result: Overridden, key: Key, value: Any, folder: Path) -> None:
+    """Name another method, or give its file: its section starts empty, and without a source stage the source settings are dropped.
+
+    The file of the same method may be elsewhere: its options stay. A name and a file given both are set as they are.
+    """
+    data, section = result.data, result.data.get("method")
+    named = with_name({str(key[-1]): value})
+    both = {METHOD_NAME, METHOD_PATH} - {key} <= result.keys
+    if isinstance(section, dict) and (both or section.get("name") == named.get("name")):
+        data["method"] = {**section, **({str(key[-1]): value} if both else named)}
         return
-    data["method"] = {"name": name}
+    data["method"] = named
     drop_idle_source(data, folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from bpt_dist.config.keys import fields_by_key, leaves
+from bpt_dist.config.own_method import OwnMethod
 from bpt_dist.config.sections import RunConfig
 from bpt_dist.config.strict_yaml import read
 from bpt_dist.errors import ConfigError
@@ -31,7 +32,7 @@ CHANGEABLE = frozenset({
 """Keys that a resumed run may change: where things are, how often, on how many processes. All others shape the result."""
 
 MOVABLE = frozenset({
-    "backbone.path", "backbone.revision", "data.root", "data.task_files", "source.posterior", "method.init_file",
+    "backbone.path", "backbone.revision", "data.root", "data.task_files", "source.posterior", "method.init_file", "method.path",
 })  # fmt: skip
 """Keys that say where an input is. A resumed run may change them, because the contents are compared (backbone.json, data.json,
 inputs.json)."""
@@ -49,6 +50,15 @@ def fingerprint(config: RunConfig, *, with_paths: bool = False) -> str:
     runs with the same value `with_paths` are the same experiment.
     """
     return _hash(_values(config), with_paths=with_paths)
+
+
+def job_identity(config: RunConfig) -> str:
+    """Return what the ranks of one job have in common, 64 hexadecimal digits.
+
+    The defaults of a method outside the package are left out: ranks that have another file of it meet, so that it can be named.
+    """
+    given = config.method.model_dump(mode="json", exclude_unset=isinstance(config.method, OwnMethod))
+    return _hash(leaves({**config.model_dump(mode="json"), "method": given}), with_paths=False)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

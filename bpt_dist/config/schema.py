@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist.config.method_source import METHODS, method_names, method_options
+from bpt_dist.config.own_method import KEY as PATH
+from bpt_dist.config.own_method import OwnMethod
 from bpt_dist.config.sections import RunConfig
 from bpt_dist.tasks.schema import DIALECT
 
@@ -40,10 +42,14 @@ def method_schema(definitions: dict[str, Any], methods: Path = METHODS) -> dict[
         branches.append({"if": chosen, "then": {"$ref": f"#/$defs/method.{name}"}})
     short = {"type": "string", "enum": names}
     known = {"type": "object", "properties": {"name": {"enum": names}}, "required": ["name"]}
+    # The options of a file outside the package are known to that file alone.
+    path = {"type": "string", "pattern": r"\.py$", "description": OwnMethod.model_fields[PATH].description}
+    own = {"type": "object", "properties": {"name": {"type": "string", "not": {"enum": names}}, PATH: path}}
+    given = {"type": "object", "required": [PATH]}
     return {
-        "description": "The method and its options, or only its name.",
+        "description": "The method and its options, or only its name; `path` is the file of a method outside the package.",
         "type": ["string", "object"],
-        "allOf": [{"if": {"type": "string"}, "then": short, "else": known}, *branches],
+        "allOf": [{"if": {"type": "string"}, "then": short, "else": {"if": given, "then": own, "else": known}}, *branches],
     }
 
 

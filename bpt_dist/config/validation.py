@@ -13,8 +13,10 @@ from pydantic_core import ErrorDetails
 
 from bpt_dist.config.base import MethodConfig, did_you_mean
 from bpt_dist.config.keys import fields_by_key
-from bpt_dist.config.method_source import method_names, method_options
+from bpt_dist.config.method_source import method_names
 from bpt_dist.config.overrides import spell_out
+from bpt_dist.config.own_method import KEY as PATH
+from bpt_dist.config.own_method import name_of, options_of_section
 from bpt_dist.config.rules import problems_between_sections
 from bpt_dist.config.sections import RunConfig
 from bpt_dist.config.strict_yaml import Key, Problem
@@ -61,19 +63,26 @@ def _validate_method(section: Any, folder: Path) -> tuple[MethodConfig, list[Pro
     if not isinstance(section, dict):
         what = "is missing" if section is None else f"should be a name or a section (got {section!r})"
         return unknown, [Problem(("method",), f"{what}; name one of {', '.join(names)}")]
-    if section.get("name") not in names:
-        name = section.get("name")
+    name = section.get("name")
+    try:
+        options = options_of_section(section, folder)
+    except ConfigError as error:
+        return unknown, [Problem(("method", PATH), str(error))]
+    if section.get(PATH) is not None and name != name_of(section[PATH]):
+        stem = name_of(section[PATH])
+        return unknown, [Problem(("method", "name"), f"is {name!r}, and the file of method.path is {stem}.py; remove the name")]
+    if options is None:
         near = did_you_mean(str(name), names) or f"; name one of {', '.join(names)}"
+        near = f"; write method: {{path: {name}}}" if str(name).endswith(".py") else near
         what = "is missing" if name is None else f"no such method (got {name!r})"
         slips = [key for key in section if name is None and did_you_mean(key, ["name"])]
         problems = [Problem(("method", key), "unknown key; did you mean name?") for key in slips]
         return unknown, [*problems, Problem(("method", "name"), what + near)]
-    options = method_options(section["name"], folder)
     try:
         # As JSON, strict types still read a path from a text and a tuple from a list.
         return options.model_validate_json(json.dumps(section, default=str)), []
     except ValidationError as error:
-        return options.model_construct(), _problems(error, {"method": section}, options, ("method",), options)
+        return options.model_construct(name=name), _problems(error, {"method": section}, options, ("method",), options)
 
 
 def _rules_on_the_rest(data: dict[str, Any], method: MethodConfig, broken: frozenset[str]) -> list[Problem]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpt_dist import objective
+from bpt_dist.artifacts.hub import local_folder
 from bpt_dist.artifacts.inference.exports import read_exports, refuse_duplicates, refuse_several_backbones
 from bpt_dist.artifacts.inference.predictor import Predictor
 from bpt_dist.artifacts.posterior import Posterior as StoredPosterior
@@ -30,7 +31,7 @@ class Posterior:
         self._stored, self.place = stored, place
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(self.tensors.items()))
         return f"<Posterior of {self.facts['method']} in {self.place}: {shapes}>"
 
     @property
@@ -87,7 +88,7 @@ class Posterior:
     def _repr_html_(self) -> str:
         shown = {name: str(self.facts[name]) for name in ("method", "backbone", "steps", "seed") if name in self.facts}
         shown["source tasks"] = ", ".join(self.facts.get("source_tasks", ()))
-        shown |= {name: " x ".join(map(str, tensor.shape)) for name, tensor in self.tensors.items()}
+        shown |= {name: " x ".join(map(str, tensor.shape)) for name, tensor in sorted(self.tensors.items())}
         return facts_html(shown)
 
 
@@ -115,11 +116,11 @@ def load_posterior(place: str | Path) -> Posterior:
 
 
 def load_prompt(place: str | Path, task: str | None = None) -> Prompt:
-    """Read a prompt from a run, a PEFT folder, a `.npy` or a `.safetensors` file.
+    """Read a prompt from a run, a PEFT folder, a `.npy` or a `.safetensors` file, or from the hub by `owner/name@revision`.
 
     `task` names the target task of a run, and may be left out where it has one. Raises ConfigError where there is no such prompt.
     """
-    place = Path(place)
+    place = local_folder(Path(place))
     if (place / layout.STATUS).is_file():
         run = StoredRun.open(place)
         if task is None and len(run.targets) > 1:

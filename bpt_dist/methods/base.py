@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from bpt_dist.backbones.base import Backbone, Forward
 from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
+from bpt_dist.config.own_method import OwnMethod
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
+from bpt_dist.methods import _own
 from bpt_dist.objective import Reduction
 from bpt_dist.tasks.spec import TaskSpec
 
@@ -308,9 +311,10 @@ class Method(nn.Module):
 def load(config: RunConfig, backbone: Backbone) -> Method:
     """Return the method named in the configuration: the one Method subclass of the file of that name.
 
-    Raises ConfigError for a method that needs an encoder where the backbone has none.
+    Raises ConfigError for a method that needs an encoder where the backbone has none, and for a file outside the package that
+    cannot be imported or has no such class.
     """
-    chosen = method_class(config.method.name)
+    chosen = class_of(config.method)
     if chosen.needs_encoder is not None and "encoder" not in backbone.num_blocks:
         raise ConfigError(
             f"method.name: {config.method.name} {chosen.needs_encoder}, and {backbone.name} has no encoder; choose another method, "
@@ -320,12 +324,35 @@ def load(config: RunConfig, backbone: Backbone) -> Method:
     return chosen(options, backbone, seed=config.seed, reduction=config.reduction, evaluation=config.evaluation)
 
 
+def class_of(config: MethodConfig) -> type[Method]:
+    """Return the Method subclass of these options. Raises ConfigError for a file outside the package without one, or with two."""
+    if not isinstance(config, OwnMethod):
+        return method_class(config.name)
+    found = _classes_in(_own.imported(config))
+    if len(found) != 1:
+        has = f"has {len(found)} ({', '.join(sorted(value.__name__ for value in found))})" if found else "has none"
+        raise ConfigError(f"method.path: {config.path}: {has}, and a method is one class that derives from Method; keep one")
+    if found[0].begin_target is Method.begin_target:
+        raise ConfigError(f"method.path: {config.path}: {found[0].__name__} has no begin_target, which every method needs; add it")
+    return found[0]
+
+
+def own_digest(method: type[Method]) -> str | None:
+    """Return the SHA-256 of the file of a method outside the package, None for a method of the package."""
+    return _own.digest_of_module(method.__module__)
+
+
 def method_class(name: str) -> type[Method]:
     """Return the Method subclass of `methods/<name>.py`; the configuration checked the name against the directory."""
     module = importlib.import_module(f"bpt_dist.methods.{name}")
-    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
-    (defined_here,) = [value for value in classes if value.__module__ == module.__name__]
+    (defined_here,) = _classes_in(module)
     return defined_here
+
+
+def _classes_in(module: ModuleType) -> list[type[Method]]:
+    """Return the Method subclasses that a module defines itself."""
+    classes = {value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)}
+    return [value for value in classes if value.__module__ == module.__name__]
 
 
 def options_class(method: type[Method]) -> type[MethodConfig]:

@@ -3,7 +3,7 @@
 Users, other programs and older runs know these names: a changed name is a changed format.
 
     config.yaml  run.json  status.json  run.lock  metrics.jsonl  backbone.json  data.json  inputs.json  results.json
-    logs/  figures/
+    logs/  figures/  method/<name>.py
     source/checkpoints/  source/posterior/{posterior.safetensors,posterior.json}  source/particles/step-<n>.safetensors
     target/<task>/{checkpoints/, adapter/, ensemble/, best/, weights/, result.json, predictions*.jsonl}
 """
@@ -20,6 +20,7 @@ BACKBONE = "backbone.json"  # hashes of the backbone and the tokenizer
 DATA = "data.json"  # hashes of the rows
 INPUTS = "inputs.json"  # hashes of everything else a run reads
 RESULTS = "results.json"
+METHOD = "method"  # a copy of the file of a method outside the package
 BAD_STEP = "bad_step.json"  # the rows of a step whose numbers were not finite
 TRACKING = "tracking.json"  # how far the mirror to MLflow has come
 LOGS = "logs"

@@ -1,7 +1,8 @@
 """What a run reads beside its backbone and its rows, pinned by content: `inputs.json` {what: SHA-256}.
 
-The backbone is pinned by backbone.json and the rows by data.json. Here are the posterior a run starts from, the stored prompt of
-`init: file`, the definitions of the user's tasks and the settings of DeepSpeed. Places are not pinned: files may move.
+The backbone is pinned by backbone.json and the rows by data.json. Here are the file of a method outside the package, the posterior
+a run starts from, the stored prompt of `init: file`, the definitions of the user's tasks and the settings of DeepSpeed. Places are
+not pinned: files may move.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from typing import Any
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.backbones.prompts import read_stored
 from bpt_dist.config import RunConfig
+from bpt_dist.config.own_method import OwnMethod, digest
 from bpt_dist.data.prepare import data_of_run
 from bpt_dist.distributed.mesh import World
 from bpt_dist.errors import ConfigError, UserError
 from bpt_dist.storage import layout
 from bpt_dist.storage.digest import SHORT, digest_of
-from bpt_dist.storage.files import read_json, write_json_atomic
+from bpt_dist.storage.files import read_json, write_atomic, write_json_atomic
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.tasks.user_tasks import load_user_tasks
 
 log = logging.getLogger(__name__)
+METHOD_FILE = "method.path"
 POSTERIOR, INIT_FILE = "source.posterior", "method.init_file"
 TASK_FILES, ZERO_CONFIG = "data.task_files", "distribution.zero_config"
 SPEED_ONLY = (ZERO_CONFIG,)  # must be equal on all ranks, and may change from start to start
@@ -63,11 +66,21 @@ def pin_inputs(directory: RunDirectory, config: RunConfig, world: World) -> dict
     problem = world.broadcast(problem)
     if problem:
         raise ConfigError(problem)
+    if world.rank == 0 and isinstance(config.method, OwnMethod):
+        _keep(config.method, directory.folder / layout.METHOD)
     return dict(answers[0])
+
+
+def _keep(method: OwnMethod, folder: Path) -> None:
+    """Write a copy of the file of a method outside the package, by which the finished run is read wherever the file is by then."""
+    write_atomic(folder / f"{method.name}.py", type(method).SOURCE.encode())
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     method, given = config.method, config.source.posterior
+    own = digest(method)
+    if own is not None:
+        yield METHOD_FILE, own
     if config.method.HAS_SOURCE_STAGE and given is not None:
         posterior = Posterior.read(given)
         yield POSTERIOR, digest_of(posterior.tensors)

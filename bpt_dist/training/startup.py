@@ -43,7 +43,7 @@ def start_world(config: RunConfig) -> World:
     """
     num_ranks = environment.world_size(os.environ)
     check_processes(configuration.expand(config), num_ranks, launched=environment.is_launched(os.environ))
-    limits, job = config.distribution, f"{configuration.fingerprint(config)} {config.directory}"
+    limits, job = config.distribution, f"{configuration.job_identity(config)} {config.directory}"
     return World.start(limits.startup_timeout, limits.expect_world_size, job)
 
 

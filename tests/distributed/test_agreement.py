@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import own_method
 import pytest
 import ranks
 import tiny_run
@@ -157,3 +158,34 @@ def test_what_rank_0_cannot_resume_from_ends_all_ranks_alike(
         manifest.write_text("{}")
     assert ranks.launch(lambda: run_all(config), 2) == [74, 74]
     assert "checkpoints is intact" in capfd.readouterr().err
+
+
+def own_configuration(world: Path, folder: Path) -> RunConfig:
+    """The run of a method outside the package, whose file each rank reads in its own working directory."""
+    plain = tiny_run.settings(world, {"name": "prompt_tuning"}, output=str(folder / "runs"))
+    return tiny_run.load(Path(), {**plain, "method": {"path": f"{own_method.NAME}.py", "length": 3, "bottleneck": 4}})
+
+
+@pytest.mark.parametrize("change", [None, ("torch.relu", "torch.tanh"), ("Field(0.003", "Field(0.004")])
+def test_ranks_that_read_other_files_of_a_method_are_refused_before_anything_is_trained(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: tuple[str, str] | None
+) -> None:
+    """As on two hosts of which one has an older file: another code, or another default of an option."""
+    for rank in range(2):
+        file = own_method.write(tmp_path / f"host{rank}")
+        if change is not None and rank == 1:
+            file.write_text(file.read_text().replace(*change))
+
+    def main() -> int:
+        os.chdir(tmp_path / f"host{os.environ['RANK']}")
+        return run_all(own_configuration(world, tmp_path))
+
+    assert ranks.launch(main, 2) == ([0, 0] if change is None else [2, 2])
+    said = capfd.readouterr().err
+    if change is None:
+        inputs = read_json(tmp_path / "runs" / "run" / "inputs.json")
+        assert list(inputs) == ["data.task_files: count", "data.task_files: mood", "method.path"]
+        return
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert "method.path: differs between rank 0 on " in said
+    assert "copy the same files to all hosts" in said

@@ -19,7 +19,15 @@ PACKAGES = sorted(path.stem for path in (ROOT / "bpt_dist").iterdir() if path.na
 BASES = (ROOT, ROOT / "bpt_dist", ROOT / "docs")
 FOLDERS = ("bpt_dist", "configs", "docs", "launcher", "tests", *PACKAGES)
 # Examples of the reader's own files, and files that a run or a user makes.
-EXAMPLES = {"bpt_dist/methods/residual_prompt.py", "invent.py", "ask.py", "card.py"}
+EXAMPLES = {
+    "bpt_dist/methods/residual_prompt.py",
+    "residual_prompt.py",
+    "method/residual_prompt.py",
+    "my_method.py",
+    "invent.py",
+    "ask.py",
+    "card.py",
+}
 
 
 def name(page: Path) -> str:

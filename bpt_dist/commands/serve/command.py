@@ -40,6 +40,7 @@ def serve(
     *,
     backbone: str | None,
     ensemble: bool,
+    best: bool,
     wait_ms: float,
     tokens: int,
     sizes: dict[str, Any],
@@ -50,7 +51,7 @@ def serve(
     from bpt_dist.artifacts.inference.exports import read_given
     from bpt_dist.commands.serve.access import Token, is_loopback
 
-    exports = read_given(places, named, ensemble=ensemble)
+    exports = read_given(places, named, ensemble=ensemble, best=best)
     token = None if place.token_file is None else Token.read(place.token_file)
     if place.adapters is not None and not place.adapters.is_dir():
         raise ConfigError(f"--adapters {place.adapters}: there is no such folder; give the one that holds exports to be loaded")

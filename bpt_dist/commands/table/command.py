@@ -258,7 +258,8 @@ def _contents(run: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     # Few-shot rows are drawn by the seed; which other tasks a row uses does not matter.
     data = run.data.model_dump_json(exclude={"source_tasks", "target_tasks"})
     asked_of_data = (*asked, data, str(run.seed) if run.data.shots else "")
-    paths = (run.source.posterior, getattr(run.method, "init_file", None), *run.data.task_files)
+    of_method = (getattr(run.method, key, None) for key in ("init_file", "path"))
+    paths = (run.source.posterior, *of_method, *run.data.task_files)
     asked_of_inputs = (*asked, *map(str, paths), str(run.distribution.zero_config))
     places = ((layout.BACKBONE, asked), (layout.DATA, asked_of_data), (layout.INPUTS, asked_of_inputs))
     for file, names in ((run.directory / name, names) for name, names in places):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from bpt_dist import config as configuration
 from bpt_dist.artifacts.results import Result
+from bpt_dist.artifacts.stored_run import stored_config
 from bpt_dist.commands.table.layout import MISSING, Block, Sheet, Text
 from bpt_dist.config import RunConfig
 from bpt_dist.config.loading import row_label
@@ -47,7 +47,7 @@ class RunCosts:
 
 def costs_of(folder: Path) -> RunCosts:
     """Read what a finished run took from its metrics log: the means of the steps between two records, times these steps."""
-    config = configuration.load(folder / layout.CONFIG)
+    config = stored_config(folder)
     found = RunCosts(_particle_texts(config))
     last: dict[str, int] = defaultdict(int)
     for record in iter_records(folder / layout.METRICS):
@@ -68,7 +68,7 @@ def cost_sheet(results: Sequence[Result]) -> Sheet:
     """Return the table of costs of the runs behind `results`: one row for all runs with the same label."""
     groups: dict[str, list[RunCosts]] = defaultdict(list)
     for folder in dict.fromkeys(result.folder for result in results):
-        groups[row_label(configuration.load(folder / layout.CONFIG))].append(costs_of(folder))
+        groups[row_label(stored_config(folder))].append(costs_of(folder))
     rows = tuple(tuple(map(Text, _texts(label, runs))) for label, runs in groups.items())
     return Sheet("What training took", HEADER, (Block("", rows),) if rows else (), NOTES)
 

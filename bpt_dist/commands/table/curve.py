@@ -14,16 +14,15 @@ from typing import NamedTuple
 
 import typer
 
-from bpt_dist import config as configuration
 from bpt_dist.artifacts.curves import Curve, Point, draw_curves
 from bpt_dist.artifacts.results import Result, collect
+from bpt_dist.artifacts.stored_run import stored_config
 from bpt_dist.commands.table.statistics import mean_and_deviation, t_interval
 from bpt_dist.config import RunConfig
 from bpt_dist.config.base import did_you_mean
 from bpt_dist.config.keys import leaves
 from bpt_dist.config.loading import row_label
 from bpt_dist.errors import ConfigError, DataError
-from bpt_dist.storage import layout
 from bpt_dist.storage.files import write_atomic
 
 CSV_HEADER = ("line", "setting", "mean", "low", "high", "num_seeds", "seeds", "tasks")
@@ -67,7 +66,7 @@ def print_curve(folder: Path, key: str, out: Path | None, tasks: Sequence[str] =
 
 def _scores(results: Sequence[Result], key: str) -> dict[Place, dict[int, Scores]]:
     """Return the headline scores of the last reported split of each run, by its place in the picture and its seed."""
-    configs = {folder: configuration.load(folder / layout.CONFIG) for folder in {result.folder for result in results}}
+    configs = {folder: stored_config(folder) for folder in {result.folder for result in results}}
     found: dict[Place, dict[int, Scores]] = defaultdict(dict)
     for result in results:
         config = configs[result.folder]

@@ -14,13 +14,16 @@ import exported
 import hub_server
 import pytest
 import tiny_run
+import torch
 from huggingface_hub import constants
 
 from bpt_dist import train
 from bpt_dist.artifacts import hub as own_hub
-from bpt_dist.artifacts.inference.exports import read_exports
+from bpt_dist.artifacts.inference.exports import Export, read_exports
 from bpt_dist.commands.main import main
 from bpt_dist.distributed.hub import reach_hub
+from bpt_dist.errors import ConfigError
+from bpt_dist.library.prompts import load_prompt
 
 PROGRAM = "import sys; from bpt_dist.commands.main import main; sys.exit(main())"
 FOUR = ("task.json", "adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -96,6 +99,36 @@ def test_all_exports_of_a_run_are_folders_of_one_repository_written_in_one_commi
     for kind in ("map", "best"):
         found = predicted(world, tmp_path, "count", "lab/all", *(["--best"] if kind == "best" else []))
         exported.assert_equal(found, exported.predictions(run, "count", kind))
+
+
+def test_serve_takes_the_prompts_that_predict_takes(
+    hub: hub_server.Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the hub and from a run; it ends here before the backbone is loaded."""
+    taken: list[list[str]] = []
+
+    def enough(_backbone: object, exports: list[Export], **_sizes: int) -> None:
+        taken.append([f"{export.name} {export.folder.name}" for export in exports])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("bpt_dist.artifacts.inference.backbone.load_backbone", lambda export, _path: export)
+    monkeypatch.setattr("bpt_dist.artifacts.inference.predictor.Predictor", enough)
+    assert main(["export", str(run), "--push-to", "lab/all"]) == 0
+    for words in (["lab/all"], ["lab/all", "--best"], [str(run)], [str(run), "--best"]):
+        assert main(["serve", *words, "--port", "0"]) == 2
+    assert capsys.readouterr().err.count("enough") == 4
+    assert [sorted(names) for names in taken] == [
+        ["count count", "mood mood"],
+        ["count count-best", "mood mood-best"],
+        ["count adapter", "mood adapter"],
+        ["count best", "mood best"],
+    ]
+
+
+def test_the_library_reads_a_prompt_of_the_hub(hub: hub_server.Hub, run: Path) -> None:
+    adapter = run / "target" / "mood" / "adapter"
+    hub.commit("lab/mood", {name: (adapter / name).read_bytes() for name in FOUR})
+    assert torch.equal(load_prompt("lab/mood").tensor, load_prompt(adapter).tensor)
 
 
 def test_a_run_starts_from_a_posterior_of_the_hub_as_from_its_folder(hub: hub_server.Hub, world: Path, run: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from bpt_dist import config
 from bpt_dist.config.keys import fields_by_key, leaves
+from bpt_dist.config.own_method import OwnMethod
 
 SINGLE = """\
 name: single
@@ -69,8 +70,8 @@ def test_every_key_is_either_part_of_the_fingerprint_or_changeable(load: Any) ->
 
 
 def test_changeable_keys_exist(load: Any) -> None:
-    options = type(load(SINGLE).method)
-    assert set(fields_by_key(options)) >= config.CHANGEABLE | config.MOVABLE
+    options = (type(load(SINGLE).method), OwnMethod)
+    assert {key for each in options for key in fields_by_key(each)} >= config.CHANGEABLE | config.MOVABLE
     assert not config.CHANGEABLE & config.MOVABLE
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+import own_method
 import pytest
 import tiny_sweep
 import yaml
@@ -44,6 +45,20 @@ def test_a_trial_is_an_ordinary_configuration(folder: Path) -> None:
     assert trial.config.method.sigma_relative == 10.0
     assert (trial.seed, trial.name) == (1, "trial-001-s1")
     assert trial.config.directory == folder / "runs" / "tiny" / "trial-001-s1"
+
+
+def test_the_options_of_a_method_outside_the_package_are_searched_and_its_file_is_not(folder: Path) -> None:
+    method = {"path": str(own_method.write(folder / "mine")), "length": 3}
+    plain = tiny_sweep.plain(folder, space={"bottleneck": [2, 4]})
+    plain["run"]["method"], plain["run"]["target"]["lr"] = method, 0.3
+    plain["run"].pop("source"), plain["run"]["data"].pop("source_tasks")
+    sweep = load(tiny_sweep.write(folder, plain))
+    trials = sweep.trials(sweep.known_settings() or [])
+    assert [trial.config.method.bottleneck for trial in trials] == [2, 2, 4, 4]
+    (folder / "trial.yaml").write_text(runnable_yaml(trials[0].config))
+    assert configuration.load(folder / "trial.yaml") == trials[0].config
+    with pytest.raises(ConfigError, match=r"space\.method\.path: is given below run as well"):
+        load(tiny_sweep.write(folder, plain | {"space": {"method.path": ["a.py", "b.py"]}}))
 
 
 def test_a_grid_is_every_combination_once(folder: Path) -> None:
