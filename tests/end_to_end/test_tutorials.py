@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def test_from_jsonl_to_answers(installed: Path, tmp_path: Path) -> None:
         assert list(one["probabilities"].values()) == pytest.approx(expected["probabilities"], abs=1e-5)
         # Another pass: from float64 the stock one was 2e-5 away on these rows, and ours 5e-5.
         assert other["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-4)
-    # Four teams: chance is 25 %, four seeds of four ended at 99 to 100 %. Other processors round differently, as another seed would.
+    # Four teams: chance is 25 %, four seeds of four ended at 99 to 100 %. Other processors round differently.
     assert sum(each["correct"] for each in measured) / len(measured) > 0.7
 
 
@@ -69,10 +70,14 @@ def test_a_table_of_your_own(installed: Path, tmp_path: Path) -> None:
 
 
 def test_the_notebook(tmp_path: Path) -> None:
-    """Every cell runs, and its last answers are right."""
+    """Every cell runs; what it learns is far from chance, and no closer to 100 than other processors allow."""
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept: they would be older than the code"
     NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert "['food', 'travel']" in notebook.cells[-2].outputs[0]["data"]["text/plain"]
+    answers = ast.literal_eval(notebook.cells[-2].outputs[0]["data"]["text/plain"])
+    assert len(answers) == 2
+    assert set(answers) <= {"food", "travel"}
+    results = json.loads((tmp_path / "runs/own/results.json").read_text())
+    assert next(entry["value"] for entry in results if entry["metric"] == "accuracy") > 60  # of two teams
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert pictures
