@@ -38,7 +38,8 @@ def source_of(row, task):
     ids = ids_of(text, task["max_source_length"])
     return {{"input_ids": ids, "attention_mask": torch.ones_like(ids){task_ids}}}
 """
-RANK = """\
+# Both families score each label word in their own way, and what is made of the scores is the same.
+_RANK = """\
 @torch.no_grad()
 def rank(row, task):
     source, distributions = source_of(row, task), []
@@ -46,13 +47,17 @@ def rank(row, task):
         model.set_adapter(name)
         scores = []
         for word in task["label_words"]:
-            target = ids_of(word, 10**9)
-            logits = model(**source, labels=target).logits.float()
-            scores.append(logits.log_softmax(-1).gather(-1, target[..., None]).double().sum())
+{score}
         distributions.append(torch.stack(scores).softmax(0))
     probabilities = torch.stack(distributions).mean(0)
-    return {"prediction": task["label_words"][int(probabilities.argmax())], "probabilities": probabilities.tolist()}
+    return {{"prediction": task["label_words"][int(probabilities.argmax())], "probabilities": probabilities.tolist()}}
 """
+RANK = _RANK.format(
+    score="""\
+            target = ids_of(word, 10**9)
+            logits = model(**source, labels=target).logits.float()
+            scores.append(logits.log_softmax(-1).gather(-1, target[..., None]).double().sum())"""
+)
 GENERATE = """\
 @torch.no_grad()
 def generate(row, task):
@@ -106,21 +111,12 @@ def logits_of(source, written, task):
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids){task_ids}).logits[0]
     return logits[-len(written) - 1 :].float().log_softmax(-1)
 """
-RANK_OF_DECODER = """\
-@torch.no_grad()
-def rank(row, task):
-    source, distributions = source_of(row, task), []
-    for name in names:
-        model.set_adapter(name)
-        scores = []
-        for word in task["label_words"]:
+RANK_OF_DECODER = _RANK.format(
+    score="""\
             target = ids_of(form["before_answer"] + word) + [tokenizer.eos_token_id]
             logits = logits_of(source, target[:-1], task)
-            scores.append(logits.gather(-1, torch.tensor(target)[:, None]).double().sum())
-        distributions.append(torch.stack(scores).softmax(0))
-    probabilities = torch.stack(distributions).mean(0)
-    return {"prediction": task["label_words"][int(probabilities.argmax())], "probabilities": probabilities.tolist()}
-"""
+            scores.append(logits.gather(-1, torch.tensor(target)[:, None]).double().sum())"""
+)
 GENERATE_OF_DECODER = """\
 @torch.no_grad()
 def generate(row, task):

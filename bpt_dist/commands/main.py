@@ -31,6 +31,17 @@ MaybeConfig = Annotated[Path | None, typer.Option("--config", "-c", metavar="FIL
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace those of the file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Data instead of text.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+# Which prompts answer: the same for `predict` and `serve`.
+Prompts = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
+]
+NamedPrompts = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
+]
+BackbonePlace = Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")]
+OfEnsemble = Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")]
+BestParticle = Annotated[bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")]
 app.add_typer(example, name="example")
 app.add_typer(bench, name="bench")
 
@@ -390,20 +401,13 @@ def evaluate(
 
 @app.command()
 def predict(
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
-    ] = None,
+    prompts: Prompts = None,
+    prompt: NamedPrompts = None,
     rows: Annotated[Path | None, typer.Option(metavar="JSONL", help="The rows; by default standard input.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="JSONL", help="The answers; by default standard output.")] = None,
-    backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
-    ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
-    best: Annotated[
-        bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")
-    ] = False,
+    backbone: BackbonePlace = None,
+    ensemble: OfEnsemble = False,
+    best: BestParticle = False,
     window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
 ) -> None:
     """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""
@@ -414,24 +418,17 @@ def predict(
 
 @app.command()
 def serve(
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[ADAPTER]...", help="An exported prompt, a run, a folder of exports, or an id of the hub."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A prompt under a name of your own; may be repeated.")
-    ] = None,
+    prompts: Prompts = None,
+    prompt: NamedPrompts = None,
     host: Annotated[str, typer.Option(help="Address to bind; one that other machines reach needs --token-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its line must come with every request.")] = None,
     adapters: Annotated[
         Path | None, typer.Option(metavar="ROOT", help="Let clients load exports below this folder, and remove tasks.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")] = None,
-    ensemble: Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")] = False,
-    best: Annotated[
-        bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")
-    ] = False,
+    backbone: BackbonePlace = None,
+    ensemble: OfEnsemble = False,
+    best: BestParticle = False,
     wait_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Milliseconds a row waits for others at most.")] = 5.0,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that one pass reads, prompts included.")] = 16_384,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
