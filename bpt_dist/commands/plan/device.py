@@ -70,7 +70,7 @@ def check_name(name: str | None) -> None:
     """Raise ConfigError for a device that is neither in the table nor the CPU of this machine."""
     if name is not None and name not in (LOCAL, *DEVICES):
         known = (LOCAL, *DEVICES)
-        raise ConfigError(f"--device {name}: is not known; choose of {', '.join(known)}{did_you_mean(name, known)}")
+        raise ConfigError(f"--device {name}: is not known; choose one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def of_table(row: PublishedDevice, dtype: str) -> Device:

@@ -77,7 +77,7 @@ def test_a_large_model_is_planned_for_another_device_in_seconds(capsys: pytest.C
 def test_a_device_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-c", LARGE, "--device", "h20"]) == 2
     assert capsys.readouterr().err == (
-        "--device h20: is not known; choose of cpu, h200, h100-pcie, h100-nvl, h100, a100-40gb, a100, l40s, l4, a10, v100, t4; "
+        "--device h20: is not known; choose one of cpu, h200, h100-pcie, h100-nvl, h100, a100-40gb, a100, l40s, l4, a10, v100, t4; "
         "did you mean h200?\n"
     )
 

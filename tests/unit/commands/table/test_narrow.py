@@ -69,7 +69,7 @@ def test_errors_are_shown_where_asked_for_and_the_lower_is_the_better(tmp_path: 
     assert grid(table)["LoRA"]["rte (NLL, nats)"] == "0.751 ± 0.001"
     assert "NLL in nats" in table.to_markdown()
     assert "NLL" not in build(tmp_path).to_markdown()
-    with pytest.raises(DataError, match=r"metric 'nlll': no result on the test split has it; choose of accuracy, nll"):
+    with pytest.raises(DataError, match=r"metric 'nlll': no result on the test split has it; choose one of accuracy, nll"):
         build(tmp_path, metrics=["nlll"])
 
 
