@@ -82,7 +82,8 @@ class Table:
         known = {result.metric for result in chosen}
         for metric in metrics:
             if metric not in known:
-                raise DataError(f"metric '{metric}': no result on the {split} split has it; choose one of {', '.join(sorted(known))}")
+                choice = ", ".join(sorted(known))
+                raise DataError(f"metric '{metric}': no result on the {split} split has it; choose one of {choice}")
         columns = find_columns(chosen, targets, metrics)
         rows, row_notes = build_rows(chosen, columns, by_label=by_label)
         majority, majority_notes = majority_cells(chosen, columns)
