@@ -38,16 +38,20 @@ log = logging.getLogger(__name__)
 
 
 def run_all(
-    config: RunConfig, *, fresh: bool = False, around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext
+    config: RunConfig,
+    *,
+    rows: Sequence[str] = (),
+    fresh: bool = False,
+    around: Callable[[TrainingRun], AbstractContextManager[object]] = nullcontext,
 ) -> int:
-    """Train every run of a configuration in this job and return the exit code (collective: every rank).
+    """Train every run of a configuration in this job, with `rows` those of the rows that it names (collective: every rank).
 
-    `around(run)` is entered before each of them is trained.
+    `around(run)` is entered before each of them is trained. Returns the exit code.
     """
     world = World()
     try:
         world = start_world(config)
-        runs = configuration.expand(config)
+        runs = configuration.expand(config, rows)
         for number, one in enumerate(runs, 1):
             stop_requested = train_run(one, world, fresh=fresh, number=f"{number}/{len(runs)} ", around=around)
             # A stop that came too late for a step of this run is meant for the next.

@@ -1,7 +1,8 @@
 """`make quickstart`: the rows of a small table on the miniature world, then the table and what can be seen in it.
 
-Rows whose backbone is whole are trained side by side, each in one process. Rows that shard it are trained through the deepspeed
-launcher on all processes together. What is finished is not trained again.
+Two kinds of runs are trained at the same time. Those whose backbone is whole go side by side, each in one process. Those that
+shard it go through the deepspeed launcher, each on all processes together: while these wait for one another, the others compute.
+What is finished is not trained again.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bpt_dist import config as configuration
 from bpt_dist.artifacts.stored_run import is_finished
+from bpt_dist.commands.table.command import JOBS, Screen
+from bpt_dist.commands.table.jobs import Jobs
+from bpt_dist.commands.table.trainers import WATCH, WorkerTrainer
 from bpt_dist.config import RunConfig
+from bpt_dist.config.loading import row_label
 from bpt_dist.distributed.environment import child_environment, free_port, num_gpus
 from bpt_dist.tracking.places import store_uri
 
@@ -34,9 +40,7 @@ def main() -> int:
     if waiting:
         say(f"{len(waiting)} of {len(runs)} runs to train on {PROCESSES} processes: {', '.join(run.name for run in waiting)}")
         started = time.monotonic()
-        code = train_side_by_side([run for run in waiting if run.distribution.shard == "none"])
-        if not code and not all(is_finished(run) for run in runs):
-            code = launch()
+        code = train(waiting)
         # The launcher returns 0 even when it was killed itself: the status files decide.
         unfinished = [run for run in runs if not is_finished(run)]
         if code or unfinished:
@@ -49,40 +53,78 @@ def main() -> int:
     return report(config)
 
 
-def train_side_by_side(runs: Sequence[RunConfig]) -> int:
-    """Train each run in one process, PROCESSES of them at a time, as `bpt-dist run-table --workers` does; return the exit code."""
-    if not runs:
-        return 0
-    from bpt_dist.commands.table.command import JOBS, Screen
-    from bpt_dist.commands.table.jobs import Jobs
-    from bpt_dist.commands.table.trainers import WorkerTrainer
-
+def train(runs: Sequence[RunConfig]) -> int:
+    """Train both kinds of runs at the same time, until all have ended, and return the first exit code that is not 0."""
+    whole = [run for run in runs if run.distribution.shard == "none"]
+    rows = list(dict.fromkeys(row_label(run) for run in runs if run.distribution.shard != "none"))
     folder = runs[0].directory.parent / JOBS
     folder.mkdir(parents=True, exist_ok=True)
-    with Screen(len(runs)) as screen:
-        jobs = Jobs(runs, screen)
-        workers = [WorkerTrainer(number, PROCESSES, folder, screen.say) for number in range(min(PROCESSES, len(runs)))]
+    with Screen(len(whole)) as screen:
+        launched = Launched(rows, screen.say) if rows else None
+        jobs = Jobs(whole, screen)
+        workers = [WorkerTrainer(number, PROCESSES, folder, screen.say) for number in range(min(PROCESSES, len(whole)))]
+
+        def stop(*_: object) -> None:
+            jobs.stop()
+            if launched is not None:
+                launched.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        side_by_side = threading.Thread(target=train_side_by_side, args=(jobs, workers, screen))
+        side_by_side.start()
+        code = launched.wait() if launched is not None else 0
+        side_by_side.join()
+    # The launcher answers a signal with a code of its own.
+    return jobs.exit_code() if jobs.stopping else code or jobs.exit_code()
+
+
+def train_side_by_side(jobs: Jobs, workers: Sequence[WorkerTrainer], screen: Screen) -> None:
+    """Train each run in one process, as `bpt-dist run-table --workers` does."""
+    if workers:
         screen.opened(jobs, workers)
-        return jobs.train(workers)
+        jobs.train(workers)
 
 
-def launch() -> int:
-    """Run the deepspeed launcher in a session of its own and pass signals on to all of it."""
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
-    command = [*launcher, "launcher/train.py", "--config", str(CONFIG)]
-    say(shlex.join(["deepspeed", *command[1:]]))
-    if num_gpus() < PROCESSES:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share one GPU; the miniature world needs none
-    environment = child_environment(PROCESSES)
-    # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.
-    job = subprocess.Popen(command, env=environment, start_new_session=True)
+class Launched:
+    """A job of the deepspeed launcher for some rows, in a session of its own; `echo` is called with every line that it prints."""
 
-    def forward(number: int, _frame: object) -> None:
-        os.killpg(job.pid, number)
+    def __init__(self, rows: Sequence[str], echo: Callable[[str], None]) -> None:
+        chosen = [word for row in rows for word in ("--row", row)]
+        launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
+        command = [*launcher, "launcher/train.py", "--config", str(CONFIG), *chosen]
+        echo(f"quickstart: {shlex.join(['deepspeed', *command[1:]])}")
+        environment = child_environment(PROCESSES)
+        if num_gpus() < PROCESSES:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share one GPU; the miniature world needs none
+        # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.
+        self.job = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        # Ends the group when this process is gone, however it went.
+        self.watch = subprocess.Popen(["sh", "-c", WATCH, str(self.job.pid)], stdin=subprocess.PIPE, start_new_session=True)
+        self.echo = echo
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    return job.wait()
+    def wait(self) -> int:
+        """Hand on its lines until it ends, and return its exit code."""
+        assert self.job.stdout is not None
+        for line in self.job.stdout:
+            self.echo(line.rstrip("\n"))
+        code = self.job.wait()
+        self.watch.kill()
+        self.watch.communicate()
+        return code
+
+    def stop(self) -> None:
+        """Tell all processes of the job to stop with a checkpoint."""
+        if self.job.poll() is None:
+            os.killpg(self.job.pid, signal.SIGTERM)
 
 
 def report(config: RunConfig) -> int:

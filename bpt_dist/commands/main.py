@@ -300,11 +300,14 @@ def run_table(
     quick: Annotated[
         bool, typer.Option("--quick", help="The smaller version that the file describes in its section `quick`.")
     ] = False,
+    row: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="Train only this row; may be repeated. By default all.")
+    ] = None,
 ) -> None:
     """Train every row and seed that is not finished and write the table; rerun the command to resume."""
     from bpt_dist.commands.table.command import run_table as run
 
-    code = run(config, overrides or [], workers, processes, choose, quick=quick)
+    code = run(config, overrides or [], workers, processes, choose, quick=quick, only=row or [])
     if code:
         raise typer.Exit(code)
 

@@ -32,6 +32,7 @@ def parser(program: str = "launcher/train.py") -> argparse.ArgumentParser:
     )
     parsed.add_argument("--config", "-c", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
     parsed.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parsed.add_argument("--row", action="append", default=[], metavar="LABEL", help="only this row of the file; may be repeated")
     parsed.add_argument("--fresh", action="store_true", help="start from scratch; refuses a run directory that is not empty")
     parsed.add_argument("--plan", action="store_true", help="print what would be computed, sent and stored, and stop")
     parsed.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "launcher/train.
             sys.stdout.write(plan(config, environment.world_size(os.environ)) if first else "")
             return 0
         num_ranks = environment.world_size(os.environ)
-        check_processes(configuration.expand(config), num_ranks, launched=environment.is_launched(os.environ))
+        check_processes(configuration.expand(config, options.row), num_ranks, launched=environment.is_launched(os.environ))
     except UserError as error:
         # Every rank reads the same configuration and fails the same way: one reports it, unless only its host lacks the file.
         alone = not options.config.is_file() and os.environ.get("LOCAL_RANK", "0") == "0"
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "launcher/train.
     from bpt_dist.commands.plan.comparison import compared_with_plan
     from bpt_dist.train import run_all
 
-    return run_all(config, fresh=options.fresh, around=compared_with_plan)
+    return run_all(config, rows=options.row, fresh=options.fresh, around=compared_with_plan)
 
 
 def show_log(first: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
 from bpt_dist.config.base import did_you_mean
 from bpt_dist.config.keys import other_unit
@@ -17,15 +18,16 @@ from bpt_dist.config.mlflow_environment import experiment_of_environment
 from bpt_dist.config.overrides import Overridden, apply, apply_values, drop_idle_source, plain_value
 from bpt_dist.config.own_method import KEY as PATH
 from bpt_dist.config.quick import QUICK, in_section, quick_data
-from bpt_dist.config.sections import (
-    RunConfig,
-)
+from bpt_dist.config.sections import RunConfig, Seeds
 from bpt_dist.config.strict_yaml import Document, Key, Problem, read
 from bpt_dist.config.validation import validate
 from bpt_dist.errors import ConfigError
 
-OF_THE_FILE = ("name", "output", "run_dir", "seed", "seeds", "rows", "comparisons", "quick", "tracking")
+OF_THE_FILE = ("name", "output", "run_dir", "seed", "rows", "comparisons", "quick", "tracking")
 """Keys that belong to the whole file and may not be in a row."""
+OF_THE_ROW = ("label", "seeds")
+"""Keys of a row that are no keys of its runs."""
+_SEEDS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Seeds)
 
 
 def load(path: Path, overrides: Sequence[str] = (), methods: Path = METHODS, *, quick: bool = False) -> RunConfig:
@@ -72,16 +74,18 @@ def _checked(document: Document, overridden: Overridden, smaller: list[Problem],
     return config
 
 
-def expand(config: RunConfig, methods: Path = METHODS) -> list[RunConfig]:
-    """Return one configuration for each run: rows by seeds, or the single run itself.
+def expand(config: RunConfig, only: Sequence[str] = (), methods: Path = METHODS) -> list[RunConfig]:
+    """Return one configuration for each run: rows by seeds, or the single run itself; with `only`, of the rows that it names.
 
     A run is named `<label or method>-s<seed>` and lives in that folder below the folder of `config`. A row that names
-    another method starts with an empty section; source settings are dropped where its method has no source stage.
+    another method starts with an empty section; source settings are dropped where its method has no source stage. A row may have
+    `seeds` of its own. Raises ConfigError for what cannot be run, and for a name in `only` that no row has.
     """
     runs, problems = _expansion(config, methods)
+    problems += [] if problems else _unknown_rows(config, runs, only)
     if problems:
         raise ConfigError("\n".join(f"{problem.dotted}: {problem.text}" for problem in problems))
-    return runs
+    return [run for run in runs if not only or row_label(run) in only]
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -110,7 +114,9 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
             for key in OF_THE_FILE
             if key in row
         ]
-        for seed in config.seeds or (config.seed,):
+        seeds, wrong = _seeds(config, row)
+        problems += [Problem(("rows", position, "seeds"), text) for text in wrong]
+        for seed in seeds:
             run, invalid = validate(_row_data(config, row, seed, methods), methods)
             problems += [Problem(_key_in_row(row, position, problem.key), problem.text) for problem in invalid]
             runs += [run] if run is not None else []
@@ -121,6 +127,31 @@ def _expansion(config: RunConfig, methods: Path) -> tuple[list[RunConfig], list[
     ]
     problems += [] if problems else _comparison_problems(config, runs)
     return runs, list(dict.fromkeys(problems))
+
+
+def _unknown_rows(config: RunConfig, runs: Sequence[RunConfig], asked: Sequence[str]) -> Iterator[Problem]:
+    """Yield what `--row` names and the file has not."""
+    if config.rows is None:
+        yield from [Problem(("--row",), "the file has no rows; leave it out")] * bool(asked)
+        return
+    labels = list(dict.fromkeys(map(row_label, runs)))
+    for row in asked:
+        if row not in labels:
+            yield Problem(("--row",), f"{row} is no row of {config.name}; rows are {', '.join(labels)}{did_you_mean(row, labels)}")
+
+
+def _seeds(config: RunConfig, row: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str]]:
+    """Return the seeds of a row, its own or those of the file, and what is wrong with its own."""
+    usual = config.seeds or (config.seed,)
+    if row.get("seeds") is None:
+        return usual, []
+    try:
+        own = _SEEDS.validate_python(row["seeds"])
+    except ValidationError:
+        return usual, [f"is no list of whole numbers from 0 (got {row['seeds']!r}); write seeds: [0, 1, 2]"]
+    if len(set(own)) < len(own):
+        return usual, [f"lists a seed twice (got {list(own)}); name each once"]
+    return own, []
 
 
 def _quick_problems(data: dict[str, Any], methods: Path) -> list[Problem]:
@@ -157,8 +188,8 @@ def _row_data(config: RunConfig, row: dict[str, Any], seed: int, methods: Path) 
     # What the file leaves out is left out here: a default must not meet a row's `lr_full_relative` as if it were given.
     given = config.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in given.items() if key not in ("rows", "seeds", "comparisons", QUICK)}
-    row = {key: value for key, value in row.items() if key not in OF_THE_FILE}
-    label = row.pop("label", None)
+    label = row.get("label")
+    row = {key: value for key, value in row.items() if key not in (*OF_THE_FILE, *OF_THE_ROW)}
     if isinstance(row.get("method"), str):
         row["method"] = {"name": row["method"]}
     if isinstance(row.get("method"), dict) and row["method"].get("name") not in (None, config.method.name):

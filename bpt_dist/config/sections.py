@@ -328,6 +328,9 @@ class TrackingConfig(Section):
         return self
 
 
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)]
+
+
 class RunConfig(Section):
     """One run, or with `rows` and `seeds` the list of runs that share its other keys (`config.expand`)."""
 
@@ -350,9 +353,7 @@ class RunConfig(Section):
     rows: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="One run a row: keys that differ from the rest of the file, and `label` to name the row."
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False, min_length=1)] | None = Field(
-        default=None, description="One run a seed."
-    )
+    seeds: Seeds | None = Field(default=None, description="One run a seed; a row may have its own.")
     comparisons: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="Rows that the sentences below the table compare, `FIRST:SECOND` or `FIRST:SECOND@TASK,...`; "

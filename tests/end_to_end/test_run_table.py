@@ -139,6 +139,21 @@ def test_a_stopped_and_a_killed_command_lose_nothing_that_was_finished(world: Pa
     assert not list((tmp_path / "runs").rglob("run.lock"))
 
 
+def test_one_row_may_be_trained_alone_and_the_table_has_what_is_finished(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write_config(world, tmp_path, {**PROMPT, "seeds": [1]}, {**PROMPT, "label": "other"})
+    assert main(["run-table", str(file), "--row", "prompt_tuning", "--workers", "1"]) == 0
+    output = capfd.readouterr().out
+    assert "1 of 1 runs to train, in this process" in output
+    assert "Missing, not trained yet: other-s0, other-s1" in output.replace("\\", "")
+    assert set(finished(tmp_path)) == {"prompt_tuning-s1"}
+    assert main(["run-table", str(file), "--row", "otter"]) == 2
+    assert "--row: otter is no row of table; rows are prompt_tuning, other; did you mean other?" in capfd.readouterr().err
+    assert main(["run-table", str(file), "--row", "other", "--choose", str(tmp_path / "chosen.yaml")]) == 2
+    assert "--choose, --row: a choice needs every row" in capfd.readouterr().err
+
+
 def test_each_run_may_be_a_job_of_the_deepspeed_launcher(world: Path, tmp_path: Path) -> None:
     file = write_config(world, tmp_path, JOINT)
     job = started(file, "--processes", "2", "seeds=0")

@@ -25,6 +25,7 @@ LINES = command_lines.lines()
 MADE = {
     "invent.py", "ask.py",
     ".venv/bin/activate", "hostfile", "data", "runs/world", "runs/mini-1/backbone", "runs/evidence-separate-prompts",
+    "runs/quickstart", "runs/quickstart-1", "runs/quickstart-1-two,runs/quickstart-1",
 }  # fmt: skip
 
 

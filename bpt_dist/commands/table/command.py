@@ -43,27 +43,38 @@ SUFFIXES = {".tex": "latex", ".csv": "csv", ".json": "json"}
 
 
 def run_table(
-    file: Path, overrides: Sequence[str], workers: int | None, processes: int | None, chosen: Path | None, *, quick: bool = False
+    file: Path,
+    overrides: Sequence[str],
+    workers: int | None,
+    processes: int | None,
+    chosen: Path | None,
+    *,
+    quick: bool = False,
+    only: Sequence[str] = (),
 ) -> int:
-    """Train what is not finished, write the table, and return the exit code. `quick`: the smaller version of the file.
+    """Train what is not finished, write the table, and return the exit code.
 
+    `quick`: the smaller version of the file. `only`: rows to train; the table has all rows that are finished.
     Raises ConfigError for a configuration that cannot be run, before anything is started.
     """
     if workers is not None and processes is not None:
         raise ConfigError("--workers, --processes: runs go side by side or each over several processes; give one of them")
+    if chosen is not None and only:
+        raise ConfigError("--choose, --row: a choice needs every row; leave one of them out")
     config = configuration.load(file, overrides, quick=quick)
     runs = configuration.expand(config)
     if chosen is not None:
         check_equal_trials(config, runs)
+    asked = configuration.expand(config, only)
     if config.rows is None and config.seeds is None:
         raise ConfigError("rows: is missing, a table has rows or seeds; train a single run with launcher/train.py")
-    check_processes(runs, processes or 1, launched=processes is not None)
+    check_processes(asked, processes or 1, launched=processes is not None)
     split = _split_of(config, runs)
     folder = config.directory
-    if not all(is_finished(run) for run in runs):
-        warn_of_refusals(runs)
-    with Screen(len(runs)) as screen:
-        jobs = Jobs(runs, screen)
+    if not all(is_finished(run) for run in asked):
+        warn_of_refusals(asked)
+    with Screen(len(asked)) as screen:
+        jobs = Jobs(asked, screen)
         trainers = _trainers(jobs.num_waiting, workers, processes, folder / JOBS)
         screen.opened(jobs, trainers)
         code = jobs.train(trainers) if trainers else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpt_dist.commands.main import main
+from bpt_dist.config import RunConfig
 from bpt_dist.storage import run_directory
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -17,6 +18,20 @@ CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 def test_it_takes_the_options_of_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-c", str(CONFIG), "--print-config", "name=other"]) == 0
     assert "name: other" in capsys.readouterr().out
+
+
+def test_it_trains_the_rows_that_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trained: list[str] = []
+
+    def one(config: RunConfig, *_: object, number: str, **__: object) -> bool:
+        trained.append(number + config.name)
+        return False
+
+    monkeypatch.setattr("bpt_dist.train.train_run", one)
+    assert main(["train", "-c", str(CONFIG), "--row", "untrained", "--row", "vanilla_transfer", "seeds=[3,4]"]) == 0
+    assert trained == ["1/4 untrained-s3", "2/4 untrained-s4", "3/4 vanilla_transfer-s3", "4/4 vanilla_transfer-s4"]
+    assert main(["train", "-c", str(CONFIG), "--row", "vanilla"]) == 2
+    assert capsys.readouterr().err.startswith("--row: vanilla is no row of quickstart; rows are untrained, ")
 
 
 def test_its_usage_names_it(capsys: pytest.CaptureFixture[str]) -> None:

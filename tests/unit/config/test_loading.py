@@ -215,6 +215,26 @@ def test_rows_by_seeds_are_runs_with_names_and_folders(load: Any) -> None:
     assert all(run.rows is None and run.seeds is None for run in runs)
 
 
+def test_a_row_may_have_seeds_of_its_own(load: Any) -> None:
+    text = ROWS.replace("- label: own\n", "- label: own\n  seeds: [7]\n")
+    names = [run.name for run in config.expand(load(text))]
+    assert names == ["prompt_tuning-s0", "prompt_tuning-s7", "vanilla_transfer-s0", "vanilla_transfer-s7", "own-s7"]
+    alike = config.expand(load(ROWS), ["own"])[1]
+    assert config.expand(load(text), ["own"]) == [alike]  # nothing else of the run is another one
+    assert [run.seed for run in config.expand(load(text, "seeds=[1,2]"), ["own"])] == [1, 2]  # the command line wins
+    assert [run.seed for run in config.expand(load(text.replace("[7]", "null")), ["own"])] == [0, 7]
+
+
+def test_some_rows_may_be_asked_for(load: Any) -> None:
+    names = [run.name for run in config.expand(load(ROWS), ["own", "prompt_tuning"])]
+    assert names == ["prompt_tuning-s0", "prompt_tuning-s7", "own-s0", "own-s7"]
+    with pytest.raises(ConfigError, match=r"^--row: owm is no row of single; rows are .*; did you mean own\?$"):
+        config.expand(load(ROWS), ["own", "owm"])
+    for text in (SINGLE, SINGLE + "seeds: [0]\n"):
+        with pytest.raises(ConfigError, match=r"^--row: the file has no rows; leave it out$"):
+            config.expand(load(text), ["bpt"])
+
+
 def test_a_row_that_names_another_method_starts_its_section_afresh(load: Any) -> None:
     prompt_tuning, _, transfer, _, own, _ = config.expand(load(ROWS.replace("sigma: 1.0", "sigma: 1.0, length: 50")))
     assert prompt_tuning.method.model_dump()["length"] == 10

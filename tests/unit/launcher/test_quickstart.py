@@ -38,24 +38,29 @@ def test_training_the_page_and_the_quick_start_name_one_store(
 
 @pytest.mark.parametrize(("gpus", "hidden"), [(0, True), (1, True), (2, False), (8, False)])
 def test_ranks_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, hidden: bool) -> None:
-    started: dict[str, Any] = {}
+    started: list[dict[str, str]] = []
 
     class Job:
         pid = 0
+        stdout = ("a line\n",)
 
-        def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
-            started.update(env)
+        def __init__(self, _: list[str], env: dict[str, str] | None = None, **__: Any) -> None:
+            started.append(env or {})
 
         def wait(self) -> int:
             return 0
 
+        kill = communicate = wait
+
+    said: list[str] = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "unchanged")
     monkeypatch.setattr(quickstart, "num_gpus", lambda: gpus)
     monkeypatch.setattr(quickstart.subprocess, "Popen", Job)
-    monkeypatch.setattr(quickstart.signal, "signal", lambda *_: None)
-    assert quickstart.launch() == 0
-    assert started["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "unchanged")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == started["CUDA_VISIBLE_DEVICES"]
+    assert quickstart.Launched(["bpt"], said.append).wait() == 0
+    assert started[0]["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "unchanged")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "unchanged"  # the other runs may use a GPU
+    assert said[0].endswith("launcher/train.py --config configs/quickstart.yaml --row bpt")
+    assert said[1:] == ["a line"]
 
 
 PROGRAM = """
@@ -67,11 +72,14 @@ sys.exit(quickstart.main())
 """
 
 
-def small_table(folder: Path, **target: Any) -> Path:
-    """Write a table of two whole rows and return its file."""
+def small_table(folder: Path, *, shard: str = "none", **target: Any) -> Path:
+    """Write a table of two rows and return its file; with `shard` the first has its backbone in parts."""
     world = tiny_run.world(folder)
-    prompts = [{"label": name, "method": {"name": "prompt_tuning", "length": 3}, "target": {"lr": lr}}
-               for name, lr in (("slow", 0.1), ("fast", 0.5))]  # fmt: skip
+    prompts: list[dict[str, Any]] = [
+        {"label": name, "method": {"name": "prompt_tuning", "length": 3}, "target": {"lr": lr}}
+        for name, lr in (("slow", 0.1), ("fast", 0.5))
+    ]
+    prompts[0]["distribution"] = {"shard": shard}
     plain = tiny_run.settings(world, {"name": "bpt"}, rows=prompts, seeds=[0, 1], target=target)
     plain["comparisons"] = ["fast:slow"]
     tiny_run.load(folder, plain)
@@ -82,7 +90,7 @@ def test_rows_with_a_whole_backbone_need_no_launcher_and_end_in_sentences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quickstart, "CONFIG", small_table(tmp_path))
-    monkeypatch.setattr(quickstart, "launch", lambda: pytest.fail("no row shards its backbone"))
+    monkeypatch.setattr(quickstart, "Launched", lambda *_: pytest.fail("no row shards its backbone"))
     assert quickstart.main() == 0
     lines = capfd.readouterr().out.splitlines()
     assert [line for line in lines if re.match(r"(slow|fast)-s[01] starts on worker [01]$", line)]
@@ -98,15 +106,17 @@ def alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_every_process_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
-    file = small_table(tmp_path, steps=100_000, eval_every=100_000, checkpoint_every=1000, log_every=10)
+@pytest.mark.parametrize(("number", "shard", "at_once"), [
+    (signal.SIGTERM, "none", 2), (signal.SIGINT, "none", 2), (signal.SIGTERM, "deepspeed", 3), (signal.SIGINT, "deepspeed", 3),
+])  # fmt: skip
+def test_a_signal_ends_every_process_with_a_checkpoint(tmp_path: Path, number: signal.Signals, shard: str, at_once: int) -> None:
+    file = small_table(tmp_path, shard=shard, steps=100_000, eval_every=100_000, checkpoint_every=1000, log_every=10)
     job = subprocess.Popen([sys.executable, "-c", PROGRAM, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert job.stdout is not None
     stepping: set[str] = set()
     for line in job.stdout:
-        stepping |= set(re.findall(r"^(\w+-s\d) .*step \d+/100000", line))
-        if len(stepping) == 2:  # both workers
+        stepping |= set(re.findall(r"^(?:\d/\d )?(\w+-s\d) .*step \d+/100000", line))
+        if len(stepping) == at_once:  # both workers, and the job of the launcher
             break
     children = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
     children += [
@@ -117,7 +127,7 @@ def test_a_signal_ends_every_process_with_a_checkpoint(tmp_path: Path, number: s
     rest, _ = job.communicate(timeout=120)
     assert job.returncode == 75
     assert "not finished: " in rest
-    assert list((tmp_path / "runs" / "run").glob("*/target/mood/checkpoints/step-*"))
+    assert all(list((tmp_path / "runs" / "run" / name).glob("target/mood/checkpoints/step-*")) for name in stepping)
     deadline = time.monotonic() + 20
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
