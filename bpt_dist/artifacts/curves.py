@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,10 +31,11 @@ class Curve(NamedTuple):
     points: tuple[Point, ...]
 
 
-def draw_curves(curves: Sequence[Curve], path: Path, *, title: str, setting: str, score: str) -> Path:
+def draw_curves(curves: Sequence[Curve], path: Path, *, title: str, setting: str, score: str, best: float = math.inf) -> Path:
     """Draw every curve with its band into `path`; the axis of the setting is logarithmic where its values span a factor of 8.
 
-    `setting` and `score` are the words at the axes.
+    `setting` and `score` are the words at the axes. The axis of scores ends just above `best`, the highest there can be: a t
+    interval goes beyond it.
     """
     with canvas((7.4, 4.8), path) as figure:
         axes = figure.subplots()
@@ -47,6 +49,7 @@ def draw_curves(curves: Sequence[Curve], path: Path, *, title: str, setting: str
         axes.set_title(title)
         axes.set_xlabel(setting)
         axes.set_ylabel(score)
+        axes.set_ylim(top=min(axes.get_ylim()[1], best + 0.01 * abs(best)))
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return path
 

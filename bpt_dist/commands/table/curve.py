@@ -112,7 +112,7 @@ def _draw(summaries: Sequence[Summary], tasks: Sequence[str], key: str, picture:
     seeds = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     title = f"Mean of {', '.join(tasks)}\nband: 95 % interval over {seeds} seed{'s' * (numbers != [1])}"
     curves = [Curve(line, tuple(points)) for line, points in lines.items()]
-    draw_curves(curves, picture, title=title, setting=key, score="score (%)")
+    draw_curves(curves, picture, title=title, setting=key, score="score (%)", best=100.0)
 
 
 def _csv(summaries: Sequence[Summary], tasks: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from result_folders import finish, runs_of
 from scipy import stats
@@ -88,6 +89,17 @@ def test_a_picture_of_linear_settings_is_drawn_too(tmp_path: Path) -> None:
     points = tuple(Point(x, 50 + x, (49 + x, 52 + x)) for x in (0.0, 1.0, 2.0))
     file = draw_curves([Curve("one", points), Curve("two", points[:1])], tmp_path / "c.png", title="t", setting="x", score="y")
     assert imread(file).shape[2] == 4
+
+
+def test_no_score_above_the_best_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tops: list[float] = []
+    plain = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (tops.append(self.axes[0].get_ylim()[1]), plain(self, *a, **k)))
+    for middle in (98.0, 60.0):
+        points = tuple(Point(x, middle, (middle - 9, middle + 9)) for x in (1.0, 2.0))
+        draw_curves([Curve("one", points)], tmp_path / "c.png", title="t", setting="x", score="y", best=100.0)
+    assert tops[0] == 101.0
+    assert 69 < tops[1] < 72
 
 
 def test_sources_are_learnt_once_a_seed(tmp_path: Path) -> None:
