@@ -53,8 +53,8 @@ def answers_of_the_card(folder: Path, installed: Path) -> tuple[list[dict[str, A
 
 def farthest(answers: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
     """Return the largest difference of two probabilities."""
-    pairs = [pair for a, b in zip(answers, others, strict=True) for pair in zip(a["probabilities"], b["probabilities"], strict=True)]
-    return max(abs(one - other) for one, other in pairs)
+    found = [[share for answer in some for share in answer["probabilities"]] for some in (answers, others)]
+    return max(abs(one - other) for one, other in zip(*found, strict=True))
 
 
 def test_from_jsonl_to_answers(installed: Path, tmp_path: Path) -> None:

@@ -236,11 +236,14 @@ class Predictor:
             alike.setdefault((one.prompt.candidates is None, len(one.prompt.hypotheses)), []).append(one)
         for group in alike.values():
             batch: list[Question] = []
+            left = self.tokens_at_once
             for one in sorted(group, key=lambda one: -one.cost):
-                if batch and sum(other.cost for other in batch) + one.cost > self.tokens_at_once:
+                cost = one.cost
+                if batch and cost > left:
                     yield batch
-                    batch = []
+                    batch, left = [], self.tokens_at_once
                 batch.append(one)
+                left -= cost
             yield batch
 
     # --- passes ---------------------------------------------------------------------------------------------------------------
