@@ -64,6 +64,10 @@ def test_from_jsonl_to_answers(installed: Path, tmp_path: Path) -> None:
     assert len(answers) == len(measured) == 200
     for answer, expected in zip(answers, measured, strict=True):
         assert answer["prediction"] == expected["prediction"]
+        assert (
+            answer["label"]
+            == {"food": "kitchen", "travel": "garage", "repair": "workshop", "clothing": "wardrobe"}[answer["prediction"]]
+        )
         assert list(answer["probabilities"].values()) == pytest.approx(expected["probabilities"], abs=1e-5)
     served = json.loads((tmp_path / "served.json").read_text())
     assert [one["id"] for one in served] == list(range(264, 284))
