@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpt_dist.distributed.hub import REMEDY, reach_hub
 from bpt_dist.errors import ConfigError, StorageError
 from bpt_dist.storage import layout
+
+if TYPE_CHECKING:
+    from bpt_dist.config import RunConfig
 
 PATTERNS = ("*.json", "*.safetensors", "README.md")  # neither code nor pickles
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -25,6 +28,7 @@ _ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(@(?P<revision>[A-Za-z0-9][A-
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _UNAUTHORISED, _FORBIDDEN = 401, 403
 POSTERIOR = (layout.POSTERIOR_FACTS, layout.POSTERIOR_TENSORS)
+INIT_FILE = "method.init_file"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,35 @@ def local_folder(place: Path, key: str = "") -> Path:
         return place if found is None else _downloaded(found)
     except ConfigError as error:
         raise ConfigError(f"{key}{error}") from None
+
+
+def with_local_prompt(config: RunConfig) -> RunConfig:
+    """Return the configuration with the downloaded folder of a prompt where `method.init_file` is an id of the hub.
+
+    Raises ConfigError where the hub has no such prompt, or several; not where a posterior is given, which makes up for the prompt.
+    """
+    given = getattr(config.method, "init_file", None)
+    if given is None or hub_place(str(given)) is None:
+        return config
+    try:
+        folder = _only_prompt(local_folder(given, f"{INIT_FILE}: "), str(given))
+    except ConfigError:
+        if config.source.posterior is None:
+            raise
+        return config
+    return config.model_copy(update={"method": config.method.model_copy(update={"init_file": folder})})
+
+
+def _only_prompt(folder: Path, name: str) -> Path:
+    """Return the folder of the prompt that a downloaded repository holds."""
+    if (folder / layout.ADAPTER_CONFIG).is_file():
+        return folder
+    below = sorted(file.parent for file in folder.glob(f"*/{layout.ADAPTER_CONFIG}"))
+    if len(below) == 1:
+        return below[0]
+    what = f"has prompts for {', '.join(place.name for place in below)}" if below else "holds no exported prompt"
+    remedy = "download it by `hf download`, and give the folder of one of them" if below else "give the id of an exported prompt"
+    raise ConfigError(f"{INIT_FILE}: {name} {what}; {remedy}")
 
 
 def real_file(file: Path) -> Path:

@@ -70,6 +70,11 @@ class TaskEntry(_Part):
     )
     fields: tuple[str, ...] = Field(description="The columns a row must have.")
     label_words: tuple[str, ...] = Field(description="The possible answers; empty for free text.")
+    labels: tuple[bool | int | str, ...] | None = Field(
+        default=None,
+        description="How rows write the class of each label word, in the order of `label_words`; null where a row has no class, "
+        "and in files of earlier versions.",
+    )
     decode: Decoding = Field(
         description="`rank`: the label word with the highest log-likelihood, summed over its tokens. `generate`: greedy decoding."
     )
@@ -89,12 +94,20 @@ class TaskEntry(_Part):
             raise ValueError("label_words: is empty, decode rank compares them")
         if len(set(self.label_words)) < len(self.label_words):
             raise ValueError("label_words: holds a word twice")
+        if self.labels is not None and len(self.labels) != len(self.label_words):
+            raise ValueError(f"labels: should be one for each of {len(self.label_words)} label words (got {len(self.labels)})")
         return self
 
     @property
     def pieces(self) -> text_to_text.Template:
         """The template as the training rows use it."""
         return tuple(p if isinstance(p, str) else text_to_text.Slot(p.column, p.written) for p in self.template)
+
+    def label_of(self, word: str) -> bool | int | str | None:
+        """Return how rows write the class of an answer, None where that is not known."""
+        if self.labels is None or word not in self.label_words:
+            return None
+        return self.labels[self.label_words.index(word)]
 
     @classmethod
     def of(
@@ -119,6 +132,8 @@ class TaskEntry(_Part):
             template=tuple(p if isinstance(p, str) else Slot(column=p.column, written=p.written) for p in pieces),
             fields=_columns(pieces),
             label_words=words,
+            # The choices of a row have labels of its own, and scores are words themselves.
+            labels=spec.label_values if spec.kind == "classification" else None,
             decode=spec.decoding(protocol, evaluation.decode),
             max_source_length=max_source_length or spec.max_source_length,
             max_new_tokens=evaluation.max_new_tokens or max(map(len, ids), default=0) or spec.max_target_length,

@@ -19,7 +19,9 @@ class PromptOptions(MethodConfig):
         "vocabulary", description="Initial prompt; `vocabulary` samples rows of the embedding."
     )
     init_text: str | None = Field(None, min_length=1, description="Text of `init: text`, repeated to the length.")
-    init_file: Folder | None = Field(None, description="Stored prompt of `init: file`: PEFT folder, .npy or .safetensors.")
+    init_file: Folder | None = Field(
+        None, description="Stored prompt of `init: file`: PEFT folder, `owner/name@revision` of the hub, .npy or .safetensors."
+    )
     init_scale: float | None = Field(
         None, gt=0, description="Standard deviation of `normal` (null is 1), half width of `uniform` (null is 0.5)."
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bpt_dist.artifacts.hub import INIT_FILE, with_local_prompt
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.backbones.prompts import read_stored
 from bpt_dist.config import RunConfig
@@ -31,7 +32,7 @@ from bpt_dist.tasks.user_tasks import load_user_tasks
 
 log = logging.getLogger(__name__)
 METHOD_FILE = "method.path"
-POSTERIOR, INIT_FILE = "source.posterior", "method.init_file"
+POSTERIOR = "source.posterior"
 TASK_FILES, ZERO_CONFIG = "data.task_files", "distribution.zero_config"
 SPEED_ONLY = (ZERO_CONFIG,)  # must be equal on all ranks, and may change from start to start
 SHAPING_FACTS = ("method", "protocol", "source_tasks")  # what a run takes from posterior.json
@@ -85,7 +86,7 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
         posterior = Posterior.read(given)
         yield POSTERIOR, digest_of(posterior.tensors)
         yield f"{POSTERIOR} (facts)", _hash({name: posterior.facts.get(name) for name in SHAPING_FACTS})
-    stored = getattr(method, "init_file", None)
+    stored = getattr(with_local_prompt(config).method, "init_file", None)
     # With a posterior the prompt only says how that was made, unless the method asks for it: then it must be there.
     if stored is not None and (given is None or Path(stored).exists()):
         yield INIT_FILE, digest_of({"prompt": read_stored(stored)})

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from bpt_dist.artifacts.figures import draw_run, draw_steps
+from bpt_dist.artifacts.hub import with_local_prompt
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.artifacts.results import Result
 from bpt_dist.backbones.base import Backbone
@@ -60,7 +61,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.method = methods.load(config, self.backbone)
+        self.method = methods.load(with_local_prompt(config), self.backbone)
         self._resolve_rates()
         # All rows are read and checked now: a bad one must be named before the first forward pass.
         for needed in data_of_run(config):

@@ -34,13 +34,15 @@ SHOWN = 60
 class Answer:
     """What is answered to one row: a prediction, or the `error` that made one impossible.
 
-    `kind` of an error is `row`, `task` or `fields`. `probabilities` are those of the label words where the task ranks; `agreement`,
+    `prediction` is a label word or a text, and `label` what rows write for it, where the export knows that. `kind` of an error is
+    `row`, `task` or `fields`. `probabilities` are those of the label words where the task ranks; `agreement`,
     of an ensemble, is the share of pairs of prompts that predict the same. `num_tokens` is the length of a text that was cut to
     `kept_tokens`, as in training.
     """
 
     task: str | None = None
     prediction: str | None = None
+    label: bool | int | str | None = None
     probabilities: Mapping[str, float] | None = None
     agreement: float | None = None
     num_tokens: int | None = None
@@ -55,7 +57,8 @@ class Answer:
         if self.error is not None:
             known["error"] = {"kind": self.kind, "message": self.error}
         else:
-            known |= {"prediction": self.prediction, "probabilities": self.probabilities, "agreement": self.agreement}
+            known |= {"prediction": self.prediction, "label": self.label}
+            known |= {"probabilities": self.probabilities, "agreement": self.agreement}
         if self.num_tokens is not None:
             known["truncated"] = {"tokens": self.num_tokens, "kept": self.kept_tokens}
         return {key: value for key, value in known.items() if value is not None}
@@ -236,11 +239,14 @@ class Predictor:
             alike.setdefault((one.prompt.candidates is None, len(one.prompt.hypotheses)), []).append(one)
         for group in alike.values():
             batch: list[Question] = []
+            left = self.tokens_at_once
             for one in sorted(group, key=lambda one: -one.cost):
-                if batch and sum(other.cost for other in batch) + one.cost > self.tokens_at_once:
+                cost = one.cost
+                if batch and cost > left:
                     yield batch
-                    batch = []
+                    batch, left = [], self.tokens_at_once
                 batch.append(one)
+                left -= cost
             yield batch
 
     # --- passes ---------------------------------------------------------------------------------------------------------------
@@ -264,10 +270,12 @@ class Predictor:
             yield _answer_to(one, prediction=words[best], probabilities=shares, agreement=agreement)
 
 
-def _answer_to(question: Question, **found: Any) -> Answer:
+def _answer_to(question: Question, prediction: str, **found: Any) -> Answer:
     cut = len(question.ids) < question.num_tokens
     lengths: dict[str, Any] = {"num_tokens": question.num_tokens, "kept_tokens": len(question.ids)} if cut else {}
-    return Answer(task=question.prompt.export.name, id=question.id, **lengths, **found)
+    export = question.prompt.export
+    label = export.task.label_of(prediction)
+    return Answer(task=export.name, id=question.id, prediction=prediction, label=label, **lengths, **found)
 
 
 def _look_at(row: Any, prompts: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, Any]] | Answer:

@@ -116,8 +116,9 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(kept, scale)
         ctx.layer = layer
         gain = layer.weight.float()
-        # In float32 `kept` is `normed` itself.
-        return normed * gain if kept is normed else normed.mul_(gain).to(dtype)
+        # In float32 `kept` is `normed` itself, which a backward pass will read.
+        is_read = kept is normed and any(ctx.needs_input_grad)
+        return normed * gain if is_read else normed.mul_(gain).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -108,7 +108,9 @@ class PackedT5:
         candidates: Sequence[Int[Tensor, "_C _U"]],
     ) -> list[Float[Tensor, "m _C"]]:
         """Return the same where each text has prompts and candidates of its own: still one pass, each text's tree is its own."""
-        known = {id(of_text): Tree.of(of_text.tolist(), self.model.config.decoder_start_token_id) for of_text in candidates}
+        # The texts of a task have the very same tensor.
+        distinct = {id(of_text): of_text for of_text in candidates}
+        known = {key: Tree.of(some.tolist(), self.model.config.decoder_start_token_id) for key, some in distinct.items()}
         trees = [known[id(of_text)] for of_text in candidates]
         order: list[int] = []
 

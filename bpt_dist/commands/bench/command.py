@@ -336,11 +336,14 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Time a server with rows of 1, 10 and 100 tasks against PEFT switching adapters; exit code 1 if the answers differ."""
-    from bpt_dist.commands.bench.serving.run import HEADER, other_answers, run_serve, serve_rows
+    from bpt_dist.commands.bench.predict import other_answers
+    from bpt_dist.commands.bench.serving.run import HEADER, run_serve, serve_rows
 
     clock, machine = prepare(device, threads)
     report = on_shape("serve", shape, quick, repeats, clock, run_serve)
-    print_rows(report, machine(), HEADER, serve_rows(report), file, other_answers(report), right=(0, 2, 3, 4, 5, 6, 7))
+    print_rows(
+        report, machine(), HEADER, serve_rows(report), file, other_answers(report, "the server"), right=(0, 2, 3, 4, 5, 6, 7)
+    )
 
 
 @bench.command()

@@ -170,10 +170,10 @@ def predict_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def other_answers(report: dict[str, Any]) -> list[str]:
-    """Return the numbers of tasks at which ours predicts other words than PEFT."""
+def other_answers(report: dict[str, Any], who: str = "ours") -> list[str]:
+    """Return the numbers of tasks at which `who` predicts other words than PEFT."""
     return [
-        f"ours predicts other words than PEFT: {number} tasks" for number, same in report["same_predictions"].items() if not same
+        f"{who} predicts other words than PEFT: {number} tasks" for number, same in report["same_predictions"].items() if not same
     ]
 
 

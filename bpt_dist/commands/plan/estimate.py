@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpt_dist import config as configuration
+from bpt_dist.artifacts.hub import with_local_prompt
 from bpt_dist.backbones.loading import shape_of
 from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.output import size
@@ -182,7 +183,7 @@ def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[S
     """Let the method create the tensors of each stage in turn, as training does, and count them."""
     backbone = shape.backbone()
     backbone.name = config.backbone.path
-    method = methods.load(config, backbone)
+    method = methods.load(with_local_prompt(config), backbone)
     specs_of_data = known_specs(config.data)
     sources = [catalogue.get(name, specs_of_data) for name in config.data.source_tasks]
     targets = [catalogue.get(name, specs_of_data) for name in config.data.target_tasks]

@@ -41,7 +41,8 @@ class AnswerEntry(BaseModel):
 
     id: Any = Field(default=None, description="The `id` of the row.")
     task: str | None = None
-    prediction: str | None = None
+    prediction: str | None = Field(default=None, description="The label word, or the text that was written.")
+    label: bool | int | str | None = Field(default=None, description="What rows write for it, where the export knows that.")
     probabilities: dict[str, float] | None = Field(default=None, description="Of the label words, where the task ranks them.")
     agreement: float | None = Field(default=None, description="Of an ensemble: the share of pairs of prompts that agree.")
     truncated: Truncated | None = None
@@ -55,6 +56,7 @@ class TaskDescription(BaseModel):
     kind: str
     fields: list[str] = Field(description="The columns a row must have.")
     label_words: list[str] = Field(description="The possible answers; empty for free text.")
+    labels: list[bool | int | str] | None = Field(description="What rows write for each label word; null where that is not known.")
     decode: str = Field(description="`rank` or `generate`.")
     predict: str = Field(description="`map`, or `ensemble` of several prompts.")
     max_source_length: int = Field(description="Tokens a text is cut to.")
@@ -76,6 +78,7 @@ def task_of(export: Export) -> dict[str, Any]:
         kind=task.kind,
         fields=list(task.fields),
         label_words=list(task.label_words),
+        labels=None if task.labels is None else list(task.labels),
         decode=task.decode,
         predict=export.record.predict,
         max_source_length=task.max_source_length,

@@ -46,12 +46,13 @@ def check_inputs(configs: Sequence[RunConfig], workers: int = 1) -> None:
 
 def _check_methods(configs: Sequence[RunConfig], backbone: Backbone) -> None:
     """Load every method once, whatever its rates, and check it against the posterior it starts from."""
+    from bpt_dist.artifacts.hub import with_local_prompt
     from bpt_dist.artifacts.posterior import Posterior
     from bpt_dist.methods import base as methods
 
     posteriors: dict[Path, Posterior] = {}
     for config in _distinct(configs, lambda run: f"{_without_floats(run.method)} {run.data.protocol} {run.source.posterior}"):
-        method, place = methods.load(config, backbone), config.source.posterior
+        method, place = methods.load(with_local_prompt(config), backbone), config.source.posterior
         if place is not None:
             posterior = posteriors.get(place) or Posterior.load(place, backbone)
             posterior.require(config.method.name, method.source_tensors, backbone.width)

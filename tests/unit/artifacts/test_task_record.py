@@ -70,6 +70,10 @@ def test_the_stored_template_words_a_row_as_training_does(tokenizer: Any, tmp_pa
     assert written(stored.pieces, row) == example.source
     assert all(name.split(".")[0] in row for name in stored.fields)
     assert stored.label_words == TASKS[task].words(protocol)
+    if TASKS[task].kind == "classification":
+        assert stored.label_of(example.target) == row[TASKS[task].target_column]
+    else:
+        assert stored.labels is None
 
 
 def test_a_record_is_read_as_it_was_written_and_fits_the_schema(record: TaskRecord, tmp_path: Path) -> None:
@@ -78,6 +82,16 @@ def test_a_record_is_read_as_it_was_written_and_fits_the_schema(record: TaskReco
     (task,) = record.tasks
     assert (task.decode, task.max_source_length, task.max_new_tokens) == ("rank", 256, 3)
     assert task.template[:2] == ("mood", "sentence:")
+
+
+def test_labels_keep_their_types_and_a_file_of_an_earlier_version_has_none(record: TaskRecord, tmp_path: Path) -> None:
+    for labels in ([0, 1], ["0", "1"], [False, True]):
+        (task,) = read_record(write(tmp_path / "new", changed(record, "tasks.0.labels", labels))).tasks
+        found = task.label_of("not good")
+        assert (type(found), found) == (type(labels[1]), labels[1])
+        assert task.label_of("bad") is None
+    (task,) = read_record(write(tmp_path / "old", changed(record, "tasks.0.labels", ...))).tasks
+    assert task.label_of("good") is None
 
 
 def test_the_schema_is_current() -> None:
@@ -108,6 +122,8 @@ def changed(record: TaskRecord, path: str, value: Any) -> dict[str, Any]:
         ("tasks.0.template.2.written", "upper", "tasks[0].template[2].written: String should match pattern '^(plain|padded"),
         ("tasks.0.fields", ["text"], "tasks[0]: fields: should be those of the template, sentence (got text)"),
         ("tasks.0.label_words", [], "tasks[0]: label_words: is empty, decode rank compares them"),
+        ("tasks.0.labels", [0], "tasks[0]: labels: should be one for each of 2 label words (got 1)"),
+        ("tasks.0.labels", [0, 1.5], "tasks[0].labels[1]"),
         ("tasks", [], "the file: tasks: is empty"),
         ("backbone.sha256", "xyz", "backbone.sha256: String should match pattern"),
         ("prompts", ["../elsewhere"], "prompts[0]: String should match pattern"),

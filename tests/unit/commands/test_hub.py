@@ -21,8 +21,9 @@ from bpt_dist import train
 from bpt_dist.artifacts import hub as own_hub
 from bpt_dist.artifacts.inference.exports import Export, read_exports
 from bpt_dist.commands.main import main
+from bpt_dist.config import RunConfig
 from bpt_dist.distributed.hub import reach_hub
-from bpt_dist.errors import ConfigError
+from bpt_dist.errors import ConfigError, Stopped
 from bpt_dist.library.prompts import load_prompt
 
 PROGRAM = "import sys; from bpt_dist.commands.main import main; sys.exit(main())"
@@ -140,6 +141,64 @@ def test_a_run_starts_from_a_posterior_of_the_hub_as_from_its_folder(hub: hub_se
         results.append([entry["value"] for entry in json.loads((started / "results.json").read_text())])
         assert main(["export", str(started), "--particles"]) == 0  # which asks where the posterior is
     assert results[0] == results[1]
+
+
+def started_from(world: Path, name: str, place: str) -> RunConfig:
+    method = {"name": "prompt_tuning", "init": "file", "init_file": place}
+    plain = tiny_run.settings(world, method, name=name)
+    plain["data"].pop("source_tasks", None)
+    return tiny_run.load(world, plain)
+
+
+def test_a_prompt_of_the_hub_is_a_start_as_its_folder_is_and_is_pinned(hub: hub_server.Hub, world: Path, run: Path) -> None:
+    adapter = run / "target" / "mood" / "adapter"
+    hub.commit("lab/start", {name: (adapter / name).read_bytes() for name in FOUR})
+    hub.commit("lab/folder", {f"mood/{name}": (adapter / name).read_bytes() for name in FOUR})
+    found = []
+    for name, place in (("file-here", str(adapter)), ("file-there", "lab/start"), ("file-below", "lab/folder")):
+        ended = tiny_run.trained(started_from(world, name, place))
+        values = [entry["value"] for entry in json.loads((ended / "results.json").read_text())]
+        found.append((values, json.loads((ended / "inputs.json").read_text())["method.init_file"]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_start_that_changed_on_the_hub_is_refused_on_resume(
+    hub: hub_server.Hub, world: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (run / "target" / task / "adapter" for task in ("mood", "count"))
+    hub.commit("lab/start", {name: (one / name).read_bytes() for name in FOUR})
+    config = started_from(world, "file-moves", "lab/start")
+    with pytest.raises(Stopped), tiny_run.session(config) as opened:
+        opened.watchdog.request_stop("test")
+        train.train(opened)
+    hub.commit("lab/start", {name: (other / name).read_bytes() for name in FOUR})
+    forget()
+    assert train.run_all(config) == 2
+    assert "method.init_file: changed since " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (
+            ("mood", "count"),
+            "lab/odd has prompts for count, mood; download it by `hf download`, and give the folder of one of them",
+        ),
+        ((), "lab/odd holds no exported prompt; give the id of an exported prompt"),
+    ],
+    ids=["two", "none"],
+)
+def test_a_repository_that_is_no_one_prompt_is_no_start(
+    files: tuple[str, ...], what: str, hub: hub_server.Hub, world: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    below = {f"{task}/{name}": (run / "target" / task / "adapter" / name).read_bytes() for task in files for name in FOUR}
+    hub.commit("lab/odd", below or {"README.md": b"nothing"})
+    assert train.run_all(started_from(world, "file-odd", "lab/odd")) == 2
+    assert train.run_all(started_from(world, "file-odd", "lab/missing")) == 2
+    screen = capsys.readouterr().err
+    assert f"method.init_file: {what}" in screen
+    assert "method.init_file: lab/missing on " in screen
+    assert "Traceback" not in screen
 
 
 def test_a_branch_and_a_commit_are_other_prompts_than_the_main_branch(hub: hub_server.Hub, run: Path, tmp_path: Path) -> None:

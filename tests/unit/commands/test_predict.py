@@ -247,7 +247,7 @@ def test_the_examples_of_the_page_do_what_it_says(
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     capsys.readouterr()
     exec(compile(program.replace("runs/NAME", str(run)), "page", "exec"), {})
-    assert capsys.readouterr().out.startswith(found[0]["prediction"] + " {'good': ")
+    assert capsys.readouterr().out.startswith(f"{found[0]['label']} {found[0]['prediction']} {{'good': ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

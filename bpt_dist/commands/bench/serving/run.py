@@ -87,11 +87,6 @@ def serve_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def other_answers(report: dict[str, Any]) -> list[str]:
-    """Return the numbers of tasks at which the server predicts other words than PEFT."""
-    return [f"the server predicts other words than PEFT: {n} tasks" for n, same in report["same_predictions"].items() if not same]
-
-
 def _rounds(
     sides: T5Sides, mixtures: dict[int, Mixture], server: Server, clock: Clock, options: Options, tell: Tell
 ) -> tuple[dict[int, list[Load]], list[Timing], list[Tensor]]:

@@ -63,6 +63,31 @@ def test_answers_are_the_predictions_of_the_run(world: Path, bpt: Path, predicto
             assert [one["agreement"] for one in given] == [one["agreement"] for one in exported.predictions(bpt, task, predict)]
 
 
+@pytest.mark.parametrize("task", FOUR["target_tasks"])
+def test_an_answer_has_the_label_of_the_rows(world: Path, bpt: Path, predictor: Predictor, task: str) -> None:
+    rows = exported.rows(world, task)
+    given = answers(predictor, rows)
+    for row, answer, measured in zip(rows, given, exported.predictions(bpt, task), strict=True):
+        if task == "count":  # free text: there are no classes
+            assert "label" not in answer
+            continue
+        assert type(answer["label"]) is type(row["label"])
+        assert (answer["label"] == row["label"]) == measured["correct"]
+    if task != "count":
+        assert list(given[0])[:4] == ["id", "task", "prediction", "label"]
+
+
+def test_an_export_of_an_earlier_version_answers_with_words_alone(bpt: Path, predictor: Predictor) -> None:
+    export = predictor.tasks["mood"]
+    old = dataclasses.replace(export, name="old", task=export.task.model_copy(update={"labels": None}))
+    answer, other = Predictor(predictor.backbone, [export, old]).predict(
+        [{"task": name, "sentence": "a cat"} for name in ("mood", "old")]
+    )
+    assert (answer.prediction, answer.probabilities) == (other.prediction, other.probabilities)
+    assert answer.label in (0, 1)
+    assert other.label is None
+
+
 @pytest.mark.parametrize(
     ("method", "sections"),
     [

@@ -41,7 +41,7 @@ def test_a_row_is_plausible_and_has_a_source(name: str) -> None:
     if row.bf16 is not None and row.tf32 is not None:
         assert row.fp32 < row.tf32 < row.bf16
         assert row.bf16 / row.tf32 == pytest.approx(2, rel=0.02)  # of every one of them the tensor cores are twice as fast in bf16
-    assert published(row.title) is row or name in ("h100", "a100", "a100-40gb")
+    assert published(row.title) is row or name in ("h100", "a100", "a100-pcie", "a100-40gb")
     assert published(f"NVIDIA {row.words.replace(' ', '-')}") is row
 
 
@@ -50,6 +50,7 @@ def test_a_row_is_plausible_and_has_a_source(name: str) -> None:
     [
         ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 NVL", "h100-nvl"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"), ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
         ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"),
         ("Tesla T4", "t4"), ("Tesla V100-SXM2-32GB", "v100"), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090", None),
     ],
@@ -77,7 +78,8 @@ def test_a_large_model_is_planned_for_another_device_in_seconds(capsys: pytest.C
 def test_a_device_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-c", LARGE, "--device", "h20"]) == 2
     assert capsys.readouterr().err == (
-        "--device h20: is not known; choose one of cpu, h200, h100-pcie, h100-nvl, h100, a100-40gb, a100, l40s, l4, a10, v100, t4; "
+        "--device h20: is not known; choose one of cpu, h200, h100-pcie, h100-nvl, h100, a100-40gb, a100-pcie, a100, l40s, l4, "
+        "a10, v100, t4; "
         "did you mean h200?\n"
     )
 

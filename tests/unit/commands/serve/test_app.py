@@ -61,6 +61,7 @@ def test_a_row_and_a_list_are_answered_as_by_predict(world: Path, run: Path, pre
         (alone, bad, unknown, other) = (client.predict(one) for one in (row(id="a"), row(sentence=3, id=7), row(task="x"), 5))
     assert (found.status, found.headers["content-type"]) == (200, "application/json")
     exported.assert_equal(found.value[:6], exported.predictions(run, "mood"))
+    assert [one["label"] for one in found.value[:6]] == [["good", "not good"].index(one["prediction"]) for one in found.value[:6]]
     exported.assert_equal(found.value[6:], exported.predictions(run, "count"))
     (expected,) = predictor.predict([row(id="a")])
     assert {**alone.value, "probabilities": None} == {**expected.as_json(), "probabilities": None}
@@ -91,7 +92,7 @@ def test_tasks_health_and_metrics(predictor: Predictor) -> None:
         assert [one["name"] for one in listed] == ["count", "mood"]
         assert client.ask("GET", "/tasks/mood").value == listed[1]
         assert listed[1] == {"name": "mood", "kind": "classification", "fields": ["sentence"], "label_words": ["good", "not good"],
-                             "decode": "rank", "predict": "map", "max_source_length": 256}  # fmt: skip
+                             "labels": [0, 1], "decode": "rank", "predict": "map", "max_source_length": 256}  # fmt: skip
         assert client.ask("GET", "/tasks/none").status == 404
         assert client.ask("GET", "/health").value == {"status": "ok", "tasks": 2, "waiting": 0}
         client.predict([row(), row()])
@@ -118,7 +119,7 @@ def test_openapi_describes_every_route(predictor: Predictor) -> None:
     responses = found["paths"]["/predict"]["post"]["responses"]
     assert {"200", "400", "401", "404", "408", "413", "415", "422", "429"} <= set(responses)
     answer = found["components"]["schemas"]["AnswerEntry"]["properties"]
-    assert set(answer) == {"id", "task", "prediction", "probabilities", "agreement", "truncated", "error"}
+    assert set(answer) == {"id", "task", "prediction", "label", "probabilities", "agreement", "truncated", "error"}
     assert (missing.status, missing.value["error"]["kind"]) == (404, "route")
 
 
