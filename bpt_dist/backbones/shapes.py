@@ -19,6 +19,7 @@ from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.distributed.hub import REMEDY, reach_hub
 from bpt_dist.errors import ConfigError
 
+KEPT_WHOLE = 1000  # numbers of a tensor; ZeRO keeps smaller ones whole: `stage3_param_persistence_threshold` of our settings
 Counted = tuple[int, int, int]  # FLOPs forward and backward, bytes kept
 
 
@@ -46,6 +47,7 @@ class ModelShape(ABC):
     config: Any
     dtype: str = "fp32"
     noun: ClassVar[str] = "backbone"  # what a plan calls such a model
+    lookups: ClassVar[int] = 1  # of word embeddings in a pass
 
     @property
     @abstractmethod
@@ -80,9 +82,35 @@ class ModelShape(ABC):
     @property
     def gathered_bytes(self) -> int:
         """Bytes a partitioned model has gathered at once: the word embeddings, or two blocks, which may overlap."""
-        table = self.config.vocab_size * self.feed_forward[0] * self.item_bytes
-        blocks = (self.weight_bytes - table) // sum(self.num_blocks)
-        return max(2 * blocks, table)
+        blocks = (self.weight_bytes - self.table_bytes) // sum(self.num_blocks)
+        return max(2 * blocks, self.table_bytes)
+
+    @property
+    @abstractmethod
+    def is_tied(self) -> bool:
+        """Whether the head is the table of word embeddings."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the word embeddings."""
+        return int(self.config.vocab_size) * self.feed_forward[0] * self.item_bytes
+
+    def gathered_in_a_pass(self, shard: str, forwards: int) -> int:
+        """Return the bytes that a partitioned model makes whole in so many passes forward and one backward."""
+        times = forwards + 1
+        if shard == "fsdp2":
+            return times * self.weight_bytes
+        only_looked_up = 0 if self.is_tied else self.table_bytes
+        return times * (self.weight_bytes - only_looked_up - self._kept_whole) + self.lookups * forwards * self.table_bytes
+
+    @cached_property
+    def _kept_whole(self) -> int:
+        """Bytes of the tensors that ZeRO does not partition."""
+        return self.item_bytes * sum(weight.numel() for weight in self.model().parameters() if weight.numel() <= KEPT_WHOLE)
+
+    @abstractmethod
+    def model(self) -> Any:
+        """Return the model on the meta device."""
 
     @abstractmethod
     def backbone(self) -> Backbone:

@@ -17,6 +17,7 @@ from bpt_dist import config as configuration
 from bpt_dist.backbones.loading import shape_of
 from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.output import size
+from bpt_dist.commands.plan.collectives import num_sharers
 from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, named_device, probe, processes_here
 from bpt_dist.commands.plan.stages import PlannedWorld, StagePlan, stage_plan
 from bpt_dist.config import RunConfig, StageConfig
@@ -150,10 +151,11 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
     path = mini.backbone_path(settings.path)
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
     here = ranks_here or processes_here(world_size, device)
-    stages = _stages(config, PlannedWorld(0, world_size), shape)
+    hosts = tuple(str(rank // here) for rank in range(world_size))
+    stages = _stages(config, PlannedWorld(0, world_size, hosts=hosts), shape)
     sizes = (*shape.feed_forward, settings.dtype, here)
     disk = disk_of(stages)
-    sharers = {"none": 1}.get(config.distribution.shard, here if config.distribution.scope == "node" else world_size)
+    sharers = num_sharers(config, world_size, here)
     plan = Plan(
         name=config.name,
         method=config.method.name,

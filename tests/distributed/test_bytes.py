@@ -1,0 +1,117 @@
+"""The bytes of a step: as `bpt-dist plan` states them and as the collectives of a training move them, on 2 ranks."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny_run
+import tiny_t5
+
+from bpt_dist.commands.plan.estimate import estimate
+from bpt_dist.config import RunConfig
+from bpt_dist.distributed.mesh import World
+from bpt_dist.distributed.traffic import WEIGHTS, Traffic
+from bpt_dist.training.stage import TrainingStage
+
+SHARDS = ("deepspeed", "fsdp2")
+FAMILIES: dict[str, dict[str, Any]] = {"1.0": {}, "1.1": {"gated": True, "tied": False}, "mt5": {"mt5": True, "tied": False}}
+MINI = "mini"
+STEPS = 6
+# What the plan calls what functions of ours send.
+PLANNED = {
+    "gather_rows": "all-gather of flags and losses",
+    "start_gather_particles": "all-gather of particles and of scores",
+    "sum_over_data_": "all-reduce of gradients over data",
+    "gather_over_data": "all-gather of gradients over data, pass by pass",
+    WEIGHTS: "all-gather of T5 blocks, forward and backward",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_imported() -> None:
+    """Once, before the ranks are forked."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bytes")
+    found = {"1.0": tiny_run.world(root / "1.0", width=64)}
+    for name in ("1.1", "mt5"):
+        found[name] = tiny_run.world(root / name, width=64)
+        tiny_t5.make(root / name / "t5", width=64, **FAMILIES[name])
+    return found | {MINI: root / "1.0"}
+
+
+def configured(folders: dict[str, Path], output: Path, backbone: str, **sections: Any) -> RunConfig:
+    every = {"steps": STEPS, "log_every": 100, "checkpoint_every": 100}
+    plain = tiny_run.settings(folders[backbone], {"name": "bpt", "num_particles": 2}, output=str(output / "runs"))
+    plain["source"] |= {**every, "batch_size": 2}
+    plain["target"] |= {**every, "batch_size": 4, "eval_every": None}
+    plain["data"]["target_tasks"] = ["mood"]
+    if backbone == MINI:
+        plain["backbone"]["path"] = MINI
+        plain["data"] = {"source_tasks": ["mini_agreement", "mini_review"], "target_tasks": ["mini_review"], "max_eval_rows": 6}
+    for section, values in sections.items():
+        plain[section] = {**plain.get(section, {}), **values}
+    return tiny_run.load(output, plain)
+
+
+def counted(world: World, config: RunConfig) -> dict[str, list[Counter[str]]]:
+    """Train, and return the bytes of each step of each stage, from one agreement on losses to the next."""
+    marks: list[tuple[str, Counter[str]]] = []
+    agree = TrainingStage.agree
+
+    def marked(stage: TrainingStage, *arguments: Any) -> Any:
+        marks.append((stage.name, Counter(traffic.bytes)))
+        return agree(stage, *arguments)
+
+    TrainingStage.agree = marked  # type: ignore[method-assign]
+    with Traffic() as traffic:
+        tiny_run.trained(config, world)
+    found: dict[str, list[Counter[str]]] = {}
+    for (name, before), (following, after) in zip(marks, marks[1:], strict=False):
+        if name == following:
+            found.setdefault(name, []).append(after - before)
+    return found
+
+
+def assert_as_planned(config: RunConfig, size: int = 2) -> None:
+    """Assert it for the steps that record nothing and that ZeRO knows the order of: from the fourth on."""
+    planned = {stage.name: {each.name: each.bytes for each in stage.collectives} for stage in estimate(config, size).stages}
+    for rank in ranks.run(counted, size, config):
+        assert rank.keys() == planned.keys()
+        for stage, steps in rank.items():
+            for step in steps[3:]:
+                found = {PLANNED[purpose]: number for purpose, number in step.items()}
+                assert found == pytest.approx(planned[stage], rel=0.02), stage
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize(
+    ("backbone", "recomputed"), [(MINI, False), (MINI, True), ("1.0", True), ("1.1", False), ("1.1", True), ("mt5", False)]
+)
+def test_a_step_moves_the_bytes_of_the_plan(
+    backbone: str, shard: str, recomputed: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"shard": shard, "activation_checkpointing": recomputed}
+    assert_as_planned(configured(folders, tmp_path, backbone, distribution=options))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"distribution": {"shard": "fsdp2", "exact": True}},
+        {"source": {"pass_size": 2}, "distribution": {"shard": "deepspeed", "mesh": {"particle": 1, "data": 2}}},
+        {"source": {"shared_texts": False}, "distribution": {"shard": "deepspeed"}},
+        {"distribution": {"mesh": {"particle": 1, "data": 2}}},
+    ],
+)
+def test_so_do_steps_of_other_passes(sections: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    assert_as_planned(configured(folders, tmp_path, "1.0", **sections))
