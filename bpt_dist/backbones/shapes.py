@@ -96,12 +96,13 @@ class ModelShape(ABC):
         return int(self.config.vocab_size) * self.feed_forward[0] * self.item_bytes
 
     def gathered_in_a_pass(self, shard: str, forwards: int) -> int:
-        """Return the bytes that a partitioned model makes whole in so many passes forward and one backward."""
-        times = forwards + 1
-        if shard == "fsdp2":
-            return times * self.weight_bytes
+        """Return the bytes that a partitioned model makes whole in so many passes forward and one backward.
+
+        Of word embeddings that are not the head, only rows are sent.
+        """
         only_looked_up = 0 if self.is_tied else self.table_bytes
-        return times * (self.weight_bytes - only_looked_up - self._kept_whole) + self.lookups * forwards * self.table_bytes
+        kept_whole = self._kept_whole if shard == "deepspeed" else 0
+        return (forwards + 1) * (self.weight_bytes - only_looked_up - kept_whole)
 
     @cached_property
     def _kept_whole(self) -> int:

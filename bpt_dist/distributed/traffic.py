@@ -42,21 +42,20 @@ class Traffic(TorchDispatchMode):
 
 def _received(name: str, args: Sequence[Any]) -> int | None:
     """Return the bytes that a collective brings this rank, by its signature in torch's C++; None for what moves no tensors."""
-    if name in ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_", "gather_"):
-        return max(0, _bytes(args[0]) - _bytes(args[1]))  # of a gather only the root receives
-    if name in ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"):
-        return _bytes(args[1]) - _bytes(args[0])
     group = next((found for found in map(_group, args) if found is not None), None)
     if group is None or name == "barrier":
         return None
-    if name == "alltoall_base_":
-        own = args[3][group.rank()] / sum(args[3]) if args[3] else 1 / group.size()
-        return round(_bytes(args[0]) * (1 - own))
-    if name in ("allreduce_", "allreduce_coalesced_"):
-        return round(2 * _bytes(args[0]) * (group.size() - 1) / group.size())
+    first, others = _bytes(args[0]), (group.size() - 1) / group.size()
+    if name in ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_", "gather_"):
+        return max(0, first - _bytes(args[1]))  # of a gather only the root receives
+    if name in ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"):
+        return _bytes(args[1]) - first
     if name == "broadcast_":
-        return _bytes(args[0]) if args[2] != group.rank() else 0
-    return None
+        return first if args[2] != group.rank() else 0
+    if name == "alltoall_base_":
+        splits = args[3] or [1] * group.size()
+        return round(first * (1 - splits[group.rank()] / max(1, sum(splits))))
+    return round(2 * first * others)  # of an all-reduce
 
 
 def _group(value: Any) -> Any:

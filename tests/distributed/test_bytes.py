@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,11 +12,16 @@ import pytest
 import ranks
 import tiny_run
 import tiny_t5
+import torch
 
+from bpt_dist.backbones.t5.shapes import shape_of
+from bpt_dist.commands.plan.collectives import ROWS
 from bpt_dist.commands.plan.estimate import estimate
 from bpt_dist.config import RunConfig
+from bpt_dist.distributed import device
 from bpt_dist.distributed.mesh import World
 from bpt_dist.distributed.traffic import WEIGHTS, Traffic
+from bpt_dist.training.sharding import passes
 from bpt_dist.training.stage import TrainingStage
 
 SHARDS = ("deepspeed", "fsdp2")
@@ -28,6 +34,7 @@ PLANNED = {
     "start_gather_particles": "all-gather of particles and of scores",
     "sum_over_data_": "all-reduce of gradients over data",
     "gather_over_data": "all-gather of gradients over data, pass by pass",
+    "look_up": ROWS,
     WEIGHTS: "all-gather of T5 blocks, forward and backward",
 }
 
@@ -76,7 +83,7 @@ def counted(world: World, config: RunConfig) -> dict[str, list[Counter[str]]]:
     with Traffic() as traffic:
         tiny_run.trained(config, world)
     found: dict[str, list[Counter[str]]] = {}
-    for (name, before), (following, after) in zip(marks, marks[1:], strict=False):
+    for (name, before), (following, after) in itertools.pairwise(marks):
         if name == following:
             found.setdefault(name, []).append(after - before)
     return found
@@ -90,7 +97,9 @@ def assert_as_planned(config: RunConfig, size: int = 2) -> None:
         for stage, steps in rank.items():
             for step in steps[3:]:
                 found = {PLANNED[purpose]: number for purpose, number in step.items()}
-                assert found == pytest.approx(planned[stage], rel=0.02), stage
+                # The plan does not know which words come again.
+                assert 0 <= found.pop(ROWS, 0) <= planned[stage].get(ROWS, 0)
+                assert found == pytest.approx({k: v for k, v in planned[stage].items() if k != ROWS}, rel=0.02), stage
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -115,3 +124,32 @@ def test_a_step_moves_the_bytes_of_the_plan(
 )
 def test_so_do_steps_of_other_passes(sections: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
     assert_as_planned(configured(folders, tmp_path, "1.0", **sections))
+
+
+def test_passes_are_as_large_as_the_memory_allows(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sequences fit where a rank has eight: the same particles, in as many passes and with as many bytes as planned."""
+    sections: dict[str, Any] = {
+        "data": {"max_source_length": 8},
+        "distribution": {"shard": "deepspeed", "mesh": {"particle": 1, "data": 2}},
+    }
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, cut = (configured(folders, tmp_path / name, "1.0", **sections) for name in ("whole", "cut"))
+    ranks.run(counted, 2, whole)
+    planned = estimate(whole, 2).stages[0]
+    shape = shape_of(whole.backbone.path)
+    monkeypatch.setattr(passes, "SHARE", 0.02)  # the rest is enough for an evaluation
+    free = 3.5 * shape.row_cost(3, 8, 3).activation_bytes / passes.SHARE
+    memory = passes.RUNTIME_BYTES + shape.weight_bytes // 2 + shape.gathered_bytes + free
+    (tmp_path / "memory.max").write_text(f"{int(2 * memory)}\n")
+    monkeypatch.setattr(device, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert_as_planned(cut)
+    smaller = estimate(cut, 2).stages[0]
+    assert (planned.passes_per_step, planned.rows_at_once) == (1, 4)
+    assert (smaller.passes_per_step, smaller.rows_at_once) == (2, 2)
+    states = [tiny_run.newest_states(config) for config in (whole, cut)]
+    for stage, tensors in states[0].items():
+        for name, tensor in tensors.items():
+            assert torch.allclose(states[1][stage][name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max())), name

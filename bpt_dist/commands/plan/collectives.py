@@ -13,8 +13,10 @@ from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.exchange import slices
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method
+from bpt_dist.training.sharding.passes import num_sharers
 
 WORD = 8  # bytes of the float64 numbers that ranks agree on
+ROWS = "all-to-all of rows of word embeddings, at most"
 LOSS = 4  # bytes of a loss that travels with a gradient
 
 
@@ -56,9 +58,16 @@ def trained_bytes(method: Method, mesh: Mesh, particles: int | None = None) -> i
 
 
 def collectives(
-    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: RunConfig, shape: ModelShape
+    method: Method,
+    mesh: Mesh,
+    num_tasks: int,
+    copies: int,
+    num_passes: int,
+    num_looked_up: int,
+    config: RunConfig,
+    shape: ModelShape,
 ) -> list[Collective]:
-    """Return what the ranks send one another in every step."""
+    """Return what the ranks send one another in every step; a rank looks up the word embeddings of so many tokens in its passes."""
     size = mesh.world.size
     if size == 1:
         return []
@@ -76,19 +85,23 @@ def collectives(
         found.append(Collective("all-reduce of gradients over data", 1, round(2 * summed * _others(mesh.data.size))))
     if mesh.particle.size > 1:
         found += _exchange(method, mesh, copies, getattr(config.method, "scope", "prompt"))
-    sharers = num_sharers(config, size, mesh.world.hosts.count(mesh.world.hosts[0]))
+    sharers = num_sharers(config, mesh.world.hosts, size)
     if sharers > 1:
         forwards = 1 + method.extra_forwards
         whole = num_passes * shape.gathered_in_a_pass(config.distribution.shard, forwards)
         calls = num_passes * (forwards + 1) * sum(shape.num_blocks)
         found.append(Collective(f"all-gather of {shape.noun} blocks, forward and backward", calls, round(whole * _others(sharers))))
+        if not config.method.TRAINS_BACKBONE:
+            times = num_passes * forwards * shape.lookups
+            found.append(Collective(ROWS, 3 * times, _bytes_of_rows(shape, num_looked_up * forwards, times, sharers)))
     return found
 
 
-def num_sharers(config: RunConfig, world_size: int, ranks_here: int) -> int:
-    """Return how many ranks hold one backbone between them, of which `ranks_here` share a host."""
-    distribution = config.distribution
-    return {"none": 1}.get(distribution.shard, ranks_here if distribution.scope == "node" else world_size)
+def _bytes_of_rows(shape: ModelShape, num_tokens: int, times: int, sharers: int) -> int:
+    """Return the most that a rank receives for `num_tokens` that it looks up at so many `times`: rows, and what others ask for."""
+    # Padding is looked up, too.
+    num_rows = min(num_tokens + times, times * shape.config.vocab_size)
+    return num_rows * (shape.feed_forward[0] * shape.item_bytes + WORD) + times * (sharers - 1) * WORD
 
 
 def _others(size: int) -> float:

@@ -22,6 +22,7 @@ from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
 from bpt_dist.training.optimizer import OPTIMIZERS
+from bpt_dist.training.sharding.passes import num_sharers, sequences_that_fit
 from bpt_dist.training.sharding.placement import padding_reason
 from bpt_dist.training.start import MOST_ROWS
 
@@ -81,13 +82,15 @@ def stage_plan(
     mesh: Mesh,
     specs: Sequence[TaskSpec],
     shape: ModelShape,
+    memory: int,
     *,
     evaluated: bool = True,
     carried: Mapping[str, Tensor] | None = None,
 ) -> StagePlan:
     """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would.
 
-    A prelude is not `evaluated`. `carried` is what the source stage has handed over to a target.
+    `memory` is that of a process, in bytes. A prelude is not `evaluated`. `carried` is what the source stage has handed over to a
+    target.
     """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStageConfig) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
@@ -112,11 +115,16 @@ def stage_plan(
         else (0, 0)
     )
     longest = max(positions + sum(lengths(spec, config)) for spec in specs)
+    settings = settings.model_copy(
+        update={"pass_size": pass_size(config, settings, mesh, specs, shape, memory, positions, sharing * texts)}
+    )
     work = work_of_a_rank(config, settings, own, texts, mesh.data.size, longest)
     # Each text may have a prompt of its own at most.
     num_read = min(mesh.world.size * work.prompts * num_prompts, copies * texts)
     of_prompts = num_read * (prompt.flops + method.extra_forwards * prompt.forward_flops)
     flops_of_texts = copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)
+    # Texts are read by all prompts of a pass at once.
+    looked_up = -(-work.rows // max(1, work.prompts_at_once)) * (longest - positions)
     prompts_at_once = min(work.prompts_at_once * num_prompts, work.rows_at_once)
     return StagePlan(
         name=name,
@@ -140,12 +148,32 @@ def stage_plan(
         checkpoints=math.ceil(settings.steps / settings.checkpoint_every),
         left_bytes=left_behind(method, settings, whole, carried) if evaluated else 0,
         evaluation_bytes=predicting_bytes(config, method, shape, specs, positions, copies, mesh) if keeps_best else 0,
-        collectives=tuple(collectives(method, mesh, len(specs), copies, work.passes, config, shape)) if settings.steps else (),
+        collectives=tuple(collectives(method, mesh, len(specs), copies, work.passes, looked_up, config, shape))
+        if settings.steps
+        else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
         **comparison_work(config, settings, method, mesh, [lengths(spec, config) for spec in specs], shape, positions),
         warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
     )
+
+
+def pass_size(
+    config: RunConfig,
+    settings: StageConfig,
+    mesh: Mesh,
+    specs: Sequence[TaskSpec],
+    shape: ModelShape,
+    memory: int,
+    num_prompt: int,
+    most: int,
+) -> int | None:
+    """Return the `pass_size` of a stage: what is set, or what fits into the memory where the backbone is partitioned."""
+    if settings.pass_size is not None or config.distribution.shard == "none":
+        return settings.pass_size
+    sources, targets = zip(*(lengths(spec, config) for spec in specs), strict=True)
+    sharers = num_sharers(config, mesh.world.hosts, mesh.world.size)
+    return sequences_that_fit(config, shape, memory, sharers, (num_prompt, max(sources), max(targets)), most)
 
 
 def costs_of(

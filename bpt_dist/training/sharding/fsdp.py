@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import DistributionConfig, StageConfig
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.rows import send_rows, tables
 
 
-def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, world: World, group: Any) -> None:
-    """Partition the backbone over `group` (None: all ranks); collective over the group."""
+def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, world: World, group: Any, *, trained: bool) -> None:
+    """Partition the backbone over `group` (None: all ranks); collective over the group.
+
+    Of a backbone that will not be `trained` the head is gathered by itself, and of the word embeddings the rows that are looked up.
+    """
     # A T5 block returns the position biases as a view, which nothing changes in place.
     warnings.filterwarnings("ignore", category=UserWarning, message="FSDP2-wrapped module .* returned a view tensor")
     kind = world.device.type
@@ -32,14 +36,36 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in backbone.blocks:
         fully_shard(block, mesh=ranks, offload_policy=policy, mp_policy=precision)
+    others = set()
+    if not trained:
+        head, looked_up = backbone.model.get_output_embeddings(), tables(backbone)
+        is_tied = head.weight is looked_up[0].weight
+        fully_shard(head, mesh=ranks, offload_policy=policy, mp_policy=precision)
+        # FSDP2 would gather a table of its own with the rest.
+        table = head.weight if is_tied else _cut_rows(looked_up[0].weight, ranks)
+        for module in looked_up:
+            module.weight = table
+        send_rows(looked_up, ranks.get_group())
+        others.add(table)
     # By default the root stays gathered between forward and backward.
-    fully_shard(backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision)
+    fully_shard(
+        backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision, ignored_params=others
+    )
     for module in backbone.core.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over texts, wherever they are, and gloo knows no mean.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     backbone.partition = FsdpPartition()
+
+
+def _cut_rows(weight: Tensor, ranks: DeviceMesh) -> nn.Parameter:
+    """Return a weight in parts as FSDP2 cuts it; every rank has the same one, so nothing is sent."""
+    part = distribute_tensor(weight.detach().to(ranks.device_type), ranks, [Shard(0)], src_data_rank=None)
+    local = part.to_local().clone()  # not a view of the whole
+    return nn.Parameter(
+        DTensor.from_local(local, ranks, [Shard(0)], shape=weight.shape, stride=weight.stride()), requires_grad=False
+    )
 
 
 @dataclass

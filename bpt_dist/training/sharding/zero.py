@@ -19,6 +19,7 @@ from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.rows import send_rows, tables
 
 ZERO_STAGE = 3
 # The leanest settings: T5-large has fewer parameters than the default of `stage3_max_live_parameters` (1e9), so with the defaults
@@ -75,7 +76,11 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
     set_z3_leaf_modules(backbone.core, [backbone.block_class])
     partition.engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
     backbone.call = partition.engine.module
-    # Registered after the hooks of ZeRO, which would otherwise gather the table for a gradient it does not need.
+    for table in (looked_up := tables(backbone)):
+        # The hooks of ZeRO, which would make the table whole.
+        table._forward_pre_hooks.clear()
+        table._forward_hooks.clear()
+    send_rows(looked_up, group)
     backbone.word_embeddings.register_forward_hook(_require_grad)
 
 

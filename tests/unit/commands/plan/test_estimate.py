@@ -19,11 +19,11 @@ from bpt_dist.backbones import loading
 from bpt_dist.backbones.t5.shapes import ShapeBackbone, shape_of
 from bpt_dist.commands.main import main
 from bpt_dist.commands.output import duration, size
-from bpt_dist.commands.plan import device
 from bpt_dist.commands.plan.estimate import Plan, estimate, plans
 from bpt_dist.commands.plan.stages import PlannedWorld, num_optimizer_states
 from bpt_dist.commands.plan.text import plan
 from bpt_dist.data.batches import Batch
+from bpt_dist.distributed import device as distributed_device
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods import base as methods
@@ -303,7 +303,7 @@ def test_the_price_of_exact_is_that_of_its_passes(world, tmp_path):
 def test_too_little_memory_is_refused_with_the_largest_parts(world, tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     limit.write_text(f"{700 << 20}\n")
-    monkeypatch.setattr(device, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(distributed_device, "CGROUP_LIMIT", limit)
     config = settings_of(world, tmp_path, {"name": "bpt"})
     assert estimate(config, 1).device.memory == 700 << 20
     with pytest.raises(ConfigError, match=r"needs .* MiB and has 350 MiB .*, 2 on this machine\)"):
