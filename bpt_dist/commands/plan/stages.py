@@ -125,6 +125,7 @@ def stage_plan(
     flops_of_texts = copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)
     # Texts are read by all prompts of a pass at once.
     looked_up = -(-work.rows // max(1, work.prompts_at_once)) * (longest - positions)
+    sent = collectives(method, mesh, len(specs), copies, work.passes, looked_up, config, shape)
     prompts_at_once = min(work.prompts_at_once * num_prompts, work.rows_at_once)
     return StagePlan(
         name=name,

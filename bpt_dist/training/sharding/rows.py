@@ -73,7 +73,7 @@ def tables(backbone: Backbone) -> list[nn.Embedding]:
 
 
 def send_rows(modules: list[nn.Embedding], ranks: Any) -> None:
-    """Let modules of a partitioned table send rows. Their class is changed, so that what a family adds, such as a scale, remains."""
+    """Let modules of a partitioned table send rows. Their class is changed, and what a family adds, such as a scale, remains."""
     for module in modules:
         kind = type(module)
         module.__class__ = SharedTable if kind is nn.Embedding else type(kind.__name__, (kind, SharedTable), {})
