@@ -101,8 +101,13 @@ class ModelShape(ABC):
         Of word embeddings that are not the head, only rows are sent.
         """
         only_looked_up = 0 if self.is_tied else self.table_bytes
-        kept_whole = self._kept_whole if shard == "deepspeed" else 0
-        return (forwards + 1) * (self.weight_bytes - only_looked_up - kept_whole)
+        gathered = self.weight_bytes - only_looked_up
+        if shard != "deepspeed":
+            return (forwards + 1) * gathered
+        # The head, and the last block where there is room for more, are prefetched for the backward pass before they are released.
+        blocks = [sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE) for block in self.backbone().blocks]
+        again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * max(blocks) else 0)
+        return (forwards + 1) * (gathered - self._kept_whole) - again
 
     @cached_property
     def _kept_whole(self) -> int:

@@ -149,9 +149,7 @@ def stage_plan(
         checkpoints=math.ceil(settings.steps / settings.checkpoint_every),
         left_bytes=left_behind(method, settings, whole, carried) if evaluated else 0,
         evaluation_bytes=predicting_bytes(config, method, shape, specs, positions, copies, mesh) if keeps_best else 0,
-        collectives=tuple(collectives(method, mesh, len(specs), copies, work.passes, looked_up, config, shape))
-        if settings.steps
-        else (),
+        collectives=tuple(sent) if settings.steps else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
         **comparison_work(config, settings, method, mesh, [lengths(spec, config) for spec in specs], shape, positions),

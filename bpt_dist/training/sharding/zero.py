@@ -59,6 +59,8 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
     """
     given = distribution.zero_config
     settings = ZERO_INFERENCE if given is None else read_zero_config(given)
+    if given is None and not trained:
+        settings = {"zero_optimization": settings["zero_optimization"] | prefetch_of(backbone)}
     config = _completed(settings, distribution, is_bf16=backbone.dtype == torch.bfloat16, trained=trained)
     deepspeed = import_deepspeed()
     if given is not None:
@@ -75,13 +77,24 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
 
     set_z3_leaf_modules(backbone.core, [backbone.block_class])
     partition.engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
-    backbone.call = partition.engine.module
+    backbone.call = partition.call
     for table in (looked_up := tables(backbone)):
         # The hooks of ZeRO, which would make the table whole.
         table._forward_pre_hooks.clear()
         table._forward_hooks.clear()
     send_rows(looked_up, group)
     backbone.word_embeddings.register_forward_hook(_require_grad)
+
+
+def prefetch_of(backbone: Backbone) -> dict[str, int]:
+    """Return the settings by which ZeRO gathers the next block while one computes, and holds no more than these two.
+
+    It stops at the first tensor that exceeds its limits, which may be the head: that is gathered in front of the last block, and then
+    kept until its own backward pass, the next thing to happen.
+    """
+    least = ZERO_INFERENCE["zero_optimization"]["stage3_param_persistence_threshold"]
+    largest = max(sum(weight.numel() for weight in block.parameters() if weight.numel() > least) for block in backbone.blocks)
+    return {"stage3_prefetch_bucket_size": largest, "stage3_max_live_parameters": 2 * largest}
 
 
 def read_zero_config(path: Path) -> dict[str, Any]:
@@ -171,6 +184,13 @@ class ZeroPartition:
     backbone: Backbone
     config: dict[str, Any]
     engine: Any = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and leave nothing gathered for a backward pass that will not follow."""
+        found = self.engine.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.engine.optimizer.empty_partition_cache()
+        return found
 
     def make_optimizer(self, method: Method, stage: StageConfig) -> StageOptimizer:
         """Return the optimizer of a method that trains the backbone (collective: every rank)."""
