@@ -81,9 +81,9 @@ class ModelShape(ABC):
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes a partitioned model has gathered at once: the word embeddings, or two blocks, which may overlap."""
+        """Bytes a partitioned model has gathered at once, at most: two blocks, and a third or the head."""
         blocks = (self.weight_bytes - self.table_bytes) // sum(self.num_blocks)
-        return max(2 * blocks, self.table_bytes)
+        return 2 * blocks + max(blocks, self.table_bytes)
 
     @property
     @abstractmethod
@@ -104,8 +104,12 @@ class ModelShape(ABC):
         gathered = self.weight_bytes - only_looked_up
         if shard != "deepspeed":
             return (forwards + 1) * gathered
+
         # The head, and the last block where there is room for more, are prefetched for the backward pass before they are released.
-        blocks = [sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE) for block in self.backbone().blocks]
+        def numbers(block: nn.Module) -> int:
+            return sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE)
+
+        blocks = list(map(numbers, self.backbone().blocks))
         again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * max(blocks) else 0)
         return (forwards + 1) * (gathered - self._kept_whole) - again
 

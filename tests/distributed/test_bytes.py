@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +15,18 @@ import ranks
 import tiny_run
 import tiny_t5
 import torch
+from torch.distributed.fsdp import FSDPModule
 
+from bpt_dist.backbones.loading import load
+from bpt_dist.backbones.prompts import prepend
 from bpt_dist.backbones.t5.shapes import shape_of
 from bpt_dist.commands.plan.collectives import ROWS
 from bpt_dist.commands.plan.estimate import estimate
-from bpt_dist.config import RunConfig
+from bpt_dist.config import DistributionConfig, RunConfig
 from bpt_dist.distributed import device
 from bpt_dist.distributed.mesh import World
 from bpt_dist.distributed.traffic import WEIGHTS, Traffic
-from bpt_dist.training.sharding import passes
+from bpt_dist.training.sharding import passes, placement
 from bpt_dist.training.stage import TrainingStage
 
 SHARDS = ("deepspeed", "fsdp2")
@@ -153,3 +158,70 @@ def test_passes_are_as_large_as_the_memory_allows(
     for stage, tensors in states[0].items():
         for name, tensor in tensors.items():
             assert torch.allclose(states[1][stage][name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max())), name
+
+
+# --- the next block is gathered while one computes ------------------------------------------------------------------------------
+
+
+def gathered_numbers(backbone: Any) -> int:
+    """Return how many numbers of weights are whole on this rank or on their way, without those ZeRO keeps whole on purpose."""
+    total = 0
+    for weight in backbone.model.parameters():
+        if hasattr(weight, "ds_status"):
+            total += 0 if weight.ds_persist or weight.ds_status.name == "NOT_AVAILABLE" else weight.ds_numel
+    for module in backbone.core.modules():
+        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            if group._all_gather_result is not None or group.is_unsharded:
+                total += sum(each._orig_size.numel() for each in group.fsdp_params)
+    return total
+
+
+def one_pass(backbone: Any, *, learn: bool) -> None:
+    ids = torch.arange(3, 15)[None]
+    texts = SimpleNamespace(source_ids=ids, source_mask=torch.ones_like(ids), target_ids=ids[:, :3])
+    prompt = torch.zeros(1, 4, backbone.width, requires_grad=learn)
+    with torch.set_grad_enabled(learn):
+        found = backbone.log_likelihood(texts, partial(prepend, prompt), "token_mean").log_likelihood.sum()
+    if learn:
+        found.backward()
+
+
+def prefetching(world: World, folder: str, shard: Any, recomputed: bool) -> dict[str, Any]:
+    """Return the numbers gathered while each block and the head compute, forward and backward, and after passes of both kinds."""
+    backbone: Any = load(folder)
+    largest = max(sum(weight.numel() for weight in block.parameters()) for block in backbone.blocks)
+    placement.place(backbone, DistributionConfig(shard=shard, activation_checkpointing=recomputed), world)
+    backbone.use_packed_pass("sdpa")
+    forward: list[int] = []
+    backward: list[int] = []
+
+    def note_gradient(_module: Any, _args: Any, output: Any) -> None:
+        # The gradient has come: what is gathered now was gathered while the block behind computed.
+        if output.requires_grad:
+            output.register_hook(lambda _: backward.append(gathered_numbers(backbone)))
+
+    for module in (*backbone.blocks, backbone.model.lm_head):
+        module.register_forward_pre_hook(lambda *_: forward.append(gathered_numbers(backbone)))
+        module.register_forward_hook(note_gradient)
+    for _ in range(STEPS):
+        forward.clear()
+        backward.clear()
+        one_pass(backbone, learn=True)
+    left = [gathered_numbers(backbone)]
+    one_pass(backbone, learn=False)
+    left.append(gathered_numbers(backbone))
+    return {"largest": largest, "forward": forward[: len(backbone.blocks) + 1], "backward": backward, "left": left}
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_the_next_block_is_gathered_while_one_computes(shard: str, recomputed: bool, tmp_path: Path) -> None:
+    """And nothing is left after a step or after a pass that learns nothing."""
+    folder = str(tiny_t5.make(tmp_path, width=64, layers=3))
+    for rank in ranks.run(prefetching, 2, folder, shard, recomputed):
+        assert rank["left"] == [0, 0]
+        one = rank["largest"] // 2  # an encoder block has two thirds of a decoder block's weights
+        assert [number > one for number in rank["forward"]].count(True) >= 4, rank
+        # FSDP2 begins to gather a block for the backward pass a moment before it releases the last one.
+        assert max(rank["forward"] + rank["backward"]) <= (3 if shard == "fsdp2" else 2) * rank["largest"]
+        assert sum(number > 0 for number in rank["backward"]) >= 5, rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
             module.weight = table
         send_rows(looked_up, ranks.get_group())
         others.add(table)
+        _prefetch(backbone, head)
     # By default the root stays gathered between forward and backward.
     fully_shard(
         backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision, ignored_params=others
@@ -57,6 +59,19 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     backbone.partition = FsdpPartition()
+
+
+def _prefetch(backbone: Backbone, head: Any) -> None:
+    """Let the next block be gathered while one computes; FSDP2 does so by itself in the backward pass, where the order is known.
+
+    Not from one stack to the next: a pass may end with the encoder, and what is gathered then would stay.
+    """
+    blocks: list[Any] = backbone.blocks
+    ends = set(itertools.accumulate(backbone.num_blocks.values()))
+    for number, pair in enumerate(itertools.pairwise(blocks), 1):
+        if number not in ends:
+            pair[0].set_modules_to_forward_prefetch([pair[1]])
+    blocks[-1].set_modules_to_forward_prefetch([head])
 
 
 def _cut_rows(weight: Tensor, ranks: DeviceMesh) -> nn.Parameter:

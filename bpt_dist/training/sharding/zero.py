@@ -89,8 +89,7 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
 def prefetch_of(backbone: Backbone) -> dict[str, int]:
     """Return the settings by which ZeRO gathers the next block while one computes, and holds no more than these two.
 
-    It stops at the first tensor that exceeds its limits, which may be the head: that is gathered in front of the last block, and then
-    kept until its own backward pass, the next thing to happen.
+    The head is gathered while the last block computes, and kept until its own backward pass, which is the next thing to happen.
     """
     least = ZERO_INFERENCE["zero_optimization"]["stage3_param_persistence_threshold"]
     largest = max(sum(weight.numel() for weight in block.parameters() if weight.numel() > least) for block in backbone.blocks)
