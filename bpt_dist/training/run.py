@@ -193,11 +193,11 @@ class TrainingRun:
             self._memory = int(min(memory for (memory,) in world.gather_numbers([here])))
         settings, tasks = config.backbone, stage.batches.datasets
         shape = shape_of(mini.backbone_path(settings.path), revision=settings.revision, dtype=settings.dtype)
-        longest = [max(int(lengths_of(rows).max()) for rows in column)
-                   for column in ([task.source_ids for task in tasks], [task.target_ids for task in tasks])]  # fmt: skip
+        source, target = (max(int(lengths_of(rows).max()) for rows in column)
+                          for column in ([task.source_ids for task in tasks], [task.target_ids for task in tasks]))  # fmt: skip
         sharers = num_sharers(config, world.hosts, world.size)
         prompt = getattr(config.method, "length", 0)
-        fits = sequences_that_fit(config, shape, self._memory, sharers, (prompt, *longest), stage.most_sequences)
+        fits = sequences_that_fit(config, shape, self._memory, sharers, (prompt, source, target), stage.most_sequences)
         if fits is not None and world.rank == 0:
             log.info(
                 "%s: %d of %d sequences fit into a pass; every pass gathers the backbone", stage.name, fits, stage.most_sequences

@@ -84,7 +84,7 @@ def counted(world: World, config: RunConfig) -> dict[str, list[Counter[str]]]:
         marks.append((stage.name, Counter(traffic.bytes)))
         return agree(stage, *arguments)
 
-    TrainingStage.agree = marked  # type: ignore[method-assign]
+    TrainingStage.agree = marked  # type: ignore[method-assign, assignment]
     with Traffic() as traffic:
         tiny_run.trained(config, world)
     found: dict[str, list[Counter[str]]] = {}

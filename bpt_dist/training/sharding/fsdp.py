@@ -44,8 +44,8 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
         fully_shard(head, mesh=ranks, offload_policy=policy, mp_policy=precision)
         # FSDP2 would gather a table of its own with the rest.
         table = head.weight if is_tied else _cut_rows(looked_up[0].weight, ranks)
-        for module in looked_up:
-            module.weight = table
+        for each in looked_up:
+            each.weight = table
         send_rows(looked_up, ranks.get_group())
         others.add(table)
         _prefetch(backbone, head)

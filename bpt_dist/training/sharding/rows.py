@@ -19,7 +19,7 @@ class SharedTable(nn.Embedding):
     """
 
     ranks: Any
-    table: tuple[nn.Parameter]  # not read as `weight`, which makes ZeRO gather it
+    table: Any  # (weight,), which is not a parameter of the module; not read as `weight`, which makes ZeRO gather it
 
     def forward(self, input: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """Return rows of the table (collective: every rank, whatever its ids are)."""
@@ -77,4 +77,5 @@ def send_rows(modules: list[nn.Embedding], ranks: Any) -> None:
     for module in modules:
         kind = type(module)
         module.__class__ = SharedTable if kind is nn.Embedding else type(kind.__name__, (kind, SharedTable), {})
-        module.ranks, module.table = ranks, (module.weight,)
+        sharded: Any = module
+        sharded.ranks, sharded.table = ranks, (module.weight,)
