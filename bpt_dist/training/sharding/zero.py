@@ -186,6 +186,9 @@ class ZeroPartition:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and leave nothing gathered for a backward pass that will not follow."""
+        if not self.engine.optimizer.get_param_coordinator().is_complete_trace():
+            # What ZeRO releases after a module it remembers from another order of modules: passes with and without a gradient.
+            _clear_caches()
         found = self.engine.module(*args, **kwargs)
         if not torch.is_grad_enabled():
             self.engine.optimizer.empty_partition_cache()
@@ -349,9 +352,15 @@ def _forget(engine: Any) -> None:
 def _forget_globally(module: nn.Module) -> None:
     """Take a model out of DeepSpeed's stack of modules and caches of methods, which would keep it as long as the process lives."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
+    _clear_caches()
+
+
+def _clear_caches() -> None:
+    """Empty the caches of ZeRO's methods."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
     for method in vars(PartitionedParameterCoordinator).values():
         # Caches are inside wrappers; their keys hold the coordinator and sub-modules.
         for cell in getattr(method, "__closure__", None) or ():
