@@ -95,10 +95,10 @@ class ModelShape(ABC):
         """Bytes of the word embeddings."""
         return int(self.config.vocab_size) * self.feed_forward[0] * self.item_bytes
 
-    def gathered_in_a_pass(self, shard: str, forwards: int) -> int:
+    def gathered_in_a_pass(self, shard: str, forwards: int, *, prefetched: bool = True) -> int:
         """Return the bytes that a partitioned model makes whole in so many passes forward and one backward.
 
-        Of word embeddings that are not the head, only rows are sent.
+        Of word embeddings that are not the head, only rows are sent. `prefetched`: with our settings of ZeRO.
         """
         only_looked_up = 0 if self.is_tied else self.table_bytes
         gathered = self.weight_bytes - only_looked_up
@@ -111,7 +111,7 @@ class ModelShape(ABC):
 
         blocks = list(map(numbers, self.backbone().blocks))
         again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * max(blocks) else 0)
-        return (forwards + 1) * (gathered - self._kept_whole) - again
+        return (forwards + 1) * (gathered - self._kept_whole) - (again if prefetched else 0)
 
     @cached_property
     def _kept_whole(self) -> int:

@@ -88,7 +88,8 @@ def collectives(
     sharers = num_sharers(config, mesh.world.hosts, size)
     if sharers > 1:
         forwards = 1 + method.extra_forwards
-        whole = num_passes * shape.gathered_in_a_pass(config.distribution.shard, forwards)
+        shard, ours = config.distribution.shard, config.distribution.zero_config is None and not config.method.TRAINS_BACKBONE
+        whole = num_passes * shape.gathered_in_a_pass(shard, forwards, prefetched=ours)
         calls = num_passes * (forwards + 1) * sum(shape.num_blocks)
         found.append(Collective(f"all-gather of {shape.noun} blocks, forward and backward", calls, round(whole * _others(sharers))))
         if not config.method.TRAINS_BACKBONE:
