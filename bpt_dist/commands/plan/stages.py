@@ -89,8 +89,7 @@ def stage_plan(
 ) -> StagePlan:
     """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would.
 
-    `memory` is that of a process, in bytes. A prelude is not `evaluated`. `carried` is what the source stage has handed over to a
-    target.
+    `memory` is that of a process, in bytes. A prelude is not `evaluated`. `carried` is what a target gets of the source stage.
     """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStageConfig) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
@@ -123,7 +122,6 @@ def stage_plan(
     num_read = min(mesh.world.size * work.prompts * num_prompts, copies * texts)
     of_prompts = num_read * (prompt.flops + method.extra_forwards * prompt.forward_flops)
     flops_of_texts = copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)
-    # Texts are read by all prompts of a pass at once.
     looked_up = -(-work.rows // max(1, work.prompts_at_once)) * (longest - positions)
     sent = collectives(method, mesh, len(specs), copies, work.passes, looked_up, config, shape)
     prompts_at_once = min(work.prompts_at_once * num_prompts, work.rows_at_once)
