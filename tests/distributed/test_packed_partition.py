@@ -158,7 +158,15 @@ def cases(world: World, folders: list[str], shard: Any, recomputed: bool, longes
         placement.release(parts)
         blocks = max(sum(weight.nbytes for weight in block.parameters()) for block in whole.blocks)
         most = 2 * blocks + whole.model.lm_head.weight.nbytes if shard == "deepspeed" else 0
-        found.append({"expected_next": most, "errors": differences, "written": written[0] == written[1], "kept": kept, "gathered": [waiting, left]})
+        found.append(
+            {
+                "expected_next": most,
+                "errors": differences,
+                "written": written[0] == written[1],
+                "kept": kept,
+                "gathered": [waiting, left],
+            }
+        )
     return found
 
 
