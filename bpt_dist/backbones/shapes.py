@@ -110,7 +110,7 @@ class ModelShape(ABC):
             return sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE)
 
         blocks = list(map(numbers, self.backbone().blocks))
-        again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * max(blocks) else 0)
+        again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * min(blocks) else 0)
         return (forwards + 1) * (gathered - self._kept_whole) - (again if prefetched else 0)
 
     @cached_property

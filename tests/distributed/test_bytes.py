@@ -223,5 +223,5 @@ def test_the_next_block_is_gathered_while_one_computes(shard: str, recomputed: b
         one = rank["largest"] // 2  # an encoder block has two thirds of a decoder block's weights
         assert [number > one for number in rank["forward"]].count(True) >= 4, rank
         # FSDP2 begins to gather a block for the backward pass a moment before it releases the last one.
-        assert max(rank["forward"] + rank["backward"]) <= (3 if shard == "fsdp2" else 2) * rank["largest"]
+        assert max(rank["forward"] + rank["backward"]) <= (3 if shard == "fsdp2" else 2) * rank["largest"] + 128 * 64
         assert sum(number > 0 for number in rank["backward"]) >= 5, rank

@@ -87,13 +87,15 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
 
 
 def prefetch_of(backbone: Backbone) -> dict[str, int]:
-    """Return the settings by which ZeRO gathers the next block while one computes, and holds no more than these two.
+    """Return the settings by which ZeRO gathers the next block while one computes, and holds no more than two blocks and the head.
 
-    The head is gathered while the last block computes, and kept until its own backward pass, which is the next thing to happen.
+    As many numbers as the smallest block has: with more ZeRO would be further ahead after every block. The head is gathered while
+    the last block computes, and kept until its own backward pass, which is the next thing to happen.
     """
     least = ZERO_INFERENCE["zero_optimization"]["stage3_param_persistence_threshold"]
-    largest = max(sum(weight.numel() for weight in block.parameters() if weight.numel() > least) for block in backbone.blocks)
-    return {"stage3_prefetch_bucket_size": largest, "stage3_max_live_parameters": 2 * largest}
+    blocks = [sum(weight.numel() for weight in block.parameters() if weight.numel() > least) for block in backbone.blocks]
+    head = backbone.model.get_output_embeddings().weight.numel()
+    return {"stage3_prefetch_bucket_size": min(blocks), "stage3_max_live_parameters": 2 * max(blocks) + head}
 
 
 def read_zero_config(path: Path) -> dict[str, Any]:
