@@ -1,4 +1,4 @@
-"""Count what the collectives of this process receive, whoever calls them: ours, DeepSpeed's and FSDP2's."""
+"""Count what the collectives of this process receive: ours, DeepSpeed's and FSDP2's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _bytes(value: Tensor | Iterable[Any]) -> int:
 
 
 def _purpose() -> str:
-    """Return on whose behalf the running collective was called."""
+    """Return the purpose of the running collective."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -75,7 +75,7 @@ def _prefetch(backbone: Backbone, head: Any) -> None:
 
 
 def _cut_rows(weight: Tensor, ranks: DeviceMesh) -> nn.Parameter:
-    """Return a weight in parts as FSDP2 cuts it; every rank has the same one, so nothing is sent."""
+    """Return a weight sharded as FSDP2 does it; every rank has the same one, so nothing is sent."""
     part = distribute_tensor(weight.detach().to(ranks.device_type), ranks, [Shard(0)], src_data_rank=None)
     local = part.to_local().clone()  # not a view of the whole
     return nn.Parameter(
