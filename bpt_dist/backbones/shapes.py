@@ -19,6 +19,7 @@ from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.distributed.hub import REMEDY, reach_hub
 from bpt_dist.errors import ConfigError
 
+KEPT_WHOLE = 1000  # numbers of a tensor; ZeRO keeps smaller ones whole: `stage3_param_persistence_threshold` of our settings
 Counted = tuple[int, int, int]  # FLOPs forward and backward, bytes kept
 
 
@@ -46,6 +47,7 @@ class ModelShape(ABC):
     config: Any
     dtype: str = "fp32"
     noun: ClassVar[str] = "backbone"  # what a plan calls such a model
+    lookups: ClassVar[int] = 1  # of word embeddings in a pass
 
     @property
     @abstractmethod
@@ -79,10 +81,46 @@ class ModelShape(ABC):
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes a partitioned model has gathered at once: the word embeddings, or two blocks, which may overlap."""
-        table = self.config.vocab_size * self.feed_forward[0] * self.item_bytes
-        blocks = (self.weight_bytes - table) // sum(self.num_blocks)
-        return max(2 * blocks, table)
+        """Bytes a partitioned model has gathered at once, at most: two blocks, and a third or the head."""
+        blocks = (self.weight_bytes - self.table_bytes) // sum(self.num_blocks)
+        return 2 * blocks + max(blocks, self.table_bytes)
+
+    @property
+    @abstractmethod
+    def is_tied(self) -> bool:
+        """Whether the head is the table of word embeddings."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the word embeddings."""
+        return int(self.config.vocab_size) * self.feed_forward[0] * self.item_bytes
+
+    def gathered_in_a_pass(self, shard: str, forwards: int, *, prefetched: bool = True) -> int:
+        """Return the bytes that a partitioned model makes whole in so many passes forward and one backward.
+
+        Of word embeddings that are not the head, only rows are sent. `prefetched`: with our settings of ZeRO.
+        """
+        only_looked_up = 0 if self.is_tied else self.table_bytes
+        gathered = self.weight_bytes - only_looked_up
+        if shard != "deepspeed":
+            return (forwards + 1) * gathered
+
+        # The head, and the last block where there is room for more, are prefetched for the backward pass before they are released.
+        def numbers(block: nn.Module) -> int:
+            return sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE)
+
+        blocks = list(map(numbers, self.backbone().blocks))
+        again = self.table_bytes + self.item_bytes * (blocks[-1] if self.table_bytes < self.item_bytes * min(blocks) else 0)
+        return (forwards + 1) * (gathered - self._kept_whole) - (again if prefetched else 0)
+
+    @cached_property
+    def _kept_whole(self) -> int:
+        """Bytes of the tensors that ZeRO does not partition."""
+        return self.item_bytes * sum(weight.numel() for weight in self.model().parameters() if weight.numel() <= KEPT_WHOLE)
+
+    @abstractmethod
+    def model(self) -> Any:
+        """Return the model on the meta device."""
 
     @abstractmethod
     def backbone(self) -> Backbone:

@@ -119,8 +119,8 @@ class StageConfig(Section):
     pass_size: int | None = Field(
         default=None,
         ge=1,
-        description="Sequences (particles x texts) in one pass through the backbone; null takes some thousand tokens, or all where "
-        "the backbone is partitioned. Changes memory and speed only.",
+        description="Sequences (particles x texts) in one pass through the backbone; null takes some thousand tokens, or all "
+        "that fit into the memory where the backbone is partitioned. Changes memory and speed only.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="A NaN or infinite loss or gradient ends the run; or the step is skipped, at most two in a row."

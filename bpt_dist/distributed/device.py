@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bpt_dist.errors import ConfigError
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class RankDevice(NamedTuple):
@@ -38,6 +41,21 @@ def own_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
+
+
+def process_memory(device: torch.device, ranks_here: int) -> int:
+    """Return the bytes for each of `ranks_here` processes of this machine: their share of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        sharing = -(-ranks_here // torch.cuda.device_count())
+        return int(torch.cuda.get_device_properties(device).total_memory) // sharing
+    return machine_memory() // ranks_here
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory this machine, or the container around us, has."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def describe(device: torch.device) -> RankDevice:

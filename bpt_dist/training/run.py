@@ -14,12 +14,15 @@ from bpt_dist.artifacts.hub import with_local_prompt
 from bpt_dist.artifacts.posterior import Posterior
 from bpt_dist.artifacts.results import Result
 from bpt_dist.backbones.base import Backbone
+from bpt_dist.backbones.loading import shape_of
 from bpt_dist.backbones.prompts import embedding_rms
 from bpt_dist.config import DataConfig, EvaluationConfig, RunConfig, StageConfig
 from bpt_dist.config.keys import relative_rates
 from bpt_dist.data.batches import Batches
+from bpt_dist.data.columns import lengths_of
 from bpt_dist.data.prepare import TaskData, data_of_run, prepare
 from bpt_dist.data.token_cache import StoredFile
+from bpt_dist.distributed.device import process_memory
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.distributed.patience import while_rank_0_works
 from bpt_dist.distributed.watchdog import Watchdog
@@ -31,9 +34,11 @@ from bpt_dist.storage.files import read_json, write_json_atomic
 from bpt_dist.storage.metrics_log import BEST_SCORE, MetricsLog, iter_records
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import with_snapshots
+from bpt_dist.tasks import mini
 from bpt_dist.training.evaluation import Evaluated, choose_particle, evaluate
 from bpt_dist.training.outputs import TargetOutputs, record_of
 from bpt_dist.training.positions import check_positions
+from bpt_dist.training.sharding.passes import num_sharers, sequences_that_fit
 from bpt_dist.training.stage import TrainingStage
 
 log = logging.getLogger(__name__)
@@ -58,6 +63,7 @@ class TrainingRun:
     planned_seconds: Callable[[str], float | None] = lambda _stage: None  # of a step of a stage, where somebody has a plan (rank 0)
     _data: dict[str, list[TaskData]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
+    _memory: int | None = None  # of the rank that has least, in bytes
 
     def __post_init__(self) -> None:
         config = self.config
@@ -171,11 +177,33 @@ class TrainingRun:
             on_validation=self.on_validation,
             planned_seconds=partial(self.planned_seconds, name),
         )  # fmt: skip
+        stage.fitting = self._fitting(stage)
         warning = stage.idle_warning
         if warning is not None and warning not in self._warned and self.world.rank == 0:
             log.warning("%s", warning)
             self._warned.add(warning)
         return stage
+
+    def _fitting(self, stage: TrainingStage) -> int | None:
+        """Return how many sequences of a stage fit into a pass where the backbone is partitioned; None where all do."""
+        config, world = self.config, self.world
+        if config.distribution.shard == "none" or config.distribution.exact or stage.settings.pass_size is not None:
+            return None
+        if self._memory is None:
+            here = process_memory(world.device, world.hosts.count(world.hosts[world.rank]))
+            self._memory = int(min(memory for (memory,) in world.gather_numbers([here])))
+        settings, tasks = config.backbone, stage.batches.datasets
+        shape = shape_of(mini.backbone_path(settings.path), revision=settings.revision, dtype=settings.dtype)
+        source, target = (max(int(lengths_of(rows).max()) for rows in column)
+                          for column in ([task.source_ids for task in tasks], [task.target_ids for task in tasks]))  # fmt: skip
+        sharers = num_sharers(config, world.hosts, world.size)
+        prompt = getattr(config.method, "length", 0)
+        fits = sequences_that_fit(config, shape, self._memory, sharers, (prompt, source, target), stage.most_sequences)
+        if fits is not None and world.rank == 0:
+            log.info(
+                "%s: %d of %d sequences fit into a pass; every pass gathers the backbone", stage.name, fits, stage.most_sequences
+            )
+        return fits
 
     def auxiliary_stage(
         self, name: str, phase: methods.AuxiliaryPhase, settings: StageConfig, mesh: Mesh, batches: Batches

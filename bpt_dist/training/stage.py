@@ -92,6 +92,7 @@ class TrainingStage:
     exact: bool = False  # one particle and one text a pass, summed in order: the same bits on every world size
     on_validation: Callable[[], None] = lambda: None  # called on rank 0 after each validation is logged
     planned_seconds: Callable[[], float | None] = lambda: None  # of a step, where there is a plan (rank 0)
+    fitting: int | None = None  # sequences of a pass, where the backbone is partitioned and not all of a step fit
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.method, self.settings)
@@ -162,7 +163,10 @@ class TrainingStage:
         backbone = self.method.backbone
         num_added = 0 if self._prompts_are_shared else self._prompt_length
         return MicroBatchLimits(
-            self.settings.pass_size, num_added, backbone.padding_overhead(batch.target_ids.shape[1]), backbone.synced
+            self.settings.pass_size or self.fitting,
+            num_added,
+            backbone.padding_overhead(batch.target_ids.shape[1]),
+            backbone.synced,
         )
 
     def memory_for(self, unit: MicroBatch) -> AbstractContextManager[None]:
@@ -200,6 +204,12 @@ class TrainingStage:
     def metric_prefix(self) -> str:
         """What its metrics are called by; a prelude counts its own steps (on targets the stage's name tells them apart)."""
         return f"source/{self.phase}" if self.phase and self.stage == "source" else self.stage
+
+    @property
+    def most_sequences(self) -> int:
+        """How many sequences a rank may have to read in one pass: its particles times all texts of a step that they share."""
+        particles = self.num_particles // self.mesh.particle.size if self._shared_texts else 1
+        return particles * self.batches.batch_size * self.batches.tasks_per_step
 
     @property
     def _shared_texts(self) -> bool:

@@ -53,6 +53,11 @@ class DecoderShape(ModelShape):
         """The width of the model, and that inside its feed-forward layers."""
         return int(self.config.hidden_size), int(self.config.intermediate_size)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the table of word embeddings."""
+        return bool(self.config.tie_word_embeddings)
+
     def model(self, num_layers: int | None = None) -> Any:
         """Return this model on the meta device, with all its layers or the first ones."""
         config = copy.deepcopy(self.config)

@@ -34,6 +34,7 @@ class T5Shape(ModelShape):
 
     config: T5Config
     noun: ClassVar[str] = "T5"
+    lookups: ClassVar[int] = 2  # of encoder and decoder
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -50,6 +51,12 @@ class T5Shape(ModelShape):
         """Return the encoder's and the decoder's number of blocks."""
         return int(self.config.num_layers), int(self.config.num_decoder_layers or self.config.num_layers)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the table of word embeddings."""
+        # transformers 5 builds every T5 with a tied head; only this setting shows that a checkpoint has its own (`t5/config.py`).
+        return bool(self.config.scale_decoder_outputs)
+
     def model(self, num_encoder: int | None = None, num_decoder: int | None = None) -> T5ForConditionalGeneration:
         """Return this T5 on the meta device, with all its blocks or as many as given."""
         config = copy.deepcopy(self.config)
@@ -62,8 +69,7 @@ class T5Shape(ModelShape):
     @cached_property
     def num_parameters(self) -> int:
         """Return how many numbers the checkpoint holds."""
-        # transformers 5 builds every T5 with a tied head; only this setting shows that a checkpoint has its own (`t5/config.py`).
-        own_head = 0 if self.config.scale_decoder_outputs else self.config.vocab_size * self.config.d_model
+        own_head = 0 if self.is_tied else self.config.vocab_size * self.config.d_model
         return sum(parameter.numel() for parameter in self.model().parameters()) + own_head
 
     def backbone(self) -> ShapeBackbone:

@@ -12,6 +12,7 @@ import torch
 
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.config.base import did_you_mean
+from bpt_dist.distributed.device import process_memory
 from bpt_dist.distributed.device_table import DEVICES, PublishedDevice
 from bpt_dist.errors import ConfigError
 
@@ -22,9 +23,7 @@ FEW_ROWS, PROBE_ROWS = 8, 2048
 UTILISATION = {"cpu": 0.6, "cuda": 0.4}
 # Host time of an eager forward and backward pass, measured at 27 ms for 12 + 12 blocks.
 HOST_SECONDS_A_BLOCK = 0.0011
-RUNTIME_BYTES = 600 << 20  # interpreter and libraries of a process, or the context of a GPU
 GPUS_OF_A_HOST = 8
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_FACTS = Path("/proc/cpuinfo")
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, and of ARM
 
@@ -87,9 +86,8 @@ def probe(width: int, inner: int, dtype: str, ranks_here: int, *, only_cpu: bool
     """Measure this machine with the feed-forward product of a backbone `width` wide; `ranks_here` processes share its memory."""
     if torch.cuda.is_available() and not only_cpu:
         properties = torch.cuda.get_device_properties(0)
-        sharing = -(-ranks_here // torch.cuda.device_count())
         rate = _rate(width, inner, dtype, torch.device("cuda"))
-        return Device(properties.name, "cuda", rate, properties.total_memory // sharing)
+        return Device(properties.name, "cuda", rate, process_memory(torch.device("cuda"), ranks_here))
     threads = torch.get_num_threads()
     name = f"CPU, {threads} thread{'s' if threads > 1 else ''} a process"
     rate, warning = _rate(width, inner, dtype, torch.device("cpu")), None
@@ -98,7 +96,7 @@ def probe(width: int, inner: int, dtype: str, ranks_here: int, *, only_cpu: bool
             "backbone.dtype: bf16 on a CPU without instructions for it (avx512_bf16, amx_bf16) is slower than fp32; set "
             "backbone.dtype=fp32 to train here, or plan for another device by --device"
         )
-    return Device(name, "cpu", rate, machine_memory() // ranks_here, warning=warning)
+    return Device(name, "cpu", rate, process_memory(torch.device("cpu"), ranks_here), warning=warning)
 
 
 def processes_here(world_size: int, device: str | None = None) -> int:
@@ -112,13 +110,6 @@ def processes_here(world_size: int, device: str | None = None) -> int:
     if said is not None:
         return int(said)
     return min(world_size, torch.cuda.device_count()) if torch.cuda.is_available() and device != LOCAL else world_size
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory this machine, or the container around us, has."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def cpu_has_bf16() -> bool:

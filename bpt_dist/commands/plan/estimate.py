@@ -18,7 +18,7 @@ from bpt_dist.artifacts.hub import with_local_prompt
 from bpt_dist.backbones.loading import shape_of
 from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.output import size
-from bpt_dist.commands.plan.device import RUNTIME_BYTES, Device, check_name, named_device, probe, processes_here
+from bpt_dist.commands.plan.device import Device, check_name, named_device, probe, processes_here
 from bpt_dist.commands.plan.stages import PlannedWorld, StagePlan, stage_plan
 from bpt_dist.config import RunConfig, StageConfig
 from bpt_dist.data.prepare import specs as known_specs
@@ -29,6 +29,7 @@ from bpt_dist.methods._counts import skip_preludes
 from bpt_dist.methods.base import Method
 from bpt_dist.tasks import catalogue, mini
 from bpt_dist.tasks.spec import TaskSpec
+from bpt_dist.training.sharding.passes import RUNTIME_BYTES, num_sharers
 
 ASSUMED_TRAIN_ROWS = 10_000  # only scales the prior; no size depends on it
 KEPT_CHECKPOINTS = 2  # of every stage; a third is there while it is published
@@ -151,10 +152,12 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
     path = mini.backbone_path(settings.path)
     shape = shape_of(path, revision=settings.revision, dtype=settings.dtype)
     here = ranks_here or processes_here(world_size, device)
-    stages = _stages(config, PlannedWorld(0, world_size), shape)
+    hosts = tuple(str(rank // here) for rank in range(world_size))
     sizes = (*shape.feed_forward, settings.dtype, here)
+    used = probe(*sizes) if device is None else named_device(device, *sizes)
+    stages = _stages(config, PlannedWorld(0, world_size, hosts=hosts), shape, used.memory)
     disk = disk_of(stages)
-    sharers = {"none": 1}.get(config.distribution.shard, here if config.distribution.scope == "node" else world_size)
+    sharers = num_sharers(config, hosts, world_size)
     plan = Plan(
         name=config.name,
         method=config.method.name,
@@ -171,7 +174,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
         gathered_weight_bytes=shape.gathered_bytes if sharers > 1 else 0,
         num_blocks=sum(shape.num_blocks),
         stages=tuple(stages),
-        device=probe(*sizes) if device is None else named_device(device, *sizes),
+        device=used,
         disk_bytes=disk[0],
         kept_bytes=disk[1],
     )
@@ -179,7 +182,7 @@ def estimate(config: RunConfig, world_size: int, ranks_here: int | None = None, 
     return plan
 
 
-def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[StagePlan]:
+def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape, memory: int) -> list[StagePlan]:
     """Let the method create the tensors of each stage in turn, as training does, and count them."""
     backbone = shape.backbone()
     backbone.name = config.backbone.path
@@ -195,7 +198,7 @@ def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[S
         method.begin_source(sources, Mesh())
         if config.source.posterior is None:
             mesh = world.mesh(method.num_particles, explicit, config.distribution.exchange)
-            count = partial(stage_plan, config=config, method=method, mesh=mesh, specs=sources, shape=shape)
+            count = partial(stage_plan, config=config, method=method, mesh=mesh, specs=sources, shape=shape, memory=memory)
             stages += _with_preludes("source", config.source, method, count)
         else:
             skip_preludes(method)
@@ -203,7 +206,9 @@ def _stages(config: RunConfig, world: PlannedWorld, shape: ModelShape) -> list[S
     for group in [targets] if config.target.joint else [[target] for target in targets]:
         method.begin_target(carried, group, [config.data.max_train_rows or ASSUMED_TRAIN_ROWS] * len(group), Mesh())
         mesh = world.mesh(1, (1, world.size))
-        count = partial(stage_plan, config=config, method=method, mesh=mesh, specs=group, shape=shape, carried=carried)
+        count = partial(
+            stage_plan, config=config, method=method, mesh=mesh, specs=group, shape=shape, memory=memory, carried=carried
+        )
         stages += _with_preludes(_target_name(config, group), config.target, method, count)
     return stages
 

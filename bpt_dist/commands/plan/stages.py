@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from bpt_dist.backbones.attention import default_attention
 from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.shapes import NOTHING, ModelShape, RowCost
-from bpt_dist.backbones.shared_prompts import shared_prompts_of
+from bpt_dist.commands.plan.collectives import Collective, added, collectives, trained_bytes
 from bpt_dist.config import RunConfig, SourceStageConfig, StageConfig, TargetStageConfig
-from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.exchange import slices
 from bpt_dist.distributed.mesh import Axis, Mesh, World
 from bpt_dist.methods.base import Method
@@ -23,22 +22,13 @@ from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
 from bpt_dist.tasks.spec import TaskSpec
 from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
 from bpt_dist.training.optimizer import OPTIMIZERS
+from bpt_dist.training.sharding.passes import num_sharers, sequences_that_fit
 from bpt_dist.training.sharding.placement import padding_reason
 from bpt_dist.training.start import MOST_ROWS
 
 ASSUMED_EVAL_ROWS = 1000  # the published split rule carves so many; data.max_eval_rows says otherwise
 CHARACTERS_A_TOKEN = 3  # of label words; a piece is longer on average
 PROJECTED = 64  # numbers by which a picture places a particle
-WORD = 8  # bytes of the float64 numbers that ranks agree on
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One kind of communication: how often in a step, and how many bytes a rank receives in the step."""
-
-    name: str
-    calls: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -92,17 +82,18 @@ def stage_plan(
     mesh: Mesh,
     specs: Sequence[TaskSpec],
     shape: ModelShape,
+    memory: int,
     *,
     evaluated: bool = True,
     carried: Mapping[str, Tensor] | None = None,
 ) -> StagePlan:
     """Count one stage of a run; `method` holds the tensors of this stage, whole, as one process would.
 
-    A prelude is not `evaluated`. `carried` is what the source stage has handed over to a target.
+    `memory` is that of a process, in bytes. A prelude is not `evaluated`. `carried` is what a target gets of the source stage.
     """
     drawn = settings.tasks_per_step if isinstance(settings, SourceStageConfig) and settings.tasks_per_step else len(specs)
     texts = drawn * settings.batch_size
-    copies, positions, num_prompts = _added(method, len(specs))
+    copies, positions, num_prompts = added(method, len(specs))
     is_source = isinstance(settings, SourceStageConfig)
     if mesh.exchange == "coordinates":
         slices(positions, mesh.particle.size)
@@ -113,7 +104,7 @@ def stage_plan(
     prompt, costs = costs_of(config, method, specs, shape, positions, num_prompts)
     in_parts = trains_weights and config.distribution.shard != "none"
     sharers = mesh.world.size if in_parts else 1
-    trained, whole = _bytes(method, mesh) // sharers, _bytes(method, Mesh())
+    trained, whole = trained_bytes(method, mesh) // sharers, trained_bytes(method, Mesh())
     values = value_bytes(config, trained, shape.weight_bytes // sharers)
     states = num_optimizer_states(settings)
     keeps_best = isinstance(settings, TargetStageConfig) and evaluated
@@ -123,11 +114,16 @@ def stage_plan(
         else (0, 0)
     )
     longest = max(positions + sum(lengths(spec, config)) for spec in specs)
+    settings = settings.model_copy(
+        update={"pass_size": pass_size(config, settings, mesh, specs, shape, memory, positions, sharing * texts)}
+    )
     work = work_of_a_rank(config, settings, own, texts, mesh.data.size, longest)
     # Each text may have a prompt of its own at most.
     num_read = min(mesh.world.size * work.prompts * num_prompts, copies * texts)
     of_prompts = num_read * (prompt.flops + method.extra_forwards * prompt.forward_flops)
     flops_of_texts = copies * texts * flops_of_a_text([c.flops + method.extra_forwards * c.forward_flops for c in costs], settings)
+    looked_up = -(-work.rows // max(1, work.prompts_at_once)) * (longest - positions)
+    sent = collectives(method, mesh, len(specs), copies, work.passes, looked_up, config, shape)
     prompts_at_once = min(work.prompts_at_once * num_prompts, work.rows_at_once)
     return StagePlan(
         name=name,
@@ -151,12 +147,30 @@ def stage_plan(
         checkpoints=math.ceil(settings.steps / settings.checkpoint_every),
         left_bytes=left_behind(method, settings, whole, carried) if evaluated else 0,
         evaluation_bytes=predicting_bytes(config, method, shape, specs, positions, copies, mesh) if keeps_best else 0,
-        collectives=tuple(_collectives(method, mesh, len(specs), copies, work.passes, config, shape)) if settings.steps else (),
+        collectives=tuple(sent) if settings.steps else (),
         evaluation_passes=passes,
         evaluation_flops=evaluation_flops,
         **comparison_work(config, settings, method, mesh, [lengths(spec, config) for spec in specs], shape, positions),
         warning=idle_ranks_warning(name.partition("/")[0], texts, sharing, shape_of_mesh) if settings.steps else None,
     )
+
+
+def pass_size(
+    config: RunConfig,
+    settings: StageConfig,
+    mesh: Mesh,
+    specs: Sequence[TaskSpec],
+    shape: ModelShape,
+    memory: int,
+    num_prompt: int,
+    most: int,
+) -> int | None:
+    """Return the `pass_size` of a stage: what is set, or what fits into the memory where the backbone is partitioned."""
+    if settings.pass_size is not None or config.distribution.shard == "none":
+        return settings.pass_size
+    sources, targets = zip(*(lengths(spec, config) for spec in specs), strict=True)
+    sharers = num_sharers(config, mesh.world.hosts, mesh.world.size)
+    return sequences_that_fit(config, shape, memory, sharers, (num_prompt, max(sources), max(targets)), most)
 
 
 def costs_of(
@@ -353,62 +367,3 @@ def evaluation(
     passes, readings = of_split * (validations + num_splits * (1 + beside)), validations + num_splits * (1 + hypotheses)
     of_prompts = mesh.world.size * of_split * readings * prompt_flops * len(forward_flops)
     return passes * len(forward_flops), rows * readings * sum(forward_flops) + of_prompts
-
-
-def _added(method: Method, num_tasks: int) -> tuple[int, int, int]:
-    """Return how many particles a method puts before a text, how many positions each adds, and how many prompts a pass shares.
-
-    The pass has a text of each task; no prompts are shared where each text has one of its own.
-    """
-    ids, tasks = torch.zeros(num_tasks, 1, dtype=torch.long), torch.arange(num_tasks)
-    batch = Batch(0, ids, torch.ones_like(ids), ids, tasks, ("plan",) * num_tasks, torch.ones(num_tasks))
-    with torch.no_grad():
-        inputs = method.input_embeds(torch.zeros(num_tasks, 1, method.backbone.width), batch)
-    shared = shared_prompts_of(inputs)
-    return inputs.shape[0], inputs.shape[2] - 1, 0 if shared is None else len(shared.choice.unique())
-
-
-def _bytes(method: Method, mesh: Mesh, particles: int | None = None) -> int:
-    """Return the bytes of one copy of what a rank of `mesh` trains, or of so many of its particles; float32 in every backbone."""
-    total = 0
-    for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            split = mesh.particle.size if name in method.particle_tensors else 1
-            if name in method.particle_tensors and particles is not None:
-                split = len(parameter) // particles
-            total += parameter.numel() * torch.float32.itemsize // split
-    return total
-
-
-def _collectives(
-    method: Method, mesh: Mesh, num_tasks: int, copies: int, num_passes: int, config: RunConfig, shape: ModelShape
-) -> list[Collective]:
-    """Return what the ranks send one another in every step."""
-    if mesh.world.size == 1:
-        return []
-    exact = config.distribution.exact
-    # Calls made, step, seconds, stop, not finite, whose rows; and for each task (with `exact` of each particle) a sum and a count.
-    kept = num_tasks * (copies if exact else 1)
-    collectives = [Collective("all-gather of flags and losses", 1, mesh.world.size * WORD * (6 + 2 * kept))]
-    if mesh.data.size > 1 and exact:
-        sent = _bytes(method, mesh, particles=1) + 4  # the gradient of one particle, and its loss
-        collectives.append(
-            Collective("all-gather of gradients over data, pass by pass", num_passes, num_passes * mesh.data.size * sent)
-        )
-    elif mesh.data.size > 1:
-        collectives.append(Collective("all-reduce of gradients over data", 1, _bytes(method, mesh)))
-    if mesh.particle.size > 1 and mesh.exchange == "coordinates":
-        num_positions = _added(method, 1)[1]
-        of_position = _bytes(method, Mesh()) // num_positions
-        widest = max(part.stop - part.start for part in slices(num_positions, mesh.particle.size))
-        received = 2 * widest * of_position + _bytes(method, mesh)
-        collectives.append(Collective("all-to-all of particles, of scores and of directions", 3, received))
-        if getattr(config.method, "scope", "prompt") == "prompt":
-            collectives.append(Collective("all-reduce of squared distances", 1, WORD * copies**2))
-    elif mesh.particle.size > 1:
-        collectives.append(Collective("all-gather of particles and of scores", 2, 2 * _bytes(method, Mesh())))
-    if config.distribution.shard != "none":
-        gathers = (2 + method.extra_forwards) * num_passes
-        name = f"all-gather of {shape.noun} blocks, forward and backward"
-        collectives.append(Collective(name, gathers * sum(shape.num_blocks), gathers * shape.weight_bytes))
-    return collectives

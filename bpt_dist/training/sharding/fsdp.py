@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.config import DistributionConfig, StageConfig
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.rows import send_rows, tables
 
 
-def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, world: World, group: Any) -> None:
-    """Partition the backbone over `group` (None: all ranks); collective over the group."""
+def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, world: World, group: Any, *, trained: bool) -> None:
+    """Partition the backbone over `group` (None: all ranks); collective over the group.
+
+    Of a backbone that will not be `trained` the head is gathered by itself, and of the word embeddings the rows that are looked up.
+    """
     # A T5 block returns the position biases as a view, which nothing changes in place.
     warnings.filterwarnings("ignore", category=UserWarning, message="FSDP2-wrapped module .* returned a view tensor")
     kind = world.device.type
@@ -32,14 +37,50 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in backbone.blocks:
         fully_shard(block, mesh=ranks, offload_policy=policy, mp_policy=precision)
+    others = set()
+    if not trained:
+        head, looked_up = backbone.model.get_output_embeddings(), tables(backbone)
+        is_tied = head.weight is looked_up[0].weight
+        fully_shard(head, mesh=ranks, offload_policy=policy, mp_policy=precision)
+        # FSDP2 would gather a table of its own with the rest.
+        table = head.weight if is_tied else _cut_rows(looked_up[0].weight, ranks)
+        for each in looked_up:
+            each.weight = table
+        send_rows(looked_up, ranks.get_group())
+        others.add(table)
+        _prefetch(backbone, head)
     # By default the root stays gathered between forward and backward.
-    fully_shard(backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision)
+    fully_shard(
+        backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision, ignored_params=others
+    )
     for module in backbone.core.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over texts, wherever they are, and gloo knows no mean.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     backbone.partition = FsdpPartition()
+
+
+def _prefetch(backbone: Backbone, head: Any) -> None:
+    """Let the next block be gathered while one computes; FSDP2 does so by itself in the backward pass, where the order is known.
+
+    Not from one stack to the next: a pass may end with the encoder, and what is gathered then would stay.
+    """
+    blocks: list[Any] = backbone.blocks
+    ends = set(itertools.accumulate(backbone.num_blocks.values()))
+    for number, pair in enumerate(itertools.pairwise(blocks), 1):
+        if number not in ends:
+            pair[0].set_modules_to_forward_prefetch([pair[1]])
+    blocks[-1].set_modules_to_forward_prefetch([head])
+
+
+def _cut_rows(weight: Tensor, ranks: DeviceMesh) -> nn.Parameter:
+    """Return a weight sharded as FSDP2 does it; every rank has the same one, so nothing is sent."""
+    part = distribute_tensor(weight.detach().to(ranks.device_type), ranks, [Shard(0)], src_data_rank=None)
+    local = part.to_local().clone()  # not a view of the whole
+    return nn.Parameter(
+        DTensor.from_local(local, ranks, [Shard(0)], shape=weight.shape, stride=weight.stride()), requires_grad=False
+    )
 
 
 @dataclass

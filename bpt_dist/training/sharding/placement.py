@@ -70,7 +70,7 @@ def place(backbone: Backbone, distribution: DistributionConfig, world: World, *,
     if distribution.shard == "fsdp2":
         from bpt_dist.training.sharding.fsdp import partition_with_fsdp2
 
-        partition_with_fsdp2(backbone, distribution, world, group)
+        partition_with_fsdp2(backbone, distribution, world, group, trained=trained)
     else:
         from bpt_dist.training.sharding.zero import partition_with_deepspeed
 

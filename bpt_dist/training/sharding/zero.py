@@ -19,6 +19,7 @@ from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.rows import send_rows, tables
 
 ZERO_STAGE = 3
 # The leanest settings: T5-large has fewer parameters than the default of `stage3_max_live_parameters` (1e9), so with the defaults
@@ -58,6 +59,8 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
     """
     given = distribution.zero_config
     settings = ZERO_INFERENCE if given is None else read_zero_config(given)
+    if given is None and not trained:
+        settings = {"zero_optimization": settings["zero_optimization"] | prefetch_of(backbone)}
     config = _completed(settings, distribution, is_bf16=backbone.dtype == torch.bfloat16, trained=trained)
     deepspeed = import_deepspeed()
     if given is not None:
@@ -74,9 +77,25 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
 
     set_z3_leaf_modules(backbone.core, [backbone.block_class])
     partition.engine, *_ = deepspeed.initialize(model=backbone.core, config=config)
-    backbone.call = partition.engine.module
-    # Registered after the hooks of ZeRO, which would otherwise gather the table for a gradient it does not need.
+    backbone.call = partition.call
+    for table in (looked_up := tables(backbone)):
+        # The hooks of ZeRO, which would make the table whole.
+        table._forward_pre_hooks.clear()
+        table._forward_hooks.clear()
+    send_rows(looked_up, group)
     backbone.word_embeddings.register_forward_hook(_require_grad)
+
+
+def prefetch_of(backbone: Backbone) -> dict[str, int]:
+    """Return the settings by which ZeRO gathers the next block while one computes, and holds no more than two blocks and the head.
+
+    As many numbers as the smallest block has: with more ZeRO would be further ahead after every block. The head is gathered while
+    the last block computes, and kept until its own backward pass, which is the next thing to happen.
+    """
+    least = ZERO_INFERENCE["zero_optimization"]["stage3_param_persistence_threshold"]
+    blocks = [sum(weight.numel() for weight in block.parameters() if weight.numel() > least) for block in backbone.blocks]
+    head = backbone.model.get_output_embeddings().weight.numel()
+    return {"stage3_prefetch_bucket_size": min(blocks), "stage3_max_live_parameters": 2 * max(blocks) + head}
 
 
 def read_zero_config(path: Path) -> dict[str, Any]:
@@ -166,6 +185,16 @@ class ZeroPartition:
     backbone: Backbone
     config: dict[str, Any]
     engine: Any = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and leave nothing gathered for a backward pass that will not follow."""
+        if not self.engine.optimizer.get_param_coordinator().is_complete_trace():
+            # What ZeRO releases after a module it remembers from another order of modules: passes with and without a gradient.
+            _clear_caches()
+        found = self.engine.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.engine.optimizer.empty_partition_cache()
+        return found
 
     def make_optimizer(self, method: Method, stage: StageConfig) -> StageOptimizer:
         """Return the optimizer of a method that trains the backbone (collective: every rank)."""
@@ -325,9 +354,15 @@ def _forget(engine: Any) -> None:
 def _forget_globally(module: nn.Module) -> None:
     """Take a model out of DeepSpeed's stack of modules and caches of methods, which would keep it as long as the process lives."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
+    _clear_caches()
+
+
+def _clear_caches() -> None:
+    """Empty the caches of ZeRO's methods."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
     for method in vars(PartitionedParameterCoordinator).values():
         # Caches are inside wrappers; their keys hold the coordinator and sub-modules.
         for cell in getattr(method, "__closure__", None) or ():

@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,13 +26,16 @@ from bpt_dist.commands.bench.timing import Spread, spread
 from bpt_dist.commands.bench.workload import Work, in_dtype, our_pass, random_backbone, source_work, use_attention
 from bpt_dist.config import DistributionConfig
 from bpt_dist.distributed.mesh import World
+from bpt_dist.distributed.traffic import Traffic
 from bpt_dist.training.microbatches import MicroBatchLimits, shared_microbatches
 from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.zero import import_deepspeed
 
 HEADER = ("T5", "pass", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole", "by CPU time",
-          "MB gathered a step", "peak memory")  # fmt: skip
+          "MB received a step", "peak memory")  # fmt: skip
 LIMIT_SECONDS = 900.0
+WARM_UP = 3  # rounds: ZeRO learns the order of the modules in two, and prefetches from then on
+COUNTED = " counted"  # behind the name of a variant: count what its collectives receive, which takes time
 WHOLE, STOCK, PACKED = "none", "stock", "packed"
 
 
@@ -59,36 +63,39 @@ class Step:
 
     def __init__(self, whole: T5Backbone, work: Work) -> None:
         self.whole, self.work = whole, work
-        self.placed: dict[str, tuple[T5Backbone, PackedT5]] = {}
+        # A copy each: ZeRO prefetches in the order of the pass before.
+        self.placed: dict[Variant, tuple[T5Backbone, PackedT5]] = {}
         self.reference: Gradients | None = None
 
     def __call__(self, world: World, name: str) -> dict[str, float]:
         """Run one step (collective: every rank) and return its seconds, its bytes and its distance from packed, whole."""
         torch.set_num_threads(1)
-        variant, mesh = Variant.of(name), world.mesh(len(self.work.prompts))
-        backbone, ours = self._place(variant.shard, world)
+        variant, mesh = Variant.of(name.removesuffix(COUNTED)), world.mesh(len(self.work.prompts))
+        backbone, ours = self._place(variant, world)
+        traffic = Traffic()
         own = Work(self.work.prompts[mesh.rows(len(self.work.prompts))].contiguous(), self.work.texts)
         limits = MicroBatchLimits(None, own.prompts.shape[1], together=variant.shard != WHOLE)
         passes = list(shared_microbatches(own.texts, slice(0, len(own.prompts)), mesh, limits))
         world.barrier()
         cpu, wall = time.process_time(), time.perf_counter()
-        found = sum_microbatches(backbone, ours if variant.forward == PACKED else None, own, passes)
+        with traffic if name.endswith(COUNTED) else nullcontext():
+            found = sum_microbatches(backbone, ours if variant.forward == PACKED else None, own, passes)
         seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         if variant == Variant(WHOLE, PACKED):
             self.reference = found
         loss, gradient = (0.0, 0.0) if self.reference is None else relative(found, self.reference)
-        whole = sum(weight.numel() * weight.element_size() for weight in self.whole.model.parameters())
-        received = 0.0 if variant.shard == WHOLE else 2 * len(passes) * whole * (world.size - 1) / world.size
+        received = float(sum(traffic.bytes.values()))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**seconds, "loss": loss, "gradient": gradient, "received": received, "peak": float(peak)}
 
-    def _place(self, shard: Any, world: World) -> tuple[T5Backbone, PackedT5]:
-        if shard not in self.placed:
+    def _place(self, variant: Variant, world: World) -> tuple[T5Backbone, PackedT5]:
+        if variant not in self.placed:
+            shard: Any = variant.shard
             backbone = self.whole if shard == WHOLE else in_dtype(self.whole, "fp32")
             use_attention(backbone, "sdpa")
             placement.place(backbone, DistributionConfig(shard=shard), world)
-            self.placed[shard] = backbone, our_pass(backbone)
-        return self.placed[shard]
+            self.placed[variant] = backbone, our_pass(backbone)
+        return self.placed[variant]
 
 
 def run_sharded(
@@ -100,35 +107,41 @@ def run_sharded(
     whole = random_backbone(shape, torch.device("cpu"))
     step = Step(whole, source_work(shape, num_particles))
     answers: dict[Variant, list[list[dict[str, float]]]] = {variant: [] for variant in variants}
+    received: dict[Variant, float] = {}
     with Job(size, step, LIMIT_SECONDS) as job:
         job.ask(str(Variant(WHOLE, PACKED)))  # what the others are compared with
-        for number in range(rounds + 1):
+        for number in range(WARM_UP):
+            for variant in variants:
+                tell(f"warm-up {number + 1} of {WARM_UP}: {variant}")
+                found = job.ask(str(variant) + (COUNTED if number == WARM_UP - 1 else ""))
+                received[variant] = max(rank["received"] for rank in found)
+        for number in range(1, rounds + 1):
             for variant in variants if number % 2 else variants[::-1]:
-                tell(f"{'warm-up' if number == 0 else f'round {number} of {rounds}'}: {variant}")
+                tell(f"round {number} of {rounds}: {variant}")
                 answers[variant].append(job.ask(str(variant)))
     peaks = {}
     for variant in variants:
         tell(f"memory: {variant}")
         with Job(size, Step(whole, step.work), LIMIT_SECONDS) as job:
             peaks[variant] = max(rank["peak"] for rank in job.ask(str(variant)))
-    rows = [_row(variant, answers, peaks[variant]) for variant in variants]
+    rows = [_row(variant, answers, received[variant], peaks[variant]) for variant in variants]
     cores = os.cpu_count() or 1
     notes = [f"{size} processes on {cores} cores: they share cores"] if size > cores else []
     return {"particles": num_particles, "ranks": size, "rounds": rounds, "variants": rows, "notes": notes}
 
 
-def _row(variant: Variant, answers: dict[Variant, list[list[dict[str, float]]]], peak: float) -> dict[str, Any]:
-    """Compare round by round; the time of a job is that of its slowest rank. The first round warms up."""
+def _row(variant: Variant, answers: dict[Variant, list[list[dict[str, float]]]], received: float, peak: float) -> dict[str, Any]:
+    """Compare round by round; the time of a job is that of its slowest rank."""
 
     def seconds(of: Variant, kind: str) -> list[float]:
-        return [max(rank[kind] for rank in ranks) for ranks in answers[of][1:]]
+        return [max(rank[kind] for rank in ranks) for ranks in answers[of]]
 
     def ratio(to: Variant, kind: str) -> dict[str, float]:
         return spread([theirs / ours for theirs, ours in zip(seconds(to, kind), seconds(variant, kind), strict=True)]).to_json()
 
     ranks = [rank for of_round in answers[variant] for rank in of_round]
     return {
-        "shard": variant.shard, "forward": variant.forward, "received_bytes": ranks[0]["received"], "peak_bytes": peak,
+        "shard": variant.shard, "forward": variant.forward, "received_bytes": received, "peak_bytes": peak,
         "loss_difference": max(rank["loss"] for rank in ranks), "gradient_difference": max(rank["gradient"] for rank in ranks),
         **{f"{kind}_seconds": statistics.median(seconds(variant, kind)) for kind in ("wall", "cpu")},
         **{f"to_stock_{kind}": ratio(Variant(variant.shard, STOCK), kind) for kind in ("wall", "cpu")},
