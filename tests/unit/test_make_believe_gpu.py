@@ -127,7 +127,11 @@ def test_launches_are_operators_that_write(gpu: MakeBelieveGpu, there: Tensor) -
 
 def test_gradients_of_a_model_are_those_of_the_cpu_and_on_its_device(gpu: MakeBelieveGpu) -> None:
     torch.manual_seed(0)
-    model, texts, targets = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    model, texts, targets = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(5, 4),
+        torch.tensor([0, 1, 2, 0, 1]),
+    )
     torch.nn.functional.cross_entropy(model(texts), targets).backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()

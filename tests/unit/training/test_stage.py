@@ -274,7 +274,9 @@ def test_a_text_of_weight_zero_is_blamed_for_its_nan(
         texts = replace(unit.batch, weight=unit.batch.weight * 0)
         num_particles = unit.particles.stop - unit.particles.start
         total.add(unit._replace(batch=texts), torch.full((num_particles, len(texts)), torch.nan))
-    assert total.close().bad_rows == set(texts.row_ids)
+    losses = total.close()
+    losses.read()
+    assert losses.bad_rows == set(texts.row_ids)
 
 
 def test_a_parameter_without_a_gradient_on_any_replica_keeps_none() -> None:
