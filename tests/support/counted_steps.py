@@ -83,9 +83,9 @@ def step_of(folder: Path, method: Mapping[str, Any], stage: str, lengths: Sequen
         del plain["source"]
     config = tiny_run.load(folder, plain)
     at_stage = mock.patch.object(StatedTexts, "lengths", lengths)
-    with gpu, noted_steps(gpu) as steps, at_stage, mock.patch.object(train, "Batches", StatedTexts):
-        with tiny_run.session(config, World(device=GPU)) as run:
-            train.train(run)
+    texts = mock.patch.object(train, "Batches", StatedTexts)
+    with gpu, noted_steps(gpu) as steps, at_stage, texts, tiny_run.session(config, World(device=GPU)) as run:
+        train.train(run)
     assert not gpu.notes.mismatches, gpu.notes.mismatches
     return steps[stage][-1]
 

@@ -1,16 +1,16 @@
 """A GPU that is not there: programs that use `cuda:0` run on the CPU, and what a real GPU would refuse or wait for is noted.
 
-A tensor is on the make-believe GPU when its storage carries a tag. Inside `MakeBelieveGpu` a function mode answers for `.device` and
-carries out moves (`to`, `cuda`, `cpu`, `pin_memory`, factories with `device=`); a dispatch mode sees every operator that is left, of
-the backward pass too. It notes
+A tensor is on the make-believe GPU when its storage carries a tag. Inside `MakeBelieveGpu` a function mode answers for `.device`
+and carries out moves (`to`, `cuda`, `cpu`, `pin_memory`, factories with `device=`); a dispatch mode sees every operator that is
+left, of the backward pass too. It notes
 
 - operators that mix devices as CUDA does not allow (`mismatches`),
 - operators that start a kernel (`launches`; views and empty tensors start none, an operator counts as one launch),
 - moments in which the host waits for the device (`waits`): reading a number, operators whose result has a size the host must know,
   and every copy between the devices but that of pinned memory which need not block: CUDA's other copies synchronise the stream.
 
-Each is kept by the line that caused it. A new tensor of an operator without inputs belongs to no device until it meets a tensor that
-does: formulas of torch make such tensors, and here they cannot know better. Nothing of the program is replaced.
+Each is kept by the line that caused it. A new tensor of an operator without inputs belongs to no device until it meets a tensor
+that does: formulas of torch make such tensors, and here they cannot know better. Nothing of the program is replaced.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ON_GPU, PINNED, UNDECIDED = "gpu", "pinned", "undecided"  # what a storage may c
 PACKAGE, TORCH = str(Path(bpt_dist.__file__).parent), str(Path(torch.__file__).parent)
 # Operators whose result has a size that only the device knows, or that hand a number to the host.
 WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount", "argwhere",
-    "is_nonzero", "repeat_interleave",
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount",
+    "argwhere", "is_nonzero", "repeat_interleave",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # which accept indices on the CPU
 # One kernel on a GPU where a CPU makes several operators of it.
@@ -72,7 +72,7 @@ class MakeBelieveGpu:
         self._open = ExitStack()
 
     def __enter__(self) -> MakeBelieveGpu:
-        self._open.enter_context(mock.patch.object(torch.cuda, "get_device_name", lambda *_: "make-believe GPU"))
+        self._open.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="make-believe GPU"))
         self._open.enter_context(_Operators(self))
         self._open.enter_context(_Functions(self))
         return self

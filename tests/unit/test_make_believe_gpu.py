@@ -37,7 +37,7 @@ def there(gpu: MakeBelieveGpu) -> Tensor:
         lambda there, here: torch.where(here > 0, there, 0.0),
         lambda there, here: there.masked_fill(here > 0, 0.0),
         lambda there, here: torch.nn.functional.embedding(torch.tensor([1]), there),
-        lambda there, here: torch.nn.functional.linear(there, here),
+        torch.nn.functional.linear,
         lambda there, here: here[torch.tensor([0, 1], device=GPU)],
         lambda there, here: torch.tensor(1.0).add_(there.sum()),
         lambda there, here: there + torch.zeros(3, 4),

@@ -49,10 +49,8 @@ class PackedT5:
         self.model, self._call, self.pads_attention = model, call or (lambda run: run()), pads_attention
         changes: Changes = {} if insertions is None else insertions.changes
         self.observers = [] if insertions is None else insertions.observers
-        self.encoder, self.decoder = (
-            Encoder(model.encoder, attention, changes),
-            Decoder(model.decoder, attention if pads_attention else plain_attention, changes),
-        )
+        self.encoder = Encoder(model.encoder, attention, changes)
+        self.decoder = Decoder(model.decoder, attention if pads_attention else plain_attention, changes)
         self.any_rank: AnyRank = bool  # replaced where ranks gather together: they write as long as the slowest of them
         let_run(model.lm_head)
         self.head = FrozenLinear(model.lm_head)
