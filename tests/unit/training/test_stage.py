@@ -98,6 +98,7 @@ def test_losses_are_summed_by_task_over_texts_and_particles(world: Path, tmp_pat
     for texts, is_filler in ((batch, False), (weightless, False), (batch, True)):
         total.add(MicroBatch(slice(0, 2), texts, is_filler), -torch.arange(8.0).view(2, 4))
     losses = total.close()
+    losses.read()
     assert batch.task_index.tolist() == [0, 0, 1, 1]
     assert losses.sums == [2 * (0 + 1 + 4 + 5), 2 * (2 + 3 + 6 + 7)]
     assert losses.counts == [8, 8]
