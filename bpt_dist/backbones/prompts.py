@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bpt_dist.backbones.base import Backbone
 from bpt_dist.backbones.shared_prompts import note_shared_prompts
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.errors import ConfigError
 
@@ -116,7 +117,7 @@ def prepend_chosen(
     prompts: Float[Tensor, "m S P D"], choice: Int[Tensor, " N"], embeds: Float[Tensor, "N T D"]
 ) -> Float[Tensor, "m N L D"]:
     """Put before the n-th text the `choice[n]`-th of the S prompts that each particle has."""
-    choice = choice.to(prompts.device)
+    choice = send(choice, prompts.device)
     # With one particle the same operation as for prompts without particles, so that gradients have the same bits.
     own = prompts[0][choice][None] if len(prompts) == 1 else prompts[:, choice]
     return note_shared_prompts(prepend_own(own, embeds), prompts.to(embeds), choice)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bpt_dist.backbones.insertion import Change, Site, each_token, rms_normalised
+from bpt_dist.backbones.transfer import send
 from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.methods.base import Method, Tensors, generator
@@ -62,11 +63,11 @@ class InsertedMethod(Method):
 
     def smoothed_loss(self, logits: Float[Tensor, "m N U V"], batch: Batch, label_smoothing: float) -> Float[Tensor, ""]:
         """Return minus the weighted log-likelihood with smoothed labels, summed over this rank's texts."""
-        targets = batch.target_ids.to(logits.device)
+        targets = send(batch.target_ids, logits.device)
         smoothed = sequence_log_likelihood(
             logits.flatten(0, 1), targets.repeat(len(logits), 1), self.reduction, label_smoothing
         ).view(len(logits), len(batch))
-        return -(smoothed * batch.weight.to(smoothed)).sum()
+        return -(smoothed * send(batch.weight, smoothed.device).to(smoothed.dtype)).sum()
 
 
 def bottleneck(

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bpt_dist.backbones.insertion import Change, Site, each_token, of_rows
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, bottleneck
@@ -63,7 +64,7 @@ class Adapters(InsertedMethod):
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Note which adapter each text passes through: every pass comes here first."""
-        self.task_of_text = batch.task_index.to(embeds.device)
+        self.task_of_text = send(batch.task_index, embeds.device)
         self.num_tasks_in_pass = len(batch.task_index.unique())
         return super().input_embeds(embeds, batch, particles)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bpt_dist.backbones.prompts import prepend_own
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config import StageConfig
 from bpt_dist.config.prompt_options import PromptOptions
 from bpt_dist.data.batches import Batch
@@ -155,8 +156,8 @@ class AttentionalMixture(SourcePrompts):
         """Put before every text the prompt made for it: sum_j a_j P_j + P_target, the target prompt being one of the P_j too."""
         if self.stage == "prompts":
             return super().input_embeds(embeds, batch, particles)
-        own = self.target_prompts[batch.task_index.to(embeds.device)]
-        weights = self.attention(embeds, batch.source_mask.to(embeds.device), own)
+        own = self.target_prompts[send(batch.task_index, embeds.device)]
+        weights = self.attention(embeds, send(batch.source_mask, embeds.device), own)
         mixed = torch.einsum("nj,jpd->npd", weights[:, :-1], self.sources) + (weights[:, -1] + 1)[:, None, None] * own
         return prepend_own(mixed[None], embeds)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.base import Backbone, Forward
 from bpt_dist.backbones.prompts import embedding_rms
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config import EvaluationConfig, MethodConfig, RunConfig, StageConfig
 from bpt_dist.config.own_method import OwnMethod
 from bpt_dist.data.batches import Batch
@@ -143,7 +144,8 @@ class Method(nn.Module):
 
     def loss(self, forward: Forward, batch: Batch) -> Float[Tensor, ""]:
         """Return minus the weighted log-likelihood, summed over this rank's texts and particles: each particle sees its own sum."""
-        return -(forward.log_likelihood * batch.weight.to(forward.log_likelihood)).sum()
+        weight = send(batch.weight, forward.log_likelihood.device).to(forward.log_likelihood.dtype)
+        return -(forward.log_likelihood * weight).sum()
 
     def param_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Return the optimizer's groups; two-speed learning rates live here (collective where the backbone is partitioned)."""

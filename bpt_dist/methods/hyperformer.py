@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from bpt_dist.backbones.base import Forward
 from bpt_dist.backbones.insertion import Change, Site, of_rows
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config import MethodConfig
 from bpt_dist.data.batches import Batch
 from bpt_dist.methods._inserted import ACTIVATIONS, InsertedMethod, as_bottleneck, bottleneck, linear, normal
@@ -106,7 +107,7 @@ class HyperFormer(InsertedMethod):
         self, embeds: Float[Tensor, "N T D"], batch: Batch, particles: slice = slice(None)
     ) -> Float[Tensor, "m N L D"]:
         """Write the adapters of the tasks in the batch: every pass comes here first."""
-        present, self.task_of_text = batch.task_index.to(embeds.device).unique(return_inverse=True)
+        present, self.task_of_text = (send(index, embeds.device) for index in batch.task_index.unique(return_inverse=True))
         self.weights = {stack: network(self.tasks[present]) for stack, network in self.networks.items()}
         return super().input_embeds(embeds, batch, particles)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.base import Forward, InputEmbeds
 from bpt_dist.backbones.prompts import prepend_chosen
+from bpt_dist.backbones.transfer import send
 from bpt_dist.config import StageConfig, refuse, without_effect
 from bpt_dist.config.prompt_options import FactoredPromptOptions
 from bpt_dist.data.batches import Batch
@@ -143,9 +144,9 @@ class MultitaskPromptTuning(SourcePrompts):
         assert self.taught.states is not None
         logits = forward.logits
         device = logits.device
-        targets, weight = batch.target_ids.to(device), batch.weight.to(device)
+        targets, weight = send(batch.target_ids, device), send(batch.weight, device)
         # A prompt's own positions are states too: the teacher's prompt is as long as the student's.
-        encoder_mask = torch.cat([torch.ones(len(batch), len(self.full)), batch.source_mask], dim=1).to(device)
+        encoder_mask = send(torch.cat([torch.ones(len(batch), len(self.full)), batch.source_mask], dim=1), device)
         distance = sequence_divergence(self.taught.logits[0], logits[0], targets, self.reduction)
         for taught, own, mask in zip(self.taught.states, forward.states, (encoder_mask, targets >= 0), strict=True):
             distance = distance + state_distance(taught[0], own[0], mask)

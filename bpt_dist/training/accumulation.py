@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,12 +20,14 @@ from bpt_dist.training.microbatches import MicroBatch
 class Losses:
     """Minus log-likelihoods of one step, summed by task over this rank's texts and particles.
 
-    `bad_rows` are the ids of its texts whose loss or gradient was not finite; a sum over ranks would blame them all.
+    `bad_rows` are the ids of its texts whose loss or gradient was not finite; a sum over ranks would blame them all. Until `read`
+    the numbers are on the device (`pending`: some of them, and who counts them).
     """
 
     sums: list[float]
     counts: list[float]
     bad_rows: set[str] = field(default_factory=set)
+    pending: list[tuple[Float[Tensor, " _n"], Callable[[list[float]], None]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, num_tasks: int) -> Losses:
@@ -35,6 +38,18 @@ class Losses:
         """Count `count` sequences of a task whose minus log-likelihoods sum to `value`."""
         self.sums[task] += value
         self.counts[task] += count
+
+    def read(self, gradients: Sequence[Tensor] = ()) -> bool:
+        """Count what is on the device, and return whether all numbers of `gradients` are finite: the step's one wait for it."""
+        flags = [all_finite(gradients).double().reshape(1)] if any(gradient.numel() for gradient in gradients) else []
+        parts = [values.double() for values, _ in self.pending]
+        numbers = torch.cat([*flags, *parts]).tolist() if flags or parts else []
+        place = len(flags)
+        for values, count in self.pending:
+            count(numbers[place : place + len(values)])
+            place += len(values)
+        self.pending.clear()
+        return not flags or bool(numbers[0])
 
     def by_task(self, num_tasks: int) -> Losses:
         """Add up what was kept for each particle apart, in the order of the particles."""
@@ -51,7 +66,7 @@ class GradientAccumulator(Protocol):
         """Take the gradient of one pass."""
 
     def close(self) -> Losses:
-        """Leave the sum in `.grad` and return the losses (collective: every rank)."""
+        """Leave the sum in `.grad` and return the losses, which have yet to be read (collective: every rank)."""
 
 
 class AllReduceAccumulator:
@@ -68,24 +83,27 @@ class AllReduceAccumulator:
             self.passes.append((unit, len(log_likelihood), -log_likelihood.detach().double().sum(dim=0)))
 
     def close(self) -> Losses:
-        """Sum over the replicas, and count the losses, for which the device is waited for once a step.
+        """Sum over the replicas.
 
         Where the sum over replicas would hide whose gradients are not finite, it is noted here; else `TrainingStage.agree` sees it.
         """
         is_finite = self._sum_over_replicas() if self.mesh.data.size > 1 and self.parameters else None
-        flags = [] if is_finite is None else [is_finite.double().reshape(1)]
-        values = torch.cat([*flags, *(of_text for _, _, of_text in self.passes)]).tolist() if flags or self.passes else []
-        own_is_finite = not flags or bool(values[0])
-        of_texts = iter(values[len(flags) :])
-        for unit, num_particles, _ in self.passes:
-            for task, row in zip(unit.batch.task_index.tolist(), unit.batch.row_ids, strict=True):
-                value = next(of_texts)
-                self.losses.add(task, value, num_particles)
-                if not math.isfinite(value):
-                    self.losses.bad_rows.add(row)
-        if not own_is_finite and not self.losses.bad_rows:
-            self.losses.bad_rows.update(row for unit, _, _ in self.passes for row in unit.batch.row_ids)
+        self.losses.pending += [
+            (of_text, partial(self._count, unit, num_particles)) for unit, num_particles, of_text in self.passes
+        ]
+        if is_finite is not None:
+            self.losses.pending.append((is_finite.double().reshape(1), self._blame_all))
         return self.losses
+
+    def _count(self, unit: MicroBatch, num_particles: int, of_texts: list[float]) -> None:
+        for task, row, value in zip(unit.batch.task_index.tolist(), unit.batch.row_ids, of_texts, strict=True):
+            self.losses.add(task, value, num_particles)
+            if not math.isfinite(value):
+                self.losses.bad_rows.add(row)
+
+    def _blame_all(self, own_are_finite: list[float]) -> None:
+        if not own_are_finite[0] and not self.losses.bad_rows:
+            self.losses.bad_rows.update(row for unit, _, _ in self.passes for row in unit.batch.row_ids)
 
     def _sum_over_replicas(self) -> Bool[Tensor, ""]:
         """Sum the gradients and return whether this rank's own were finite; a replica without a task's texts brings zeros.
@@ -96,7 +114,9 @@ class AllReduceAccumulator:
         is_finite = all_finite(gradients)
         present = gradients[0].new_tensor([float(parameter.grad is not None) for parameter in self.parameters])
         self.mesh.sum_over_data_([*gradients, present])
-        for parameter, gradient, count in zip(self.parameters, gradients, present.tolist(), strict=True):
+        # What this rank has a gradient for needs no answer of the others, for which it would wait.
+        counts = present.tolist() if any(parameter.grad is None for parameter in self.parameters) else [1.0] * len(gradients)
+        for parameter, gradient, count in zip(self.parameters, gradients, counts, strict=True):
             parameter.grad = gradient if count else None
         return is_finite
 
@@ -143,17 +163,22 @@ class OrderedAccumulator:
             parameter.grad = None
 
     def close(self) -> Losses:
-        """Leave the sums in `.grad`, and count the losses of all passes, for which the device is waited for once a step."""
+        """Leave the sums in `.grad`."""
         for parameter, total in zip(self.parameters, self.sums, strict=True):
             parameter.grad = total
-        kept = [value.float() for _, value in (*self.flags, *self.gathered)]
-        values = torch.stack(kept).tolist() if kept else []
-        for (unit, _), is_finite in zip(self.flags, values, strict=False):
+        for kept, count in ((self.flags, self._blame), (self.gathered, self._count)):
+            if kept:
+                self.losses.pending.append((torch.stack([value.float() for _, value in kept]), count))
+        return self.losses
+
+    def _blame(self, are_finite: list[float]) -> None:
+        for (unit, _), is_finite in zip(self.flags, are_finite, strict=True):
             if not is_finite:
                 self.losses.bad_rows.update(unit.batch.row_ids)
-        for (place, _), value in zip(self.gathered, values[len(self.flags) :], strict=True):
+
+    def _count(self, values: list[float]) -> None:
+        for (place, _), value in zip(self.gathered, values, strict=True):
             self.losses.add(place, value, 1)
-        return self.losses
 
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters]

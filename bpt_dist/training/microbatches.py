@@ -11,8 +11,9 @@ from bpt_dist.data.batches import Batch
 from bpt_dist.distributed.mesh import Mesh
 
 # Enough to keep a core or a GPU busy, and few enough that activations fit. The weights are frozen, so several small backward
-# passes cost no more arithmetic than a large one.
+# passes cost no more arithmetic than a large one; on a GPU each costs its launches again.
 TOKENS_A_PASS = 8192
+TOKENS_A_PASS_ON_GPU = 32768
 # Texts are dealt whole where no rank gets more than this many times the mean: the particles of a text then share a pass.
 BALANCED = 1.05
 
@@ -24,13 +25,20 @@ class MicroBatchLimits(NamedTuple):
 
     `size` is the most sequences in a pass, or None. `num_added` tokens are put before every text. `padding_overhead`: a pass pads
     its texts to the longest, and costs as much as so many tokens before it reads the first; 0 where a pass does not pad.
-    `together`: all ranks make every pass at the same time, because each pass gathers the sharded backbone.
+    `together`: all ranks make every pass at the same time, because each pass gathers the sharded backbone. `tokens` is about how
+    many a pass reads where neither of them decides.
     """
 
     size: int | None = None
     num_added: int = 0
     padding_overhead: float = 0.0
     together: bool = False
+    tokens: int = TOKENS_A_PASS
+
+
+def tokens_a_pass(kind: str) -> int:
+    """Return about how many tokens a pass reads on a `cpu` or on a GPU (`cuda`)."""
+    return TOKENS_A_PASS_ON_GPU if kind == "cuda" else TOKENS_A_PASS
 
 
 def assign(tokens: Sequence[int], num_particles: int, num_ranks: int, passes: MicroBatchLimits) -> list[list[Assignment]]:
@@ -52,7 +60,7 @@ def sequences_at_once(num_particles: int, num_texts: int, longest: int, passes: 
     """Return the most particles and texts that meet in a pass when every text has `longest` tokens, prompt included."""
     limit = passes.size
     if limit is None:
-        limit = num_particles * num_texts if passes.together else max(1, TOKENS_A_PASS // longest)
+        limit = num_particles * num_texts if passes.together else max(1, passes.tokens // longest)
     particles = min(num_particles, limit)
     return particles, min(num_texts, max(1, limit // particles))
 
@@ -157,22 +165,23 @@ def _cut(particles: slice, texts: Sequence[int], tokens: Sequence[int], passes: 
             parts = [group[n : n + max(1, passes.size // in_pass)] for n in range(0, len(group), max(1, passes.size // in_pass))]
         else:
             longest = max(tokens[text] for text in group)
-            in_pass = min(num_particles, max(1, TOKENS_A_PASS // longest))
-            parts = _within_budget(group, [longest] * len(tokens) if passes.padding_overhead else tokens, in_pass)
+            in_pass = min(num_particles, max(1, passes.tokens // longest))
+            widths = [longest] * len(tokens) if passes.padding_overhead else tokens
+            parts = _within_budget(group, widths, in_pass, passes.tokens)
         for first in range(particles.start, particles.stop, in_pass):
             some = slice(first, min(first + in_pass, particles.stop))
             cut += [(some, part) for part in parts]
     return cut
 
 
-def _within_budget(texts: Sequence[int], tokens: Sequence[int], num_particles: int) -> list[list[int]]:
+def _within_budget(texts: Sequence[int], tokens: Sequence[int], num_particles: int, budget: int) -> list[list[int]]:
     parts: list[list[int]] = [[]]
-    room = TOKENS_A_PASS
+    room = budget
     for text in texts:
         need = num_particles * tokens[text]
         if parts[-1] and need > room:
             parts.append([])
-            room = TOKENS_A_PASS
+            room = budget
         parts[-1].append(text)
         room -= need
     return parts

@@ -29,7 +29,7 @@ from bpt_dist.storage.files import write_json_atomic
 from bpt_dist.storage.metrics_log import VALIDATION, MetricsLog
 from bpt_dist.storage.run_directory import RunDirectory
 from bpt_dist.storage.snapshots import keep_snapshot
-from bpt_dist.training.accumulation import AllReduceAccumulator, GradientAccumulator, Losses, OrderedAccumulator, all_finite
+from bpt_dist.training.accumulation import AllReduceAccumulator, GradientAccumulator, Losses, OrderedAccumulator
 from bpt_dist.training.comparison import losses_of_prompts, mean_of_tasks
 from bpt_dist.training.cost import StepCost, known_peak
 from bpt_dist.training.microbatches import (
@@ -38,6 +38,7 @@ from bpt_dist.training.microbatches import (
     idle_ranks_warning,
     ordered_microbatches,
     shared_microbatches,
+    tokens_a_pass,
 )
 from bpt_dist.training.out_of_memory import explain_out_of_memory
 from bpt_dist.training.progress import StepProgress
@@ -167,6 +168,7 @@ class TrainingStage:
             num_added,
             backbone.padding_overhead(batch.target_ids.shape[1]),
             backbone.synced,
+            tokens_a_pass(backbone.device.type),
         )
 
     def memory_for(self, unit: MicroBatch) -> AbstractContextManager[None]:
@@ -234,7 +236,7 @@ class TrainingStage:
         Non-finite numbers on any rank make the step useless for all: the kernel would carry one NaN to every particle. Raises
         NonFinite on all ranks then, or with `on_non_finite: skip` after three such steps in a row.
         """
-        finite = all(math.isfinite(value) for value in losses.sums) and bool(all_finite(self.optimizer.gradients()))
+        finite = losses.read(self.optimizer.gradients()) and all(math.isfinite(value) for value in losses.sums)
         if not finite and not losses.bad_rows and self.mesh.data.size == 1:
             losses.bad_rows.update(self._rows_of_step())  # no other rank has a part in these gradients
         sums = losses.sums if finite else [0.0] * len(losses.sums)

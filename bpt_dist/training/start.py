@@ -13,7 +13,7 @@ from torch import Tensor
 from bpt_dist.data.batches import Batch, collate
 from bpt_dist.data.prepare import TaskData
 from bpt_dist.training.comparison import losses_of_prompts
-from bpt_dist.training.microbatches import MicroBatch, MicroBatchLimits
+from bpt_dist.training.microbatches import MicroBatch, MicroBatchLimits, tokens_a_pass
 from bpt_dist.training.out_of_memory import explain_out_of_memory
 from bpt_dist.training.run import TrainingRun
 
@@ -52,7 +52,7 @@ def _losses(run: TrainingRun, tasks: Sequence[TaskData], candidates: Float[Tenso
     def limits(batch: Batch) -> MicroBatchLimits:
         overhead = backbone.padding_overhead(batch.target_ids.shape[1])
         num_added = 0 if backbone.reads_prompts_once else candidates.shape[1]
-        return MicroBatchLimits(settings.pass_size, num_added, overhead, backbone.synced)
+        return MicroBatchLimits(settings.pass_size, num_added, overhead, backbone.synced, tokens_a_pass(backbone.device.type))
 
     def around(unit: MicroBatch) -> AbstractContextManager[None]:
         run.heartbeat(place)

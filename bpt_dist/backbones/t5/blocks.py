@@ -26,22 +26,30 @@ from torch import Tensor, nn
 from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.insertion import Change
 from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run, norm, product
-from bpt_dist.backbones.t5.layout import Grid, Rows
+from bpt_dist.backbones.t5.layout import Grid, Padding, Rows, aligned
 
 Changes = Mapping[nn.Module, Sequence[Change]]
 MakeBiases = Callable[[], Sequence[Tensor]]  # the position biases of all groups; called while the first block is whole
 
 
 class Memory:
-    """The encoder's states, of each group of sequences [r, S, D]; with `keep`, also keys and values once they were made."""
+    """The encoder's states, of each group of sequences [r, S, D]; with `keep`, also keys and values once they were made.
 
-    def __init__(self, encoded: Float[Tensor, "tokens D"], rows: Rows, grid: Grid, *, keep: bool = False) -> None:
-        self.tokens, self.rows, self.grid = encoded, rows, grid
+    `mask` [r, 1, S] is added to the scores of a group with `padding`.
+    """
+
+    def __init__(
+        self, encoded: Float[Tensor, "tokens D"], rows: Rows, grid: Grid, padding: Padding | None = None, *, keep: bool = False
+    ) -> None:
+        self.tokens, self.rows, self.grid, self.padding = encoded, rows, grid, padding
+        self.mask = None if padding is None else padding.mask.to(encoded.dtype)[:, None]
         self.groups = self.cut(encoded)
         self.kept: dict[nn.Module, list[Float[Tensor, "r S H d"]]] | None = {} if keep else None
 
     def cut(self, tokens: Float[Tensor, "tokens i"]) -> list[Float[Tensor, "r S i"]]:
         """Return what belongs to each group."""
+        if self.padding is not None:
+            return [self.padding.padded(tokens)]
         parts = tokens.split([rows * length for rows, length in self.rows])
         return [part.view(*shape, -1) for part, shape in zip(parts, self.rows, strict=True)]
 
@@ -51,6 +59,11 @@ class Memory:
         for module, groups in (self.kept or {}).items():
             assert self.kept is not None
             self.kept[module] = _going_on(groups, continues)
+
+
+def joined_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts; those of one part as they are."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _going_on(groups: Sequence[Tensor], continues: Sequence[Tensor]) -> list[Tensor]:
@@ -88,9 +101,11 @@ class Stack:
         bias: Tensor = self.stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
         return bias
 
-    def biases(self, rows: Rows) -> MakeBiases:
-        """Return what makes the position biases of groups, once a pass."""
-        return functools.cache(lambda: [self.bias(length) for _, length in rows])
+    def biases(self, rows: Rows, padding: Padding | None = None) -> MakeBiases:
+        """Return what makes the position biases of groups, once a pass; with `padding`, nobody sees what is padded."""
+        if padding is not None:
+            return functools.cache(lambda: [self.bias(rows[0][1]) + padding.mask[:, None, None].to(self.dtype)])
+        return functools.cache(lambda: [aligned(self.bias(length)) for _, length in rows])
 
     def project(
         self, number: int, hidden: Float[Tensor, "tokens D"], grid: Grid
@@ -105,14 +120,26 @@ class Stack:
             projected = torch.cat([self.changed(module, states, part, grid) for module, part in parts], dim=-1)
         return states if self.changes else None, projected.view(-1, 3, self.num_heads, self.head_width)
 
-    def attend(self, number: int, hidden: Float[Tensor, "tokens D"], rows: Rows, biases: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Return `hidden` plus the self-attention of a block, as `out` does."""
+    def attend(
+        self,
+        number: int,
+        hidden: Float[Tensor, "tokens D"],
+        rows: Rows,
+        biases: Sequence[Tensor],
+        grid: Grid,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        """Return `hidden` plus the self-attention of a block, as `out` does; with `padding`, all rows are read in one call."""
         states, projected = self.project(number, hidden, grid)
-        read = []
-        for part, shape, bias in zip(projected.split([n * length for n, length in rows]), rows, biases, strict=True):
+        parts = [projected] if len(rows) == 1 else projected.split([n * length for n, length in rows])
+        if padding is not None:
+            parts = [padding.padded(projected)]
+        found = []
+        for part, shape, bias in zip(parts, rows, biases, strict=True):
             q, k, v = part.view(*shape, 3, self.num_heads, self.head_width).permute(2, 0, 3, 1, 4)
-            read.append(self.attention(q, k, v, bias).transpose(1, 2).reshape(len(part), -1))
-        return self.out(number, hidden, states, torch.cat(read), grid)
+            read = self.attention(q, k, v, bias).transpose(1, 2).flatten(2)
+            found.append(read.flatten(0, 1) if padding is None else padding.packed(read))
+        return self.out(number, hidden, states, joined_rows(found), grid)
 
     def out(self, number: int, hidden: Tensor, states: Tensor | None, read: Float[Tensor, "tokens I"], grid: Grid) -> Tensor:
         """Return `hidden` plus the output projection of what the heads of a block's self-attention have read.
@@ -154,8 +181,9 @@ class Stack:
         return self.changed(layer, hidden, norm(hidden, layer, self.dtype), grid)
 
     def plus(self, hidden: Tensor, found: Tensor) -> Tensor:
-        """Return the sum, in place where nothing is inserted that may have kept the hidden states."""
-        return hidden + found if self.changes else hidden.add_(found)
+        """Return the sum, in place where nothing has kept the hidden states: no change, and no norm of a GPU."""
+        is_kept = self.changes or (hidden.is_cuda and torch.is_grad_enabled())
+        return hidden + found if is_kept else hidden.add_(found)
 
     def is_changed(self, *modules: nn.Module) -> bool:
         """Return whether something is inserted at one of the modules."""
@@ -172,15 +200,17 @@ class Stack:
 class Encoder(Stack):
     """The encoder."""
 
-    def __call__(self, tokens: Float[Tensor, "tokens D"], rows: Rows, grid: Grid) -> Float[Tensor, "tokens D"]:
+    def __call__(
+        self, tokens: Float[Tensor, "tokens D"], rows: Rows, grid: Grid, padding: Padding | None = None
+    ) -> Float[Tensor, "tokens D"]:
         """Return the last hidden states."""
-        hidden, biases = tokens, self.biases(rows)
+        hidden, biases = tokens, self.biases(rows, padding)
         for number, block in enumerate(self.stack.block):
-            hidden = block(hidden, run=partial(self._block, number, rows, biases, grid))
+            hidden = block(hidden, run=partial(self._block, number, rows, biases, grid, padding))
         return self.last(hidden, grid)
 
-    def _block(self, number: int, rows: Rows, biases: MakeBiases, grid: Grid, hidden: Tensor) -> Tensor:
-        return self.feed_forward(number, self.attend(number, hidden, rows, biases(), grid), grid)
+    def _block(self, number: int, rows: Rows, biases: MakeBiases, grid: Grid, padding: Padding | None, hidden: Tensor) -> Tensor:
+        return self.feed_forward(number, self.attend(number, hidden, rows, biases(), grid, padding), grid)
 
 
 class Decoder(Stack):
@@ -238,21 +268,23 @@ class Decoder(Stack):
         if keys is None:
             queries = product(queries.transpose(0, 1), lambda: attend.k.weight.view(heads)).transpose(0, 1)  # [tokens, H, D]
         found = []
-        groups = zip(memory.groups, queries.split([n * length for n, length in rows]), rows, strict=True)
-        for place, (states, of_group, (num_rows, length)) in enumerate(groups):
+        parts = [queries] if len(rows) == 1 else queries.split([n * length for n, length in rows])
+        for place, (states, of_group, (num_rows, length)) in enumerate(zip(memory.groups, parts, rows, strict=True)):
             asked = of_group.reshape(num_rows, length * self.num_heads, -1)
             if keys is None:
-                weights = (asked @ states.mT).softmax(-1)
+                scores = asked @ states.mT if memory.mask is None else torch.baddbmm(memory.mask, asked, states.mT)
+                weights = scores.softmax(-1)
             else:
                 by_head = asked.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
                 scores = by_head @ keys[place].permute(0, 2, 3, 1)  # [r, H, U, S]
+                scores = scores if memory.mask is None else scores + memory.mask[:, None]
                 weights = scores.softmax(-1).transpose(1, 2).flatten(1, 2)
             if values is None:
                 found.append((weights @ states).view(-1, self.num_heads, self.width))
             else:
                 by_head = weights.unflatten(1, (length, self.num_heads)).transpose(1, 2)
                 found.append((by_head @ values[place].transpose(1, 2)).transpose(1, 2).flatten(0, 1))
-        read = torch.cat(found)
+        read = joined_rows(found)
         if values is None:
             read = product(read.transpose(0, 1), lambda: attend.v.weight.view(heads).mT).transpose(0, 1)
         return read

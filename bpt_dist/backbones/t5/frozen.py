@@ -128,7 +128,29 @@ class _Norm(torch.autograd.Function):
         return grad.addcmul_(normed, inner, value=-1).mul_(scale), None, None
 
 
+class _FusedNorm(torch.autograd.Function):
+    """The same by one kernel of a GPU each way; it keeps x, which must stay as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        normed, scale = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], layer.weight.float(), layer.variance_epsilon)
+        ctx.save_for_backward(x, scale)
+        ctx.layer = layer
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        gain, wanted = ctx.layer.weight.float(), [True, False]
+        grad, _ = torch.ops.aten._fused_rms_norm_backward(grads[0], x, [x.shape[-1]], scale, gain, wanted)
+        return grad, None
+
+
 def norm(x: Float[Tensor, "*rows D"], layer: Any, dtype: torch.dtype) -> Float[Tensor, "*rows D"]:
     """Return T5's layer norm (Zhang & Sennrich 2019: no mean is subtracted) of float32 x in `dtype`, computed in float32."""
-    normed: Tensor = _Norm.apply(x, layer, dtype)  # type: ignore[no-untyped-call]
+    normed: Tensor
+    if x.is_cuda:  # a CPU has no such kernel, and computes it in more passes over x than `_Norm`
+        normed = _FusedNorm.apply(x, layer)  # type: ignore[no-untyped-call]
+        return normed.to(dtype)
+    normed = _Norm.apply(x, layer, dtype)  # type: ignore[no-untyped-call]
     return normed

@@ -19,6 +19,7 @@ from bpt_dist.backbones.attention import ATTENTIONS
 from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, Texts, average_distributions, end_tokens
 from bpt_dist.backbones.t5.frozen import let_run
 from bpt_dist.backbones.t5.packed import PackedT5
+from bpt_dist.backbones.transfer import send, send_together
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
 
@@ -187,7 +188,13 @@ class T5Backbone(Backbone):
     def use_packed_pass(self, attention: str) -> None:
         """Read texts by our own pass wherever it applies. `attention` is `sdpa` or `eager`."""
         self.attention = attention
-        self.packed = PackedT5(self.model, ATTENTIONS[attention], self, lambda run: self.call("packed", run))
+        self.packed = PackedT5(
+            self.model,
+            ATTENTIONS[attention],
+            self,
+            lambda run: self.call("packed", run),
+            pads_attention=self.device.type == "cuda",
+        )
         self.packed.any_rank = self.any_rank
 
     def use_stock_pass(self) -> None:
@@ -216,9 +223,10 @@ class T5Backbone(Backbone):
 
     def log_likelihood(self, texts: Any, input_embeds: InputEmbeds, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
-        ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
-        if (packed := self.packed_pass_for(targets.shape[1])) is not None:
-            return packed.log_likelihood(ids, mask, targets, input_embeds, reduction, states)
+        given = texts.source_ids, texts.source_mask, texts.target_ids
+        if (packed := self.packed_pass_for(given[2].shape[1])) is not None:
+            return packed.log_likelihood(send(given[0], self.device), *given[1:], input_embeds, reduction, states)
+        ids, mask, targets = send_together(given, self.device)
         log_likelihood, *rest = self.call("log_likelihood", ids, mask, targets, input_embeds, reduction, states)
         logits, *last = [tensor.view(-1, len(ids), *tensor.shape[1:]) for tensor in rest]
         return Forward(log_likelihood.view(-1, len(ids)), lambda: logits, (last[0], last[1]) if last else None)
@@ -226,19 +234,20 @@ class T5Backbone(Backbone):
     @torch.no_grad()
     def rank(self, texts: Any, candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         if (packed := self.packed_pass_for(candidates.shape[1])) is not None:
-            return packed.rank(ids, mask, candidates.to(self.device), input_embeds)
-        rows: Tensor = self.call("rank", ids, mask, candidates.to(self.device), input_embeds)
+            return packed.rank(send(texts.source_ids, self.device), texts.source_mask, candidates, input_embeds)
+        ids, mask, candidates = send_together([texts.source_ids, texts.source_mask, candidates], self.device)
+        rows: Tensor = self.call("rank", ids, mask, candidates, input_embeds)
         return rows.view(-1, len(ids), len(candidates))
 
     @torch.no_grad()
     def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         if (packed := self.packed_pass_for(max_new_tokens)) is not None:
-            tokens = packed.generate(ids, mask, input_embeds, max_new_tokens, average)
+            ids = send(texts.source_ids, self.device)
+            tokens = packed.generate(ids, texts.source_mask, input_embeds, max_new_tokens, average)
         else:
+            ids, mask = send_together([texts.source_ids, texts.source_mask], self.device)
             tokens = self.call("generate", ids, mask, input_embeds, max_new_tokens, self.synced, average)
             tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         written = tokens[:1] if average else tokens  # on average all particles write the same
@@ -251,8 +260,7 @@ class T5Backbone(Backbone):
         """Return the log-likelihood of each text's own candidates under its own prompts, in one pass where ours applies."""
         if (packed := self.packed_pass_for(max(of_text.shape[1] for of_text in candidates))) is None:
             return super().rank_each(texts, prompts, candidates)
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        return packed.rank_each(ids, mask, prompts, candidates)
+        return packed.rank_each(send(texts.source_ids, self.device), texts.source_mask, prompts, candidates)
 
     @torch.no_grad()
     def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
@@ -262,7 +270,7 @@ class T5Backbone(Backbone):
         if short:
             assert self.packed is not None
             some = texts.select(short)
-            ids, mask = some.source_ids.to(self.device), some.source_mask.to(self.device)
+            ids, mask = send(some.source_ids, self.device), some.source_mask
             tokens = self.packed.generate_each(ids, mask, [prompts[n] for n in short], [max_new_tokens[n] for n in short])
             found |= dict(zip(short, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True))
         if rest := [row for row in range(len(prompts)) if row not in found]:

@@ -23,7 +23,7 @@ from bpt_dist.backbones.candidates import MOST_LOGITS, Tree, along_each
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.t5.blocks import Cache, Changes, Decoder, Encoder, MakeBiases, Memory
 from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run
-from bpt_dist.backbones.t5.layout import Grid, Layout
+from bpt_dist.backbones.t5.layout import Grid, Layout, PaddedLayout
 from bpt_dist.objective import IGNORED, Reduction
 
 Call = Callable[[Callable[[], Any]], Any]
@@ -32,16 +32,25 @@ Call = Callable[[Callable[[], Any]], Any]
 class PackedT5:
     """Log-likelihood, ranking and generation as `PromptedT5` does them; results are the stock pass's to rounding.
 
-    `insertions` is the backbone whose inserted changes act here; `call` runs a pass inside the partitioned module.
+    `insertions` is the backbone whose inserted changes act here; `call` runs a pass inside the partitioned module. Log-likelihoods
+    are computed by few kernels with `pads_attention`: attention then reads all texts in one call, padded to the longest. A CPU is
+    faster without, group by group of equal lengths.
     """
 
     def __init__(
-        self, model: Any, attention: Attention, insertions: InsertionPoints | None = None, call: Call | None = None
+        self,
+        model: Any,
+        attention: Attention,
+        insertions: InsertionPoints | None = None,
+        call: Call | None = None,
+        *,
+        pads_attention: bool = False,
     ) -> None:
-        self.model, self._call = model, call or (lambda run: run())
+        self.model, self._call, self.pads_attention = model, call or (lambda run: run()), pads_attention
         changes: Changes = {} if insertions is None else insertions.changes
         self.observers = [] if insertions is None else insertions.observers
-        self.encoder, self.decoder = Encoder(model.encoder, attention, changes), Decoder(model.decoder, plain_attention, changes)
+        self.encoder = Encoder(model.encoder, attention, changes)
+        self.decoder = Decoder(model.decoder, attention if pads_attention else plain_attention, changes)
         self.any_rank: AnyRank = bool  # replaced where ranks gather together: they write as long as the slowest of them
         let_run(model.lm_head)
         self.head = FrozenLinear(model.lm_head)
@@ -55,25 +64,30 @@ class PackedT5:
         reduction: Reduction,
         states: bool,
     ) -> Forward:
-        """Return the log-likelihood of each target; logits are made for positions that have a target only."""
+        """Return the log-likelihood of each target; logits are made for positions that have a target, and for little more.
+
+        `mask` and `target_ids` are read where they are, on the host best; `ids` are on the device.
+        """
         num_targets = (target_ids != IGNORED).sum(1)
-        used: list[tuple[Layout, int]] = []
+        used: list[tuple[Layout, int, Tensor]] = []
 
         def run() -> tuple[Tensor, ...]:
-            inputs, layout = self._lay_out(ids, mask, input_embeds, num_targets.tolist())
-            used.append((layout, inputs.shape[2]))
+            inputs, layout = self._lay_out(ids, mask, input_embeds, num_targets.tolist(), padded=self.pads_attention)
+            of_decoder = [layout.decoder_tokens(each) for each in (self.model._shift_right(target_ids), target_ids)]
+            start, wanted, divisors = layout.send([*of_decoder, num_targets.clamp_min(1)], ids.device)
+            used.append((layout, inputs.shape[2], divisors))
             memory = self._encode(layout.encoder_tokens(inputs), layout, inputs.shape[2])
-            start, grid = layout.decoder_tokens(self.model._shift_right(target_ids)), layout.decoder_grid(ids.device)
+            grid = layout.decoder_grid(ids.device)
             decoded = self.decoder(self.embed(start), memory, layout.decoder_rows, grid)
             logits = self._through_head(decoded, lambda decoded: self._logits(decoded, grid))
-            losses = functional.cross_entropy(logits, layout.decoder_tokens(target_ids), reduction="none")
+            losses = functional.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED)
             return losses, logits, *((memory.tokens, decoded) if states else ())
 
         losses, logits, *last = self._call(run)
-        layout, num_read = used[0]
+        layout, num_read, divisors = used[0]
         total = -layout.sums(losses)
         if reduction == "token_mean":
-            total = total / num_targets.clamp_min(1)
+            total = total / divisors
         length = target_ids.shape[1]
         unpacked = (layout.unpacked_encoder(last[0], num_read), layout.unpacked_decoder(last[1], length)) if last else None
         return Forward(total, lambda: layout.unpacked_decoder(logits, length), unpacked)
@@ -189,11 +203,11 @@ class PackedT5:
 
     def _encode(self, tokens: Float[Tensor, "tokens D"], layout: Layout, longest: int, *, keep: bool = False) -> Memory:
         """Return the encoder's states of all tokens, and let them be observed in rows of the `longest` length."""
-        grid = layout.encoder_grid(longest, tokens.device)
-        encoded = self.encoder(tokens, layout.encoder_rows, grid)
+        grid, padding = layout.encoder_grid(longest, tokens.device), layout.padding
+        encoded = self.encoder(tokens, layout.encoder_rows, grid, padding)
         for observe in self.observers:
             observe(grid.unpacked(encoded), grid.mask())
-        return Memory(encoded, layout.encoder_rows, grid, keep=keep)
+        return Memory(encoded, layout.encoder_rows, grid, padding, keep=keep)
 
     def _write(
         self, memory: Memory, layout: Layout, max_new_tokens: int, averaged: int, limits: Tensor | None = None
@@ -208,11 +222,14 @@ class PackedT5:
         return greedy(self, memory, grid, max_new_tokens, averaged, limits)
 
     def _lay_out(
-        self, ids: Tensor, mask: Tensor, input_embeds: InputEmbeds, decoder_lengths: list[int]
+        self, ids: Tensor, mask: Tensor, input_embeds: InputEmbeds, decoder_lengths: list[int], *, padded: bool = False
     ) -> tuple[Float[Tensor, "m N L D"], Layout]:
         inputs = input_embeds(self.embed(ids))
         num_added = inputs.shape[2] - ids.shape[1]
-        return inputs, Layout(len(inputs), (mask.sum(1) + num_added).tolist(), decoder_lengths)
+        lengths = (mask.sum(1) + num_added).tolist()
+        if padded:
+            return inputs, PaddedLayout(len(inputs), lengths, decoder_lengths, inputs.shape[2])
+        return inputs, Layout(len(inputs), lengths, decoder_lengths)
 
     def _lay_out_each(
         self, ids: Tensor, mask: Tensor, prompts: Sequence[Float[Tensor, "m _P D"]], decoder_lengths: Sequence[int]

@@ -18,7 +18,7 @@ from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.commands.bench.workload import Work
 from bpt_dist.distributed.mesh import Mesh
-from bpt_dist.training.microbatches import MicroBatch, MicroBatchLimits, shared_microbatches
+from bpt_dist.training.microbatches import MicroBatch, MicroBatchLimits, shared_microbatches, tokens_a_pass
 
 ALLOWED_FACTOR = 3.0
 LOSS_FLOOR, GRADIENT_FLOOR = 1e-5, 1e-3
@@ -88,9 +88,8 @@ def packed(backbone: T5Backbone, ours: PackedT5, work: Work, pass_size: int | No
 
 def our_microbatches(work: Work, mesh: Mesh, pass_size: int | None = None) -> list[MicroBatch]:
     """Return the micro-batches of this rank; `pass_size` is the setting of that name."""
-    return list(
-        shared_microbatches(work.texts, slice(0, len(work.prompts)), mesh, MicroBatchLimits(pass_size, work.prompts.shape[1]))
-    )
+    limits = MicroBatchLimits(pass_size, work.prompts.shape[1], tokens=tokens_a_pass(work.prompts.device.type))
+    return list(shared_microbatches(work.texts, slice(0, len(work.prompts)), mesh, limits))
 
 
 def sum_microbatches(backbone: T5Backbone, ours: PackedT5 | None, work: Work, microbatches: Iterable[MicroBatch]) -> Gradients:

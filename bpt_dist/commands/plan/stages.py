@@ -20,7 +20,7 @@ from bpt_dist.distributed.mesh import Axis, Mesh, World
 from bpt_dist.methods.base import Method
 from bpt_dist.storage.snapshots import MOST_FILES, MOST_INLINE
 from bpt_dist.tasks.spec import TaskSpec
-from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once
+from bpt_dist.training.microbatches import MicroBatchLimits, assign, idle_ranks_warning, sequences_at_once, tokens_a_pass
 from bpt_dist.training.optimizer import OPTIMIZERS
 from bpt_dist.training.sharding.passes import num_sharers, sequences_that_fit
 from bpt_dist.training.sharding.placement import padding_reason
@@ -309,7 +309,8 @@ def work_of_a_rank(
     of_rank = -(-texts // num_sharers)
     if config.distribution.exact:
         return RankWork(particles * of_rank, 1, particles * of_rank, particles * of_rank, 1)
-    limits = MicroBatchLimits(size=settings.pass_size, together=config.distribution.shard != "none")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    limits = MicroBatchLimits(size=settings.pass_size, together=config.distribution.shard != "none", tokens=tokens_a_pass(kind))
     own_texts = isinstance(settings, SourceStageConfig) and not settings.shared_texts
     if limits.together and not own_texts:
         assigned = assign([longest] * texts, particles, num_sharers, limits)

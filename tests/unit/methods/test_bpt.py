@@ -336,6 +336,7 @@ def test_logged_losses_are_means_over_texts_and_particles(world: Path, tmp_path:
             for task, rows in rows_of_step(stage, 0).items()
         }
         losses = train.accumulate_gradients(stage)
+        losses.read()
         found = dict(zip(stage.task_names, [s / c for s, c in zip(losses.sums, losses.counts, strict=True)], strict=True))
     assert found == pytest.approx(expected, rel=1e-5)
 

@@ -98,6 +98,7 @@ def test_losses_are_summed_by_task_over_texts_and_particles(world: Path, tmp_pat
     for texts, is_filler in ((batch, False), (weightless, False), (batch, True)):
         total.add(MicroBatch(slice(0, 2), texts, is_filler), -torch.arange(8.0).view(2, 4))
     losses = total.close()
+    losses.read()
     assert batch.task_index.tolist() == [0, 0, 1, 1]
     assert losses.sums == [2 * (0 + 1 + 4 + 5), 2 * (2 + 3 + 6 + 7)]
     assert losses.counts == [8, 8]
@@ -274,7 +275,9 @@ def test_a_text_of_weight_zero_is_blamed_for_its_nan(
         texts = replace(unit.batch, weight=unit.batch.weight * 0)
         num_particles = unit.particles.stop - unit.particles.start
         total.add(unit._replace(batch=texts), torch.full((num_particles, len(texts)), torch.nan))
-    assert total.close().bad_rows == set(texts.row_ids)
+    losses = total.close()
+    losses.read()
+    assert losses.bad_rows == set(texts.row_ids)
 
 
 def test_a_parameter_without_a_gradient_on_any_replica_keeps_none() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_t5
 import torch
+from make_believe_gpu import MakeBelieveGpu
 from plain_t5 import PlainT5
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
@@ -92,11 +93,24 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def pads_attention(backbone: T5Backbone, attention: str) -> T5Backbone:
+    """Let attention read all texts in one call, as on a GPU."""
+    call = backbone.call
+    backbone.packed = PackedT5(
+        backbone.model, ATTENTIONS[attention], backbone, lambda run: call("packed", run), pads_attention=True
+    )
+    return backbone
+
+
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("seed", range(NUM_BATCHES))
-def test_fp32_equals_a_float64_t5(folder: Path, seed: int, attention: str) -> None:
+def test_fp32_equals_a_float64_t5(folder: Path, seed: int, attention: str, padded: bool) -> None:
     batch, prompts = random_batch(seed)
-    found, expected = answer(packed(folder, attention=attention), batch, prompts), truth(Truth(folder), batch, prompts)
+    backbone = packed(folder, attention=attention)
+    if padded:
+        pads_attention(backbone, attention)
+    found, expected = answer(backbone, batch, prompts), truth(Truth(folder), batch, prompts)
     assert apart(found[0], expected[0]) < 1e-5
     assert apart(found[1], expected[1]) < 1e-5
 
@@ -121,8 +135,32 @@ def test_bf16_is_as_near_as_its_digits_allow(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_a_make_believe_gpu_computes_the_same_by_fused_norms(folder: Path, seed: int) -> None:
+    batch, prompts = random_batch(seed)
+    expected = truth(Truth(folder), batch, prompts)
+    with MakeBelieveGpu() as device:
+        backbone = loading.load(str(folder))
+        backbone.device = device.device
+        backbone.core.to(device.device)
+        backbone.use_packed_pass("sdpa")
+        theta = prompts.to(device.device).requires_grad_()
+        device.forget()
+        found = backbone.log_likelihood(batch, lambda embeds: prepend(theta, embeds), "token_sum").log_likelihood
+        (found * batch.weight.to(device.device)).sum().backward()
+        noted = device.forget()
+        assert theta.grad is not None
+        answered = found.detach().cpu().double(), theta.grad.cpu().double()
+    assert not noted.mismatches
+    assert noted.operators["_fused_rms_norm"] == 12
+    assert noted.operators["_fused_rms_norm_backward"] == 10  # before it reads the encoder, the decoder has nothing to learn
+    assert apart(answered[0], expected[0]) < 1e-5
+    assert apart(answered[1], expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gated_untied_t5_equals_the_stock_pass(attention: str, seed: int) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_gated_untied_t5_equals_the_stock_pass(attention: str, seed: int, padded: bool) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=128, d_model=64, d_kv=8, num_heads=4, d_ff=96, num_layers=2, num_decoder_layers=3,
@@ -132,7 +170,7 @@ def test_gated_untied_t5_equals_the_stock_pass(attention: str, seed: int) -> Non
     model = T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.1)
     model.requires_grad_(False).eval()
-    ours, stock = PackedT5(model, ATTENTIONS[attention]), PromptedT5(model)
+    ours, stock = PackedT5(model, ATTENTIONS[attention], pads_attention=padded), PromptedT5(model)
     batch, prompts = random_batch(seed)
     own, other = (prompts.clone().requires_grad_() for _ in range(2))
     texts = (batch.source_ids, batch.source_mask, batch.target_ids)
@@ -146,11 +184,12 @@ def test_gated_untied_t5_equals_the_stock_pass(attention: str, seed: int) -> Non
     assert apart(own.grad, other.grad) < 1e-5
 
 
-def test_logits_and_states_are_those_of_the_stock_pass_where_there_is_text(folder: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_and_states_are_those_of_the_stock_pass_where_there_is_text(folder: Path, padded: bool) -> None:
     batch, prompts = random_batch(4)
     ours, stock = (
         each.log_likelihood(batch, lambda embeds: prepend(prompts, embeds), "token_mean", states=True)
-        for each in (packed(folder), loading.load(str(folder)))
+        for each in (pads_attention(packed(folder), "sdpa") if padded else packed(folder), loading.load(str(folder)))
     )
     real, targets = batch.source_mask.bool(), batch.target_ids >= 0
     assert ours.states is not None
