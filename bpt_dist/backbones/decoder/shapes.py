@@ -18,7 +18,7 @@ from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.candidates import MOST_LOGITS
 from bpt_dist.backbones.decoder.attention import PromptsAndTexts
 from bpt_dist.backbones.decoder.config import CLASSES, export_facts, model_class
-from bpt_dist.backbones.decoder.layout import Layout
+from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout
 from bpt_dist.backbones.decoder.model import DecoderBackbone, PromptedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, logits_of
 from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, begin_weightless, count_pass
@@ -106,7 +106,7 @@ class DecoderShape(ModelShape):
             packed = PackedDecoder(model, plain_attention)
 
             def logits() -> Tensor:
-                states = packed.run(tokens, layout.positions(), PromptsAndTexts(layout, plain_attention))
+                states = packed.run(tokens, layout.positions(), PromptsAndTexts(layout, plain_attention), ONLY_EACH_TOKEN)
                 return logits_of(model, states[: num_texts * num_target])
 
             return count_pass(model, logits)
@@ -156,7 +156,7 @@ class WeightlessDecoder(Weightless, DecoderBackbone):
 
     def __init__(self, shape: DecoderShape) -> None:
         begin_weightless(self, PromptedDecoder(shape.model().requires_grad_(False)), shape.config.vocab_size)
-        self.packed = PackedDecoder(self.model, plain_attention)
+        self.packed = PackedDecoder(self.model, plain_attention, self)
 
 
 def published(name: str) -> Any | None:
