@@ -59,7 +59,8 @@ def let_read(model: Any) -> None:
     """Make the blocks of a model `Reads`. Their class is changed rather than a function of theirs: copies run their own weights."""
     for block in model.model.layers:
         if not isinstance(block, Reads):
-            block.__class__ = _reading(type(block))
+            kind: Any = type(block)
+            block.__class__ = _reading(kind)
 
 
 @functools.cache
