@@ -140,6 +140,44 @@ def test_parts_give_the_answers_of_the_whole(shard: str, folders: dict[str, str]
             assert each["gathered"] == 0, each
 
 
+def kept_for_backward(parts: Backbone, rank: int) -> tuple[list[str], int]:
+    """Return which gathered matrices a forward pass keeps for the backward pass, and the bytes gathered in between."""
+    kept: list[str] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        for name, weight in parts.model.named_parameters():
+            is_whole = weight.shape == getattr(weight, "ds_shape", None)
+            if is_whole and weight.dim() > 1 and place == weight.untyped_storage().data_ptr():
+                kept.append(name)
+        return tensor
+
+    theta = torch.randn(2, 4, parts.width, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        passed = parts.log_likelihood(texts(rank, 0), partial(prepend, theta), "token_mean")
+    waiting = gathered(parts)
+    passed.log_likelihood.sum().backward()
+    return kept, waiting
+
+
+def after_forward(world: World, folders: dict[str, str]) -> list[tuple[list[str], int]]:
+    found = []
+    for folder in folders.values():
+        for recomputed in (False, True):
+            parts: Any = load(folder)
+            placement.place(parts, DistributionConfig(shard="deepspeed", activation_checkpointing=recomputed), world)
+            parts.use_packed_pass("sdpa")
+            found.append(kept_for_backward(parts, world.rank))
+            placement.release(parts)
+    return found
+
+
+def test_between_the_passes_no_weight_is_whole(folders: dict[str, str]) -> None:
+    """FSDP2 frees the storage of a weight itself, whoever refers to it; ZeRO lets go of it only."""
+    for rank in ranks.run(after_forward, 2, folders):
+        assert rank == [([], 0)] * 2 * len(folders)
+
+
 def after_backward(world: World, folder: str, shard: Any) -> list[tuple[str, bool, bool, int]]:
     """Return whether the first block's input asked for a gradient, and the bytes gathered right after a backward pass."""
     found = []

@@ -1,4 +1,4 @@
-"""A pass of our own under way: what transformers' modules have to know besides their inputs, wherever they are called.
+"""What is ours in transformers' modules: blocks that know the pass they are called in, linear layers that keep no gathered weight.
 
 A block may be called a second time, by a backward pass that recomputes it, when the pass itself is over. So each block is told by
 an argument what it needs, and sets it up for as long as its `forward` takes.
@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
 
 from bpt_dist.backbones.decoder.attention import Reader, our_attention
 from bpt_dist.backbones.insertion import InsertionPoints, Rows
@@ -55,8 +58,39 @@ class Reads(nn.Module):
             return stock(*args, reader=reading.reader, **kwargs)
 
 
+class Released(nn.Linear):
+    """A linear layer whose frozen weight, gathered by ZeRO, is asked for again by the backward pass instead of kept for it.
+
+    What a graph keeps is not freed when ZeRO releases it, and the model would be whole on every rank between the two passes.
+    """
+
+    def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """Return W x, plus the bias where there is one."""
+        if self.weight.requires_grad or not hasattr(self.weight, "ds_tensor"):
+            return super().forward(input)
+        product: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] @ ctx.layer.weight, None
+
+
 def let_read(model: Any) -> None:
-    """Make the blocks of a model `Reads`. Their class is changed rather than a function of theirs: copies run their own weights."""
+    """Make the blocks of a model `Reads`, and its linear layers `Released`.
+
+    Their class is changed rather than a function of theirs, so that copies run their own weights.
+    """
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Released
     for block in model.model.layers:
         if not isinstance(block, Reads):
             kind: Any = type(block)
