@@ -125,6 +125,16 @@ def test_every_method_is_planned_or_refused_as_in_training(world: Path, tmp_path
         assert found.stages[0].trainable_parameters == found.num_parameters
 
 
+def test_a_run_that_recomputes_blocks_still_reads_a_prompt_once(world: Path, tmp_path: Path) -> None:
+    def source(**sections: Any) -> StagePlan:
+        return stage(estimate(configured(world, tmp_path, {"name": "bpt"}, **sections), 1), "source")
+
+    again = {"distribution": {"activation_checkpointing": True}}
+    kept, recomputed, stock = source(), source(**again), source(**again, backbone={"forward": "stock"})
+    assert kept.flops < recomputed.flops < stock.flops
+    assert recomputed.activation_bytes < kept.activation_bytes
+
+
 def shape_in(world: Path) -> ModelShape:
     return shape_of(str(world / "decoder"))
 
