@@ -21,12 +21,12 @@ ONE_GRID_ROW = (
     "distribution.mesh.particle=1",
     "distribution.mesh.data=2",
 )  # both processes have all particles and share the texts
-# label, colour, line style, processes, overrides; each is compared with one process under the same rate (lr_relative)
+# label, colour, line style, processes, overrides; each is compared with one process under the same learning rate
 CASES = (
-    ("2 processes, rate 0.3", "#0072b2", "-", 2, (*ONE_GRID_ROW,)),
-    ("1 process, passes of 3, rate 0.3", "#d55e00", "-", 1, ("source.pass_size=3",)),
-    ("2 processes, rate 0.003", "#009e73", "-", 2, (*ONE_GRID_ROW, "source.lr_relative=0.003")),
-    ("exact, 2 processes, rate 0.3", "#cc79a7", "--", 2, (*ONE_GRID_ROW, "distribution.exact=true")),
+    ("2 processes, lr 0.3", "#0072b2", "-", 2, (*ONE_GRID_ROW,)),
+    ("1 process, passes of 3, lr 0.3", "#d55e00", "-", 1, ("source.pass_size=3",)),
+    ("2 processes, lr 0.003", "#009e73", "-", 2, (*ONE_GRID_ROW, "source.lr=0.003")),
+    ("exact, 2 processes, lr 0.3", "#cc79a7", "--", 2, (*ONE_GRID_ROW, "distribution.exact=true")),
 )
 
 
@@ -96,7 +96,7 @@ def differences() -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as temporary:
         alone: dict[tuple[str, ...], object] = {}
         for number, (label, _, _, num_processes, overrides) in enumerate(CASES):
-            reference = tuple(word for word in overrides if word.startswith(("source.lr_relative", "distribution.exact")))
+            reference = tuple(word for word in overrides if word.startswith(("source.lr", "distribution.exact")))
             if reference not in alone:
                 alone[reference] = particles_of(Path(temporary) / f"alone-{number}", 1, reference)
             expected = alone[reference].double()
