@@ -94,20 +94,20 @@ class PackedDecoder:
     ) -> tuple[Any, ...]:
         """Return the fields of `Scored` as a plain tuple, in which a partitioned model finds its tensors."""
         inputs = self._inputs(ids, mask, embeds)
-        num_targets = (target_ids != IGNORED).sum(1).tolist()
+        has_target = target_ids != IGNORED
+        num_targets = has_target.sum(1).tolist()
         layout = inputs.layout([number - 1 for number in num_targets])
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(target_ids.clamp_min(0)))
         of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.places(tokens.device))
         places = [first + source - 1 + torch.arange(number) for first, source, number in
                   zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
         of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
-        has_target = target_ids != IGNORED
 
         def in_rows() -> Int[Tensor, " targets"]:
             return has_target.expand(len(of_targets), -1, -1).flatten().nonzero()[:, 0]
 
         logits = self.logits(of_targets, Places(len(of_targets) * len(ids), target_ids.shape[1], in_rows))
-        labels = target_ids[target_ids != IGNORED].expand(len(logits), -1)
+        labels = target_ids[has_target].expand(len(logits), -1)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         sums = torch.stack([-part.sum(1) for part in losses.split(num_targets, dim=1)], dim=1)
         return sums, logits, of_targets, (of_all if states else of_all[:0]).clone(), layout
