@@ -2,13 +2,14 @@
 
 Every insertion is a forward hook that holds the method's own tensors only. The backbone's weights are never read, so an insertion
 works alike while they are whole, partitioned by DeepSpeed (blocks as leaves) or by FSDP2, and in scoring, ranking and generation
-with a cache. A family's own pass does not call those modules: it applies `changes` at the same places.
+with a cache. A family's own pass that does not call those modules applies `changes` at the same places; one that calls them with
+tokens in another order says in `rows` how they are put into rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -62,6 +63,13 @@ def is_for_each_token(change: Change) -> bool:
     return getattr(change, FOR_EACH, False)
 
 
+class Rows(Protocol):
+    """The places of packed tokens in the rows of the stock pass."""
+
+    def changed(self, change: Change, x: Float[Tensor, "*tokens i"], y: Float[Tensor, "*tokens o"]) -> Float[Tensor, "*tokens o"]:
+        """Return what a change makes of packed tokens."""
+
+
 class InsertionPoints:
     """The backbone as methods may change it; every function returns how many modules matched and raises ConfigError for none.
 
@@ -80,6 +88,7 @@ class InsertionPoints:
         # What is inserted, for a pass that does not call the modules: the changes of a module, and who observes the encoder.
         self.changes: dict[nn.Module, list[Change]] = {}
         self.observers: list[Observe] = []
+        self.rows: Rows | None = None  # while a family's own pass calls the modules with packed tokens
 
     @property
     def model(self) -> nn.Module:
@@ -133,6 +142,11 @@ class InsertionPoints:
         self._handles.append(self.model.get_submodule("encoder").register_forward_hook(hook, with_kwargs=True))
         self.observers.append(observe)
 
+    @property
+    def changes_texts_alike(self) -> bool:
+        """Return whether all that is inserted depends on a token alone, so that a prompt has the same states before every text."""
+        return all(is_for_each_token(change) for changes in self.changes.values() for change in changes)
+
     def detach(self) -> None:
         """Remove everything the insertion points added; the backbone is the stock one again, bit for bit."""
         while self._handles:
@@ -152,19 +166,20 @@ class InsertionPoints:
             )
         for place, _ in matching:
             change = make(place)
-            self._handles.append(place.module.register_forward_hook(_hook(change), with_kwargs=True))
+            self._handles.append(place.module.register_forward_hook(self._hook(change), with_kwargs=True))
             self.changes.setdefault(place.module, []).append(change)
         return len(matching)
 
+    def _hook(self, change: Change) -> Callable[[nn.Module, Any, Any, Any], Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            if RUN in kwargs:  # our own pass has applied the change already
+                return output
+            x, is_many = args[0] if args else kwargs["hidden_states"], isinstance(output, tuple)
+            y = output[0] if is_many else output
+            y = change(x, y) if self.rows is None else self.rows.changed(change, x, y)
+            return (y, *output[1:]) if is_many else y
 
-def _hook(change: Change) -> Callable[[nn.Module, Any, Any, Any], Any]:
-    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if RUN in kwargs:  # our own pass has applied the change already
-            return output
-        x = args[0] if args else kwargs["hidden_states"]
-        return (change(x, output[0]), *output[1:]) if isinstance(output, tuple) else change(x, output)
-
-    return hook
+        return hook
 
 
 def of_rows(values: Float[Tensor, "N ..."], num_rows: int) -> Float[Tensor, "rows ..."]:

@@ -135,12 +135,14 @@ class ModelShape(ABC):
         `recomputed` blocks are run forward twice, and all but one of each stack keep their input only.
         """
 
-    def shared_costs(self, num_prompt: int, num_source: int, num_target: int) -> tuple[RowCost, RowCost]:
-        """Return the cost of a prompt, once a pass, and of a text that reads it.
+    def shared_costs(
+        self, num_prompt: int, num_source: int, num_target: int, *, recomputed: bool = False
+    ) -> tuple[RowCost, RowCost]:
+        """Return the cost of a prompt, once a pass, and of a text that reads it; `recomputed` as in `row_cost`.
 
         By default a pass reads the prompt with each text.
         """
-        return NOTHING, self.row_cost(num_prompt, num_source, num_target)
+        return NOTHING, self.row_cost(num_prompt, num_source, num_target, recomputed=recomputed)
 
     @abstractmethod
     def prediction_bytes(self, num_prompt: int, num_source: int, num_nodes: int, attention: str, kind: str = "cpu") -> int:

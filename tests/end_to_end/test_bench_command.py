@@ -240,6 +240,11 @@ def test_a_decoder_only_model_is_compared_with_peft(capsys, tmp_path) -> None:
     assert step["ours, prompt read once"]["flop_limit"] > 1
     assert {row["variant"] for row in report["rows"]} > {"ours, ranked as a tree", "PEFT generate, 10 tokens"}
     assert out.index("relative difference") < out.index("FLOP limit")
+    inserted = {row["variant"]: row for row in report["rows"] if row["work"] == "LoRA step, rank 8" and row["dtype"] == "fp32"}
+    assert inserted["one padded batch, stock"]["tokens"] == 6 * (256 + 6 - 1)
+    assert inserted["ours, packed"]["tokens"] == inserted["text by text, stock"]["tokens"] == sum(texts) - 6
+    assert inserted["one padded batch, stock"]["ratio"]["median"] == 1
+    assert inserted["ours, packed"]["flop_limit"] > 2
 
 
 def test_a_shape_that_is_no_decoder_only_model_is_refused(shape, capsys, tmp_path) -> None:

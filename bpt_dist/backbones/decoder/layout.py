@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from bpt_dist.backbones.candidates import Tree
+from bpt_dist.backbones.insertion import Change, is_for_each_token
 
 
 class Group(NamedTuple):
@@ -17,6 +19,41 @@ class Group(NamedTuple):
 
     texts: tuple[int, ...]
     length: int
+
+
+class Places:
+    """The places of packed tokens in rows [rows, length], particle-major as in the stock pass, which what is inserted may want.
+
+    `make` is called when a change does not act on each token alone for the first time.
+    """
+
+    def __init__(self, num_rows: int, length: int, make: Callable[[], Int[Tensor, " tokens"]]) -> None:
+        self.num_rows, self.length, self._make = num_rows, length, make
+
+    @functools.cached_property
+    def of_tokens(self) -> Int[Tensor, " tokens"]:
+        """Return the place of each token in the flattened rows."""
+        return self._make()
+
+    def changed(self, change: Change, x: Float[Tensor, "*tokens i"], y: Float[Tensor, "*tokens o"]) -> Float[Tensor, "*tokens o"]:
+        """Return what takes the place of y."""
+        shape, x, y = y.shape[:-1], x.flatten(0, -2), y.flatten(0, -2)
+        if is_for_each_token(change):
+            return change(x[None], y[None])[0].unflatten(0, shape)
+        rows = change(self._in_rows(x), self._in_rows(y))
+        return rows.flatten(0, 1).index_select(0, self.of_tokens).unflatten(0, shape)
+
+    def _in_rows(self, tokens: Shaped[Tensor, "tokens i"]) -> Shaped[Tensor, "rows length i"]:
+        """Return the tokens in their rows, 0 elsewhere."""
+        full = tokens.new_zeros(self.num_rows * self.length, tokens.shape[-1])
+        return full.index_copy(0, self.of_tokens, tokens).view(self.num_rows, self.length, -1)
+
+
+def _nowhere() -> Int[Tensor, " tokens"]:
+    raise AssertionError("what is inserted depends on the text: read the texts in one layout")
+
+
+ONLY_EACH_TOKEN = Places(0, 0, _nowhere)  # of tokens whose rows nobody asks for
 
 
 class Layout:
@@ -63,6 +100,24 @@ class Layout:
         for group, rows in zip(self.groups, self.num_rows, strict=True):
             yield group, slice(begin, begin + rows * group.length)
             begin += rows * group.length
+
+    def order(self) -> Int[Tensor, " rows"]:
+        """Return the place of each sequence of this layout among all, particle by particle and text by text."""
+        particles = torch.arange(self.num_particles)[:, None] * len(self.num_source)
+        return torch.cat([(particles + torch.tensor(texts)).flatten() for texts, _ in self.groups])
+
+    def places(self, device: torch.device) -> Places:
+        """Return where the tokens are in rows as long as the longest text; a prompt that is read once is in none of them."""
+        longest = max(length for _, length in self.groups)
+
+        def make() -> Int[Tensor, " tokens"]:
+            assert not self.num_prefix, "what changes the texts in different ways has no states of a prompt in common"
+            rows = self.order().split(self.num_rows)
+            groups = zip(rows, self.groups, strict=True)
+            places = [(of_group[:, None] * longest + torch.arange(group.length)).flatten() for of_group, group in groups]
+            return torch.cat(places).to(device)
+
+        return Places(self.num_particles * len(self.num_source), longest, make)
 
     def pack(
         self, prompts: Float[Tensor, "m S P D"], texts: Float[Tensor, "m N L D"], behind: Float[Tensor, "N W D"]

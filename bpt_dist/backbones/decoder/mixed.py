@@ -2,6 +2,7 @@
 
 Texts whose prompts are equally long, and whose label words make trees of one form, have a layout of their own. The tokens of all
 layouts go through the model together: only attention is computed layout by layout. Nothing is padded, and a prompt is read once.
+What is inserted may depend on a token only, not on the text.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.base import places_of_equal
 from bpt_dist.backbones.candidates import Tree, along_each
 from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts
-from bpt_dist.backbones.decoder.layout import Layout
-from bpt_dist.backbones.decoder.packed import PackedDecoder, logits_of
+from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout
+from bpt_dist.backbones.decoder.packed import PackedDecoder
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,8 @@ class MixedDecoder:
                 owners += [text] * len(starts)
             begin += len(block.tokens)
         of_nodes = states[torch.cat(places).to(states.device)]
-        model = self.packed.model
-        own = [trees[text] for text in owners]
-        sums = along_each(own, of_nodes, lambda some: logits_of(model, of_nodes[some]), model.config.vocab_size)
+        own, size = [trees[text] for text in owners], self.packed.model.config.vocab_size
+        sums = along_each(own, of_nodes, lambda some: self.packed.logits(of_nodes[some], ONLY_EACH_TOKEN), size)
         found: dict[int, list[Tensor]] = {}
         for text, of_row in zip(owners, sums, strict=True):
             found.setdefault(text, []).append(of_row)
@@ -161,4 +161,5 @@ class MixedDecoder:
         readers = [PromptsAndTexts(block.layout, self.packed.attention, keep=keep) for block in blocks]
         reader: Any = JoinedReader(readers, [len(block.tokens) for block in blocks])
         positions = torch.cat([block.layout.positions() for block in blocks])
-        return self.packed.run(torch.cat([block.tokens for block in blocks]), positions, reader), reader
+        tokens = torch.cat([block.tokens for block in blocks])
+        return self.packed.run(tokens, positions, reader, ONLY_EACH_TOKEN), reader

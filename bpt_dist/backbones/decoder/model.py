@@ -21,6 +21,7 @@ from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, 
 from bpt_dist.backbones.decoder.config import export_facts, rotates_by_length
 from bpt_dist.backbones.decoder.mixed import MixedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, Scored, logits_of
+from bpt_dist.backbones.decoder.reading import let_read
 from bpt_dist.backbones.decoder.results import forward_of, forward_of_stock
 from bpt_dist.objective import IGNORED, Reduction
 from bpt_dist.tasks.text_to_text import TextForm
@@ -135,6 +136,7 @@ class DecoderBackbone(Backbone):
     core: PromptedDecoder
     task_type = "CAUSAL_LM"
     packs_partitioned = True
+    packs_recomputed = True
     sublayers: ClassVar[Mapping[str, str]] = {"self_attention": "self_attn", "feed_forward": "mlp"}
     linears: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",), "wi": ("gate_proj", "up_proj"),
@@ -145,6 +147,7 @@ class DecoderBackbone(Backbone):
         self, model: Any, tokenizer: Any, *, start: int | None, name: str, path: str, identity: str, revision: str | None = None
     ) -> None:
         core = PromptedDecoder(model.requires_grad_(False).eval())
+        let_read(model)  # before anything wraps a block's `forward`: partitioning, or running it again in the backward pass
         # The settings of the decoding this project measures with; they replace the checkpoint's.
         model.generation_config = GenerationConfig(
             num_beams=1, do_sample=False, pad_token_id=model.config.pad_token_id, eos_token_id=end_tokens(model.config)
@@ -213,7 +216,7 @@ class DecoderBackbone(Backbone):
 
     def use_packed_pass(self, attention: str) -> None:
         """Read texts by our own pass wherever it applies. `attention` is `sdpa` or `eager`."""
-        self.attention, self.packed = attention, PackedDecoder(self.model, ATTENTIONS[attention])
+        self.attention, self.packed = attention, PackedDecoder(self.model, ATTENTIONS[attention], self)
 
     def use_stock_pass(self) -> None:
         """Read texts by transformers' modules, padded."""
@@ -225,12 +228,12 @@ class DecoderBackbone(Backbone):
 
     @property
     def reads_prompts_once(self) -> bool:
-        """Whether our own pass reads the texts."""
-        return self.packed_pass() is not None
+        """Whether our own pass reads the texts, and nothing inserted gives a prompt other states before every text."""
+        return self.packed_pass() is not None and self.changes_texts_alike
 
     def packed_pass(self) -> PackedDecoder | None:
-        """Return our own pass where it applies: nothing is trained or inserted, and positions do not depend on what follows."""
-        if self.packed is None or self._handles or self.word_embeddings.weight.requires_grad:
+        """Return our own pass where it applies: nothing is trained, and positions do not depend on what follows."""
+        if self.packed is None or self.word_embeddings.weight.requires_grad:
             return None
         return None if rotates_by_length(self.model.config) else self.packed
 
@@ -271,7 +274,7 @@ class DecoderBackbone(Backbone):
         self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], candidates: Sequence[Int[Tensor, "_C _U"]]
     ) -> list[Float[Tensor, "m _C"]]:
         """Return the log-likelihood of each text's own candidates under its own prompts, in one pass where ours applies."""
-        if (packed := self.packed_pass()) is None:
+        if (packed := self.packed_pass()) is None or not self.changes_texts_alike:
             return super().rank_each(texts, prompts, candidates)
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         ranked: list[Tensor] = self.call("packed", MixedDecoder(packed).rank, ids, mask, prompts, candidates)
@@ -281,7 +284,7 @@ class DecoderBackbone(Backbone):
     def generate_each(self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], max_new_tokens: Sequence[int]) -> list[str]:
         """Return what each text's own prompts write together, in one pass where ours applies."""
         packed = self.packed_pass()
-        if packed is None or self.synced:
+        if packed is None or self.synced or not self.changes_texts_alike:
             return super().generate_each(texts, prompts, max_new_tokens)
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
         tokens = self.call("packed", MixedDecoder(packed).generate, ids, mask, prompts, max_new_tokens)

@@ -2,13 +2,14 @@
 
 A prompt comes first in a causal sequence, so its states depend on no text. A pass is one call of transformers' own modules with all
 prompts and texts in one row; only attention is ours (`attention.py`). Gradients to a prompt are those of all its texts, summed by
-the backward pass. Logits are made for positions that have a target only.
+the backward pass. Logits are made for positions that have a target only. What a method has inserted acts on the packed tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,10 @@ from torch.nn import functional
 from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.base import InputEmbeds, average_distributions, end_tokens
 from bpt_dist.backbones.candidates import MOST_LOGITS, Tree
-from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts, Reader, our_attention
-from bpt_dist.backbones.decoder.layout import Layout
+from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts, Reader
+from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout, Places
+from bpt_dist.backbones.decoder.reading import Reading, inserted_at, let_read
+from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.shared_prompts import shared_prompts_of
 from bpt_dist.objective import IGNORED
 
@@ -42,9 +45,12 @@ class Inputs:
     num_source: list[int]
 
     @classmethod
-    def of(cls, inputs: Float[Tensor, "m N L D"], lengths: Sequence[int], num_added: int) -> Inputs:
-        """Take inputs apart into shared prompts and texts; where none were noted, what was added belongs to each text."""
-        shared = shared_prompts_of(inputs)
+    def of(cls, inputs: Float[Tensor, "m N L D"], lengths: Sequence[int], num_added: int, *, shares: bool = True) -> Inputs:
+        """Take inputs apart into shared prompts and texts.
+
+        Where none were noted, or states of a prompt are not shared (`shares`), what was added belongs to each text.
+        """
+        shared = shared_prompts_of(inputs) if shares else None
         if shared is None:
             nothing = inputs.new_zeros(len(inputs), 1, 0, inputs.shape[-1])
             return cls(nothing, [0] * len(lengths), inputs, [length + num_added for length in lengths])
@@ -69,10 +75,14 @@ class Scored(NamedTuple):
 
 
 class PackedDecoder:
-    """Log-likelihood, ranking and generation as `PromptedDecoder` does them; results are the stock pass's to rounding."""
+    """Log-likelihood, ranking and generation as `PromptedDecoder` does them; results are the stock pass's to rounding.
 
-    def __init__(self, model: Any, attention: Attention) -> None:
-        self.model, self.attention = model, attention
+    `insertions` is the backbone whose inserted changes act here.
+    """
+
+    def __init__(self, model: Any, attention: Attention, insertions: InsertionPoints | None = None) -> None:
+        self.model, self.attention, self.insertions = model, attention, insertions
+        let_read(model)
 
     def score(
         self,
@@ -84,15 +94,20 @@ class PackedDecoder:
     ) -> tuple[Any, ...]:
         """Return the fields of `Scored` as a plain tuple, in which a partitioned model finds its tensors."""
         inputs = self._inputs(ids, mask, embeds)
-        num_targets = (target_ids != IGNORED).sum(1).tolist()
+        has_target = target_ids != IGNORED
+        num_targets = has_target.sum(1).tolist()
         layout = inputs.layout([number - 1 for number in num_targets])
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(target_ids.clamp_min(0)))
-        of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.places(tokens.device))
         places = [first + source - 1 + torch.arange(number) for first, source, number in
                   zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
         of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
-        logits = logits_of(self.model, of_targets)
-        labels = target_ids[target_ids != IGNORED].expand(len(logits), -1)
+
+        def in_rows() -> Int[Tensor, " targets"]:
+            return has_target.expand(len(of_targets), -1, -1).flatten().nonzero()[:, 0]
+
+        logits = self.logits(of_targets, Places(len(of_targets) * len(ids), target_ids.shape[1], in_rows))
+        labels = target_ids[has_target].expand(len(logits), -1)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         sums = torch.stack([-part.sum(1) for part in losses.split(num_targets, dim=1)], dim=1)
         return sums, logits, of_targets, (of_all if states else of_all[:0]).clone(), layout
@@ -105,11 +120,16 @@ class PackedDecoder:
         nodes = torch.tensor(tree.tokens[1:], dtype=torch.long, device=ids.device)
         layout = inputs.layout([len(nodes)] * len(ids), tree)
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(nodes).expand(len(ids), -1, -1))
-        states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention))
+        states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.places(tokens.device))
         starts = layout.first + torch.tensor(inputs.num_source) - 1
         places = (starts.flatten()[:, None] + torch.arange(len(tree.tokens))).to(states.device)
         rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
-        sums = [self._along(tree, states[part]) for part in places.split(rows_at_once)]
+        sums = []
+        for begin in range(0, len(places), rows_at_once):
+            part = places[begin : begin + rows_at_once]
+            first, last = begin * len(tree.tokens), (begin + len(part)) * len(tree.tokens)
+            in_rows = Places(len(places), len(tree.tokens), partial(torch.arange, first, last, device=states.device))
+            sums.append(self._along(tree, states[part], in_rows))
         return torch.cat(sums).view(*layout.first.shape, -1)
 
     def generate(
@@ -124,16 +144,16 @@ class PackedDecoder:
         layout = inputs.layout([0] * len(ids))
         reader = PromptsAndTexts(layout, self.attention, keep=True)
         tokens = layout.pack(inputs.prompts, inputs.texts, inputs.texts.new_zeros(len(ids), 0, inputs.texts.shape[-1]))
-        states = self.run(tokens, layout.positions(), reader)
+        states = self.run(tokens, layout.positions(), reader, layout.places(tokens.device))
         assert reader.kept is not None
         # Rows are in the order of the layout: group by group, particle by particle.
-        rows = [(particle, text) for texts, _ in layout.groups for particle in range(layout.num_particles) for text in texts]
-        particles, texts = (torch.tensor(part, device=ids.device) for part in zip(*rows, strict=True))
+        order = layout.order().to(ids.device)
+        particles, texts = order // len(ids), order % len(ids)
         starts = layout.first.to(ids.device)[particles, texts] + torch.tensor(inputs.num_source, device=ids.device)[texts]
         positions = layout.prompt_length + torch.tensor(inputs.num_source, device=ids.device)[texts]
         averaged = layout.num_particles if average else 1
         written = self.write(states[starts - 1], positions, NextTokens(reader.kept, self.attention), layout.num_rows,
-                              max_new_tokens, averaged)  # fmt: skip
+                             max_new_tokens, averaged, order=order)  # fmt: skip
         found = torch.empty(*layout.first.shape, written.shape[1], dtype=torch.long, device=ids.device)
         found[particles, texts] = written
         return found
@@ -147,18 +167,22 @@ class PackedDecoder:
         max_new_tokens: int,
         averaged: int,
         limits: Int[Tensor, " rows"] | None = None,
+        *,
+        order: Int[Tensor, " rows"] | None = None,
     ) -> Int[Tensor, "rows U"]:
         """Return what follows the last states of sequences in groups, one token a step.
 
-        `limits` may end a sequence earlier, those of a text alike. Behind the end token is padding.
+        `limits` may end a sequence earlier, those of a text alike. Behind the end token is padding. `order` is the place of each
+        sequence, particle by particle and text by text, where what is inserted may depend on the text.
         """
         config, device = self.model.config, states.device
         tokens = torch.full((len(states), max_new_tokens), config.pad_token_id, device=device)
         ends, alive = torch.tensor(end_tokens(config), device=device), torch.arange(len(states), device=device)
         for step in range(max_new_tokens):
+            places = ONLY_EACH_TOKEN if order is None else Places(len(order), 1, partial(order.index_select, 0, alive))
             if step:
-                states = self.run(self.embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader)
-            scores = logits_of(self.model, states)
+                states = self.run(self.embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader, places)
+            scores = self.logits(states, places)
             if averaged > 1:
                 scores = torch.cat([average_distributions(group, averaged) for group in scores.split(num_rows)])
             tokens[alive, step] = scores.argmax(-1)
@@ -175,27 +199,36 @@ class PackedDecoder:
 
     def _inputs(self, ids: Tensor, mask: Tensor, embeds: InputEmbeds) -> Inputs:
         inputs = embeds(self.embed(ids))
-        return Inputs.of(inputs, mask.sum(1).tolist(), inputs.shape[2] - ids.shape[1])
+        shares = self.insertions is None or self.insertions.changes_texts_alike
+        return Inputs.of(inputs, mask.sum(1).tolist(), inputs.shape[2] - ids.shape[1], shares=shares)
 
     def embed(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """Return the word embeddings, multiplied where the family does so; prompts are put before them as they are."""
         rows: Tensor = self.model.model.embed_tokens(ids)
         return rows
 
-    def run(self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader) -> Float[Tensor, "t D"]:
-        """Return the last hidden states of tokens whose attention `reader` computes."""
-        with our_attention(self.model.config):
+    def run(
+        self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader, places: Places
+    ) -> Float[Tensor, "t D"]:
+        """Return the last hidden states of tokens whose attention `reader` computes; `places` are for what is inserted."""
+        reading = Reading(self.model.config, reader, self.insertions, places)
+        with reading.under_way():
             output = self.model.model(
                 inputs_embeds=tokens.to(self.model.dtype)[None],
                 position_ids=positions.to(tokens.device)[None],
                 use_cache=False,
-                reader=reader,
+                reading=reading,
             )
         states: Tensor = output.last_hidden_state[0]
         return states
 
-    def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"]) -> Float[Tensor, "rows C"]:
+    def logits(self, states: Float[Tensor, "*tokens D"], places: Places) -> Float[Tensor, "*tokens V"]:
+        """Return the logits of last hidden states in float32."""
+        with inserted_at(self.insertions, places):
+            return logits_of(self.model, states)
+
+    def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"], places: Places) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood of each candidate from the states of the nodes of some sequences."""
-        of_nodes = logits_of(self.model, states).log_softmax(-1)
+        of_nodes = self.logits(states, places).log_softmax(-1)
         paths = [torch.tensor(path, device=states.device) for path in tree.paths]
         return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from bpt_dist.backbones.base import DTYPES
 from bpt_dist.backbones.candidates import MOST_LOGITS
 from bpt_dist.backbones.decoder.attention import PromptsAndTexts
 from bpt_dist.backbones.decoder.config import CLASSES, export_facts, model_class
-from bpt_dist.backbones.decoder.layout import Layout
+from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout
 from bpt_dist.backbones.decoder.model import DecoderBackbone, PromptedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, logits_of
 from bpt_dist.backbones.shapes import Counted, ModelShape, RowCost, Weightless, begin_weightless, count_pass
@@ -93,14 +93,20 @@ class DecoderShape(ModelShape):
             return count_pass(model, lambda: _stock_logits(model, rows, num_target))
 
         one, two = self._counted(("row", positions, num_target, trains_weights), lambda: [count(1), count(2)])
+        return self._whole(one, two, positions, recomputed=recomputed)
+
+    def _whole(self, one: Counted, two: Counted, positions: int, *, recomputed: bool) -> RowCost:
+        """Return the cost of a pass of so many positions from that of one layer and of two."""
         more = self.num_blocks[0] - 1
         kept = RowCost(*(a + more * (b - a) for a, b in zip(one, two, strict=True)))
         if not recomputed:
             return kept
-        again = self.num_blocks[0] * (two[0] - one[0])
+        again, width = self.num_blocks[0] * (two[0] - one[0]), self.feed_forward[0]
         return RowCost(kept.forward_flops, kept.backward_flops + again, one[2] + more * positions * width * self.item_bytes)
 
-    def shared_costs(self, num_prompt: int, num_source: int, num_target: int) -> tuple[RowCost, RowCost]:
+    def shared_costs(
+        self, num_prompt: int, num_source: int, num_target: int, *, recomputed: bool = False
+    ) -> tuple[RowCost, RowCost]:
         """Return the cost of a prompt, once a pass, and of a text that reads it, from our own pass over one text and over two."""
         width, own = self.feed_forward[0], num_source + num_target - 1
 
@@ -111,15 +117,14 @@ class DecoderShape(ModelShape):
             packed = PackedDecoder(model, plain_attention)
 
             def logits() -> Tensor:
-                states = packed.run(tokens, layout.positions(), PromptsAndTexts(layout, plain_attention))
+                states = packed.run(tokens, layout.positions(), PromptsAndTexts(layout, plain_attention), ONLY_EACH_TOKEN)
                 return logits_of(model, states[: num_texts * num_target])
 
             return count_pass(model, logits)
 
         key = ("shared", num_prompt, num_source, num_target)
         parts = self._counted(key, lambda: [count(layers, texts) for layers in (1, 2) for texts in (1, 2)])
-        more = self.num_blocks[0] - 1
-        one, two = ([a + more * (b - a) for a, b in zip(parts[n], parts[n + 2], strict=True)] for n in (0, 1))
+        one, two = (astuple(self._whole(parts[n], parts[n + 2], num_prompt + (n + 1) * own, recomputed=recomputed)) for n in (0, 1))
         text = [b - a for a, b in zip(one, two, strict=True)]
         return RowCost(*(a - b for a, b in zip(one, text, strict=True))), RowCost(*text)
 
@@ -161,7 +166,7 @@ class WeightlessDecoder(Weightless, DecoderBackbone):
 
     def __init__(self, shape: DecoderShape) -> None:
         begin_weightless(self, PromptedDecoder(shape.model().requires_grad_(False)), shape.config.vocab_size)
-        self.packed = PackedDecoder(self.model, plain_attention)
+        self.packed = PackedDecoder(self.model, plain_attention, self)
 
 
 def published(name: str) -> Any | None:

@@ -126,7 +126,7 @@ def decoder_step(
     shape: str | None, quick: bool, file: Path | None, particles: int | None, repeats: int | None, threads: int, device: str,
     prompts: Sequence[int], dtype: str | None,
 ) -> None:  # fmt: skip
-    """Time the source step and the ranking of label words on a decoder-only model."""
+    """Time the source step, the ranking of label words and a LoRA step on a decoder-only model."""
     clock, machine = prepare(device, threads)
     from bpt_dist.commands.bench.decoder import HEADER, SMOLLM2, decoder_rows, run_decoder, shape_of, wrong_results
     from bpt_dist.commands.bench.machine import check_dtype, has_bf16

@@ -1,7 +1,8 @@
-"""`bench --backbone decoder`: one source step and the ranking of label words on a decoder-only model, against PEFT.
+"""`bench --backbone decoder`: a source step and the ranking of label words on a decoder-only model against PEFT, and a LoRA step.
 
 PEFT computes prompt and text again for every particle and text, padded to the longest, with logits at every position. Ours reads a
-prompt once a pass. The FLOPs of both, counted from the shapes, limit what the ratio of their times can be.
+prompt once a pass. Low-rank changes of the layers need no prompt: there transformers' modules are what is compared with, padded as
+PEFT would pad. FLOPs, counted from the shapes, limit what the ratio of times can be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig
 
 from bpt_dist.backbones.attention import default_attention
@@ -24,19 +26,21 @@ from bpt_dist.backbones.decoder.config import model_class
 from bpt_dist.backbones.decoder.model import DecoderBackbone
 from bpt_dist.backbones.decoder.shapes import published
 from bpt_dist.backbones.families import DECODERS
+from bpt_dist.backbones.insertion import Change, Site, each_token
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.commands.bench.baselines import import_peft
 from bpt_dist.commands.bench.evaluation import LABEL_TOKENS, NUM_TOKENS, TIES, label_words, same_predictions
 from bpt_dist.commands.bench.source_run import Options, Tell
-from bpt_dist.commands.bench.timing import Clock, alternate, speedup
+from bpt_dist.commands.bench.timing import Clock, Timing, alternate, speedup
 from bpt_dist.commands.bench.workload import SOURCE_TASKS, TARGET_TASKS, NoTokenizer, Work, work_of
 from bpt_dist.data.batches import IGNORED, Batch
 from bpt_dist.errors import ConfigError
 from bpt_dist.objective import sequence_log_likelihood
 
 SMOLLM2 = "smollm2-135m"
-HEADER = ("work", "variant", "dtype", "s", "x PEFT", "FLOP limit", "tokens computed", "padding")
+HEADER = ("work", "variant", "dtype", "s", "x first", "FLOP limit", "tokens computed", "padding")
 END = 2
+LOW_RANK = 8
 # What two ways to compute the same may differ by, against the largest number: log-likelihoods and gradients of the prompts.
 CLOSE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 0.1}
 Gradients = tuple[Tensor, Tensor]
@@ -131,6 +135,37 @@ class Models:
             )
         return found
 
+    def insert_low_rank(self) -> list[Tensor]:
+        """Insert low-rank changes of queries and values, away from their start, and return what is trained."""
+        trained: list[Tensor] = []
+
+        def pair(place: Site) -> Change:
+            layer: Any = place.module
+            a, b = (
+                (torch.randn(*size, device=self.backbone.device) / LOW_RANK).requires_grad_()
+                for size in ((LOW_RANK, layer.in_features), (layer.out_features, LOW_RANK))
+            )
+            trained.extend((a, b))
+            return each_token(lambda x, y: y + functional.linear(functional.linear(x.float(), a), b).to(y.dtype))
+
+        self.backbone.wrap_linear(pair, ("q", "v"))
+        return trained
+
+    def inserted_gradients(self, work: Work, trained: list[Tensor], parts: Sequence[Sequence[int]], *, stock: bool) -> Gradients:
+        """Return log-likelihoods [1, N] of texts without a prompt, and the gradients of what is inserted, one behind the other."""
+        packed, self.backbone.packed = self.backbone.packed, None if stock else self.backbone.packed
+        found = torch.zeros(1, len(work.texts), device=self.backbone.device)
+        for tensor in trained:
+            tensor.grad = None
+        try:
+            for part in parts:
+                forward = self.backbone.log_likelihood(work.texts.select(part), lambda embeds: embeds[None], "token_mean")
+                forward.log_likelihood.sum().backward()
+                found[:, list(part)] = forward.log_likelihood.detach()
+        finally:
+            self.backbone.packed = packed
+        return found, torch.cat([tensor.grad.flatten() for tensor in trained if tensor.grad is not None])
+
     def rank(self, work: Work, words: Tensor, *, stock: bool = False) -> Tensor:
         """Return the log-likelihood of every label word for every text."""
         packed, self.backbone.packed = self.backbone.packed, None if stock else self.backbone.packed
@@ -188,6 +223,8 @@ def run_decoder(
             step = make(particles, list(SOURCE_TASKS.values())).to(clock.device)
             _source_step(models, step, dtype, clock, options, report, tell)
             _ranking(models, make(1, list(TARGET_TASKS["boolq"])).to(clock.device), dtype, clock, options, report, tell)
+            if num_prompt == prompts[0]:  # there is no prompt in it
+                _low_rank_step(models, make(1, list(SOURCE_TASKS.values())).to(clock.device), dtype, clock, options, report, tell)
     return report
 
 
@@ -202,19 +239,8 @@ def _source_step(
         "text by text, stock": partial(models.stock_gradients, work),
         "ours, prompt read once": partial(models.gradients, work, everything),
     }
-    found: dict[str, Gradients] = {}
-
-    def kept(title: str) -> Callable[[], None]:
-        return lambda: found.update({title: runs[title]()})
-
     tell(f"{name}, {dtype}")
-    times = alternate(
-        {title: kept(title) for title in runs}, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell
-    )
-    reference = found["text by text, stock"]
-    for title, values in found.items():
-        distances = [float((own - other).abs().max() / other.abs().max()) for own, other in zip(values, reference, strict=True)]
-        report["correct"][f"{name}, {title}, {dtype}"] = {"difference": max(distances), "right": max(distances) <= CLOSE[dtype]}
+    times = _compared(runs, "text by text, stock", f"{name}, {{}}, {dtype}", dtype, clock, options, report, tell)
     of_peft, of_ours = step_flops(models.backbone.model.config, work)
     own = sum(source + target for source, target in work.lengths)
     longest = max(source + target for source, target in work.lengths)
@@ -231,6 +257,59 @@ def _source_step(
             "ratio": speedup(times["PEFT loop"], times[title]).to_json(), "tokens": tokens[title], "padding": round(padding, 4),
             "flop_limit": round(of_peft / of_ours, 3) if title.startswith("ours") else None,
         })  # fmt: skip
+
+
+def _low_rank_step(
+    models: Models, work: Work, dtype: str, clock: Clock, options: Options, report: dict[str, Any], tell: Tell
+) -> None:
+    """Compare one step of low-rank changes of queries and values, which reads texts without a prompt."""
+    trained, number = models.insert_low_rank(), len(work.texts)
+    name, everything, one_by_one = f"LoRA step, rank {LOW_RANK}", [list(range(number))], [[text] for text in range(number)]
+    step = partial(models.inserted_gradients, work, trained)
+    runs: dict[str, Callable[[], Gradients]] = {
+        "one padded batch, stock": partial(step, everything, stock=True),
+        "text by text, stock": partial(step, one_by_one, stock=True),
+        "ours, packed": partial(step, everything, stock=False),
+    }
+    tell(f"{name}, {dtype}")
+    try:
+        times = _compared(runs, "text by text, stock", f"{name}, {{}}, {dtype}", dtype, clock, options, report, tell)
+    finally:
+        models.backbone.detach()
+    own = [source + target - 1 for source, target in work.lengths]
+    longest, most = (max(lengths) for lengths in zip(*work.lengths, strict=True))
+    padded, config = longest + most - 1, models.backbone.model.config
+    stock = flops_of(config, number * padded, number * most, number * padded**2)
+    ours = flops_of(config, sum(own), sum(target for _, target in work.lengths), sum(length**2 for length in own))
+    for title in runs:
+        is_padded = title.startswith("one padded")
+        report["rows"].append({
+            "work": name, "variant": title, "dtype": dtype, "seconds": statistics.median(time.seconds for time in times[title]),
+            "ratio": speedup(times["one padded batch, stock"], times[title]).to_json(),
+            "tokens": number * padded if is_padded else sum(own),
+            "padding": round(1 - sum(own) / (number * padded), 4) if is_padded else 0.0,
+            "flop_limit": round(stock / ours, 3) if title.startswith("ours") else None,
+        })  # fmt: skip
+
+
+def _compared(
+    runs: Mapping[str, Callable[[], Gradients]], reference: str, name: str, dtype: str, clock: Clock, options: Options,
+    report: dict[str, Any], tell: Tell,
+) -> dict[str, list[Timing]]:  # fmt: skip
+    """Return the times of variants by rounds; the results of the last round are compared with those of `reference`."""
+    found: dict[str, Gradients] = {}
+
+    def kept(title: str) -> Callable[[], None]:
+        return lambda: found.update({title: runs[title]()})
+
+    times = alternate(
+        {title: kept(title) for title in runs}, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell
+    )
+    for title, values in found.items():
+        pairs = zip(values, found[reference], strict=True)
+        distance = max(float((own - other).abs().max() / other.abs().max()) for own, other in pairs)
+        report["correct"][name.format(title)] = {"difference": distance, "right": distance <= CLOSE[dtype]}
+    return times
 
 
 def _ranking(models: Models, work: Work, dtype: str, clock: Clock, options: Options, report: dict[str, Any], tell: Tell) -> None:

@@ -177,10 +177,10 @@ def costs_of(
     config: RunConfig, method: Method, specs: Sequence[TaskSpec], shape: ModelShape, num_prompt: int, num_shared: int
 ) -> tuple[RowCost, list[RowCost]]:
     """Return what reading a prompt costs, once a pass, and what a text of each task costs; `num_shared` prompts are in a pass."""
-    if num_shared and may_pack(config, method) and method.backbone.reads_prompts_once:
-        pairs = [shape.shared_costs(num_prompt, *lengths(spec, config)) for spec in specs]
-        return max((prompt for prompt, _ in pairs), key=lambda cost: cost.flops), [text for _, text in pairs]
     again, trained = config.distribution.activation_checkpointing, config.method.TRAINS_BACKBONE
+    if num_shared and may_pack(config, method) and method.backbone.reads_prompts_once:
+        pairs = [shape.shared_costs(num_prompt, *lengths(spec, config), recomputed=again) for spec in specs]
+        return max((prompt for prompt, _ in pairs), key=lambda cost: cost.flops), [text for _, text in pairs]
     return NOTHING, [shape.row_cost(num_prompt, *lengths(spec, config), trains_weights=trained, recomputed=again) for spec in specs]
 
 

@@ -21,9 +21,12 @@ from bpt_dist.backbones.shapes import ModelShape
 from bpt_dist.commands.main import main
 from bpt_dist.commands.plan.estimate import Plan, estimate
 from bpt_dist.commands.plan.stages import StagePlan
+from bpt_dist.config import DistributionConfig
 from bpt_dist.data.batches import Batch
+from bpt_dist.distributed.mesh import World
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import method_class
+from bpt_dist.training.sharding import placement
 
 NUM_PROMPT, NUM_SOURCE, NUM_TARGET = 5, 11, 4
 
@@ -44,9 +47,10 @@ def texts(number: int) -> Batch:
     return Batch(0, ids, torch.ones_like(ids), ids[:, :NUM_TARGET], tasks, ("row",) * number, torch.ones(number))
 
 
-def counted(folder: Path, prompts: Tensor, number: int, *, packed: bool) -> tuple[int, int, int]:
+def counted(folder: Path, prompts: Tensor, number: int, *, packed: bool, recomputed: bool = False) -> tuple[int, int, int]:
     """Return the FLOPs of a real pass, forward and in all, and the bytes it keeps for the backward pass."""
     backbone = loading.load(str(folder), attention="eager")
+    placement.place(backbone, DistributionConfig(activation_checkpointing=recomputed), World())
     if packed:
         backbone.use_packed_pass("eager")
     weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.model.parameters()}
@@ -79,6 +83,12 @@ def test_parameters_and_passes_are_those_of_the_loaded_model(tmp_path: Path, fam
     prompt, text = shape.shared_costs(NUM_PROMPT, NUM_SOURCE, NUM_TARGET)
     assert (2 * prompt.forward_flops + 6 * text.forward_flops, 2 * prompt.flops + 6 * text.flops) == (forward, both)
     assert 2 * prompt.activation_bytes + 6 * text.activation_bytes == pytest.approx(kept, rel=0.2)
+    again, both_again, _ = counted(folder, prompts, 3, packed=True, recomputed=True)
+    prompt, text = shape.shared_costs(NUM_PROMPT, NUM_SOURCE, NUM_TARGET, recomputed=True)
+    assert 2 * prompt.forward_flops + 6 * text.forward_flops == again == forward
+    # A block is run again up to the last product whose result the backward pass needs.
+    assert 2 * prompt.flops + 6 * text.flops == pytest.approx(both_again, rel=0.1)
+    assert both_again > 1.2 * both
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,16 @@ def test_every_method_is_planned_or_refused_as_in_training(world: Path, tmp_path
     assert all(each.trainable_parameters > 0 and each.flops > 0 for each in found.stages)
     if config.method.TRAINS_BACKBONE:
         assert found.stages[0].trainable_parameters == found.num_parameters
+
+
+def test_a_run_that_recomputes_blocks_still_reads_a_prompt_once(world: Path, tmp_path: Path) -> None:
+    def source(**sections: Any) -> StagePlan:
+        return stage(estimate(configured(world, tmp_path, {"name": "bpt"}, **sections), 1), "source")
+
+    again = {"distribution": {"activation_checkpointing": True}}
+    kept, recomputed, stock = source(), source(**again), source(**again, backbone={"forward": "stock"})
+    assert kept.flops < recomputed.flops < stock.flops
+    assert recomputed.activation_bytes < kept.activation_bytes
 
 
 def shape_in(world: Path) -> ModelShape:
