@@ -50,7 +50,7 @@ def run_all(
     """
     world = World()
     try:
-        world = start_world(config)
+        world = start_world(config, rows)
         runs = configuration.expand(config, rows)
         for number, one in enumerate(runs, 1):
             stop_requested = train_run(one, world, fresh=fresh, number=f"{number}/{len(runs)} ", around=around)

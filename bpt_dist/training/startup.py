@@ -6,7 +6,7 @@ import functools
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,14 +35,14 @@ from bpt_dist.training.sharding.placement import load_backbone, release
 log = logging.getLogger(__name__)
 
 
-def start_world(config: RunConfig) -> World:
-    """Join the job that trains `config`, or be its only process (collective: every rank).
+def start_world(config: RunConfig, rows: Sequence[str] = ()) -> World:
+    """Join the job that trains `config`, or be its only process (collective: every rank); `rows`: those that it trains, or all.
 
     Ranks meet only the ranks of this job: those with the same configuration and run directory. Raises ConfigError before they
     meet when one of its runs cannot work on the processes that were started.
     """
     num_ranks = environment.world_size(os.environ)
-    check_processes(configuration.expand(config), num_ranks, launched=environment.is_launched(os.environ))
+    check_processes(configuration.expand(config, rows), num_ranks, launched=environment.is_launched(os.environ))
     limits, job = config.distribution, f"{configuration.job_identity(config)} {config.directory}"
     return World.start(limits.startup_timeout, limits.expect_world_size, job)
 

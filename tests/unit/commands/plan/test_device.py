@@ -86,8 +86,9 @@ def test_a_device_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.usefixtures("no_probe")
 def test_what_does_not_fit_another_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "-c", LARGE, "--device", "t4"]) == 2
+    assert main(["plan", "-c", LARGE, "--device", "t4", "source.pass_size=64"]) == 2
     assert "(NVIDIA T4, 1 on a machine)" in capsys.readouterr().err
+    assert main(["plan", "-c", LARGE, "--device", "t4"]) == 0  # unless it is told, a pass reads what fits
 
 
 def test_seconds_are_those_of_the_slowest_part() -> None:
