@@ -182,14 +182,23 @@ def configured(world: Path, folder: Path, exchange: str, method: dict[str, Any] 
 
 
 def received(world: World, config: RunConfig, t5: Path) -> list[tuple[str, int]]:
-    """Bytes that each collective of a step brings to this rank, its own among them, as they are planned."""
+    """Bytes that each collective of a step brings to this rank from the others, of a sum those of a ring, as they are planned."""
     mesh, found = world.mesh(4, exchange=config.distribution.exchange), []
     method = methods.load(config, ShapeBackbone(shape_of(str(t5))))
     method.begin_source([], mesh)
-    trade, add = Mesh.start_all_to_all, Mesh.sum_over_particles_
+    trade, add, axis = Mesh.start_all_to_all, Mesh.sum_over_particles_, mesh.particle
+
+    def traded(*args: Any) -> Any:
+        found.append(("all-to-all", 4 * (sum(args[2]) - args[2][axis.index])))
+        return trade(*args)
+
+    def added(*args: Any) -> Any:
+        found.append(("all-reduce", 2 * args[1].nbytes * (axis.size - 1) // axis.size))
+        return add(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mesh, "start_all_to_all", lambda *args: found.append(("all-to-all", 4 * sum(args[2]))) or trade(*args))
-        patch.setattr(Mesh, "sum_over_particles_", lambda *args: found.append(("all-reduce", args[1].nbytes)) or add(*args))
+        patch.setattr(Mesh, "start_all_to_all", traded)
+        patch.setattr(Mesh, "sum_over_particles_", added)
         method.begin_step(mesh)
         method.particles.grad = torch.ones_like(method.particles)
         method.precondition_(mesh)

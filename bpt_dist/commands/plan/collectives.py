@@ -117,8 +117,9 @@ def _exchange(method: Method, mesh: Mesh, copies: int, scope: str) -> list[Colle
         return [Collective("all-gather of particles and of scores", 2, round(2 * whole * _others(size)))]
     num_positions = added(method, 1)[1]
     widest = max(part.stop - part.start for part in slices(num_positions, size))
-    # A rank has one slice of its own particles already, and receives the other slices of their directions.
-    received = (2 * widest * (whole // num_positions) + trained_bytes(method, mesh)) * _others(size)
+    # The rank of the widest slice gets that of the others' particles and scores, and of its own directions the other slices.
+    own_directions = trained_bytes(method, mesh) * (1 - widest / num_positions)
+    received = 2 * widest * (whole // num_positions) * _others(size) + own_directions
     found = [Collective("all-to-all of particles, of scores and of directions", 3, round(received))]
     if scope == "prompt":
         found.append(Collective("all-reduce of squared distances", 1, round(2 * WORD * copies**2 * _others(size))))
