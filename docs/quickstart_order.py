@@ -43,6 +43,8 @@ def scores(of_runs: Sequence[Result]) -> dict[str, float]:
     for result in of_runs:
         if result.headline and result.split == "test" and result.task in NEAR:
             found[row_of(result) if result.predict == "map" else f"{row_of(result)}/{result.predict}"].append(result.value)
+    if missing := [row for group in GROUPS for row in group if not found[row]]:
+        sys.exit(f"no run of {', '.join(missing)} is finished; give the whole quick start, or add theirs behind a comma")
     return {row: fmean(found[row]) for group in GROUPS for row in group}
 
 
