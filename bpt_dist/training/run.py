@@ -190,8 +190,7 @@ class TrainingRun:
         if config.distribution.shard == "none" or config.distribution.exact or stage.settings.pass_size is not None:
             return None
         if self._memory is None:
-            here = process_memory(world.device, world.hosts.count(world.hosts[world.rank]))
-            self._memory = int(min(memory for (memory,) in world.gather_numbers([here])))
+            self._memory = self._agreed_memory()
         settings, tasks = config.backbone, stage.batches.datasets
         shape = shape_of(mini.backbone_path(settings.path), revision=settings.revision, dtype=settings.dtype)
         source, target = (max(int(lengths_of(rows).max()) for rows in column)
@@ -204,6 +203,18 @@ class TrainingRun:
                 "%s: %d of %d sequences fit into a pass; every pass gathers the backbone", stage.name, fits, stage.most_sequences
             )
         return fits
+
+    def _agreed_memory(self) -> int:
+        """Return the bytes of the rank that has least; on resume no more than at the first start: the same passes and bits."""
+        world, key = self.world, "memory"
+        here = process_memory(world.device, world.hosts.count(world.hosts[world.rank]))
+        memory = int(min(bytes_there for (bytes_there,) in world.gather_numbers([here])))
+        first = world.broadcast(self.directory.choice(key) if world.rank == 0 else None)
+        if first is not None:
+            return min(memory, int(first))
+        if world.rank == 0:
+            self.directory.record_choice(key, str(memory))
+        return memory
 
     def auxiliary_stage(
         self, name: str, phase: methods.AuxiliaryPhase, settings: StageConfig, mesh: Mesh, batches: Batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections import Counter
 from functools import partial
@@ -142,6 +143,7 @@ def test_passes_are_as_large_as_the_memory_allows(
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole, cut = (configured(folders, tmp_path / name, "1.0", **sections) for name in ("whole", "cut"))
+    machine = device.machine_memory() // 2
     ranks.run(counted, 2, whole)
     planned = estimate(whole, 2).stages[0]
     shape = shape_of(whole.backbone.path)
@@ -154,6 +156,8 @@ def test_passes_are_as_large_as_the_memory_allows(
     smaller = estimate(cut, 2).stages[0]
     assert (planned.passes_per_step, planned.rows_at_once) == (1, 4)
     assert (smaller.passes_per_step, smaller.rows_at_once) == (2, 2)
+    choices = [json.loads((config.directory / "run.json").read_text())["choices"]["memory"] for config in (whole, cut)]
+    assert choices == [str(machine), str(int(2 * memory) // 2)]
     states = [tiny_run.newest_states(config) for config in (whole, cut)]
     for stage, tensors in states[0].items():
         for name, tensor in tensors.items():

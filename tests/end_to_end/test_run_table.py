@@ -142,7 +142,8 @@ def test_a_stopped_and_a_killed_command_lose_nothing_that_was_finished(world: Pa
 def test_one_row_may_be_trained_alone_and_the_table_has_what_is_finished(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_config(world, tmp_path, {**PROMPT, "seeds": [1]}, {**PROMPT, "label": "other"})
+    other = json.loads(json.dumps(PROMPT))  # YAML would write an alias of the same object
+    file = write_config(world, tmp_path, {**PROMPT, "seeds": [1]}, {**other, "label": "other"})
     assert main(["run-table", str(file), "--row", "prompt_tuning", "--workers", "1"]) == 0
     output = capfd.readouterr().out
     assert "1 of 1 runs to train, in this process" in output
