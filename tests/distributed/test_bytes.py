@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -43,13 +42,6 @@ PLANNED = {
     "look_up": ROWS,
     WEIGHTS: "all-gather of T5 blocks, forward and backward",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

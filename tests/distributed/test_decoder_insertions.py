@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
 import tiny_decoder
 import torch
+from inserted import begun_on
 from plain_t5 import shake
 from torch import Tensor
 
@@ -20,8 +18,7 @@ from bpt_dist.backbones.loading import load
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.config import DistributionConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.distributed.mesh import Mesh, World
-from bpt_dist.methods.base import method_class
+from bpt_dist.distributed.mesh import World
 from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.memory import gathered
 
@@ -35,13 +32,6 @@ INSERTED: list[tuple[str, str | None, dict[str, Any]]] = [
     ("gemma3_text", "adapters", {}),
     ("llama", "lora", {"targets": ("q", "v")}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +70,7 @@ def prompted(backbone: Backbone, rank: int) -> dict[str, list[Tensor]]:
 
 def begun(backbone: Backbone, name: str, options: dict[str, Any]) -> Any:
     """Return a method that adapts the backbone to two targets together, moved away from its start."""
-    chosen = method_class(name)
-    config = importlib.import_module(chosen.__module__).Config.model_validate(options)
-    method: Any = chosen(config, backbone, seed=0, reduction="token_sum")
-    specs: Any = [SimpleNamespace(name=task) for task in ("mood", "count")]
-    method.begin_target(None, specs, [32, 32], Mesh())
+    method = begun_on(backbone, name, ("mood", "count"), **options)
     shake(method, std=0.1)
     return method
 
@@ -173,7 +159,7 @@ def after_forward(world: World, folders: dict[str, str]) -> list[tuple[list[str]
 
 
 def test_between_the_passes_no_weight_is_whole(folders: dict[str, str]) -> None:
-    """FSDP2 frees the storage of a weight itself, whoever refers to it; ZeRO lets go of it only."""
+    """FSDP2 frees the storage of a weight itself, whatever refers to it; ZeRO only drops its own reference."""
     for rank in ranks.run(after_forward, 2, folders):
         assert rank == [([], 0)] * 2 * len(folders)
 

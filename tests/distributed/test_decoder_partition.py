@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +18,6 @@ from bpt_dist.distributed.mesh import World
 from bpt_dist.training.sharding import placement
 
 CANDIDATES = torch.tensor([[9, 12, 1], [9, 1, -100], [30, 1, -100]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

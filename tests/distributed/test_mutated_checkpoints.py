@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +29,6 @@ KINDS = [
     mutated_t5.other_dtype, mutated_t5.known_extra, mutated_t5.copies_of_the_table, mutated_t5.other_tie, mutated_t5.shards,
     mutated_t5.generation_beside,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

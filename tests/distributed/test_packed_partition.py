@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ import ranks
 import tiny_run
 import tiny_t5
 import torch
+from inserted import begun_on
 from plain_t5 import shake
 from torch import Tensor
 
@@ -24,8 +22,7 @@ from bpt_dist.backbones.prompts import prepend
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.config import DistributionConfig, RunConfig
 from bpt_dist.data.batches import Batch
-from bpt_dist.distributed.mesh import Mesh, World
-from bpt_dist.methods.base import method_class
+from bpt_dist.distributed.mesh import World
 from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.memory import gathered, measure
 
@@ -38,13 +35,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 STEPS = 3  # ZeRO learns the order of the layers first and keeps things only then
 WIDTH = 64  # heads are 16 wide
 CANDIDATES = torch.tensor([[10, 12, 1], [10, 1, -100], [11, 1, -100]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +232,7 @@ INSERTED: list[tuple[str, dict[str, Any]]] = [
 
 def begun(backbone: T5Backbone, name: str, options: dict[str, Any]) -> Any:
     """Return a method that adapts the backbone to two targets together, moved away from its start."""
-    chosen = method_class(name)
-    config = importlib.import_module(chosen.__module__).Config.model_validate(options)
-    method: Any = chosen(config, backbone, seed=0, reduction="token_sum")
-    specs: Any = [SimpleNamespace(name=task) for task in ("mood", "count")]
-    method.begin_target(None, specs, [32, 32], Mesh())
+    method = begun_on(backbone, name, ("mood", "count"), **options)
     shake(method, std=0.1)
     return method
 

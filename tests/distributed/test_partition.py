@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +27,6 @@ from bpt_dist.training.sharding.memory import measure
 
 SHARDS = ("deepspeed", "fsdp2")
 STEPS = 3  # ZeRO learns the order of the layers first and keeps things only then
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

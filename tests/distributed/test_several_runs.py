@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from bpt_dist.backbones.base import local_shard
 from bpt_dist.config import RunConfig
 from bpt_dist.distributed.mesh import World
 from bpt_dist.train import train_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, before the ranks are forked."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bpt_dist.backbones.candidates import Tree
-from bpt_dist.backbones.insertion import Change, is_for_each_token
+from bpt_dist.backbones.grid import Grid
 
 
 class Group(NamedTuple):
@@ -21,39 +20,11 @@ class Group(NamedTuple):
     length: int
 
 
-class Places:
-    """The places of packed tokens in rows [rows, length], particle-major as in the stock pass, which what is inserted may want.
-
-    `make` is called when a change does not act on each token alone for the first time.
-    """
-
-    def __init__(self, num_rows: int, length: int, make: Callable[[], Int[Tensor, " tokens"]]) -> None:
-        self.num_rows, self.length, self._make = num_rows, length, make
-
-    @functools.cached_property
-    def of_tokens(self) -> Int[Tensor, " tokens"]:
-        """Return the place of each token in the flattened rows."""
-        return self._make()
-
-    def changed(self, change: Change, x: Float[Tensor, "*tokens i"], y: Float[Tensor, "*tokens o"]) -> Float[Tensor, "*tokens o"]:
-        """Return what takes the place of y."""
-        shape, x, y = y.shape[:-1], x.flatten(0, -2), y.flatten(0, -2)
-        if is_for_each_token(change):
-            return change(x[None], y[None])[0].unflatten(0, shape)
-        rows = change(self._in_rows(x), self._in_rows(y))
-        return rows.flatten(0, 1).index_select(0, self.of_tokens).unflatten(0, shape)
-
-    def _in_rows(self, tokens: Shaped[Tensor, "tokens i"]) -> Shaped[Tensor, "rows length i"]:
-        """Return the tokens in their rows, 0 elsewhere."""
-        full = tokens.new_zeros(self.num_rows * self.length, tokens.shape[-1])
-        return full.index_copy(0, self.of_tokens, tokens).view(self.num_rows, self.length, -1)
-
-
 def _nowhere() -> Int[Tensor, " tokens"]:
     raise AssertionError("what is inserted depends on the text: read the texts in one layout")
 
 
-ONLY_EACH_TOKEN = Places(0, 0, _nowhere)  # of tokens whose rows nobody asks for
+ONLY_EACH_TOKEN = Grid(0, 0, _nowhere)  # of tokens whose rows nobody asks for
 
 
 class Layout:
@@ -106,7 +77,7 @@ class Layout:
         particles = torch.arange(self.num_particles)[:, None] * len(self.num_source)
         return torch.cat([(particles + torch.tensor(texts)).flatten() for texts, _ in self.groups])
 
-    def places(self, device: torch.device) -> Places:
+    def grid(self, device: torch.device) -> Grid:
         """Return where the tokens are in rows as long as the longest text; a prompt that is read once is in none of them."""
         longest = max(length for _, length in self.groups)
 
@@ -117,7 +88,7 @@ class Layout:
             places = [(of_group[:, None] * longest + torch.arange(group.length)).flatten() for of_group, group in groups]
             return torch.cat(places).to(device)
 
-        return Places(self.num_particles * len(self.num_source), longest, make)
+        return Grid(self.num_particles * len(self.num_source), longest, make)
 
     def pack(
         self, prompts: Float[Tensor, "m S P D"], texts: Float[Tensor, "m N L D"], behind: Float[Tensor, "N W D"]

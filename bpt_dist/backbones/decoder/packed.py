@@ -21,8 +21,9 @@ from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.base import InputEmbeds, average_distributions, end_tokens
 from bpt_dist.backbones.candidates import MOST_LOGITS, Tree
 from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts, Reader
-from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout, Places
+from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout
 from bpt_dist.backbones.decoder.reading import Reading, inserted_at, let_read
+from bpt_dist.backbones.grid import Grid
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.shared_prompts import shared_prompts_of
 from bpt_dist.objective import IGNORED
@@ -98,7 +99,7 @@ class PackedDecoder:
         num_targets = has_target.sum(1).tolist()
         layout = inputs.layout([number - 1 for number in num_targets])
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(target_ids.clamp_min(0)))
-        of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.places(tokens.device))
+        of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.grid(tokens.device))
         places = [first + source - 1 + torch.arange(number) for first, source, number in
                   zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
         of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
@@ -106,7 +107,7 @@ class PackedDecoder:
         def in_rows() -> Int[Tensor, " targets"]:
             return has_target.expand(len(of_targets), -1, -1).flatten().nonzero()[:, 0]
 
-        logits = self.logits(of_targets, Places(len(of_targets) * len(ids), target_ids.shape[1], in_rows))
+        logits = self.logits(of_targets, Grid(len(of_targets) * len(ids), target_ids.shape[1], in_rows))
         labels = target_ids[has_target].expand(len(logits), -1)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         sums = torch.stack([-part.sum(1) for part in losses.split(num_targets, dim=1)], dim=1)
@@ -120,7 +121,7 @@ class PackedDecoder:
         nodes = torch.tensor(tree.tokens[1:], dtype=torch.long, device=ids.device)
         layout = inputs.layout([len(nodes)] * len(ids), tree)
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(nodes).expand(len(ids), -1, -1))
-        states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.places(tokens.device))
+        states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.grid(tokens.device))
         starts = layout.first + torch.tensor(inputs.num_source) - 1
         places = (starts.flatten()[:, None] + torch.arange(len(tree.tokens))).to(states.device)
         rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
@@ -128,8 +129,8 @@ class PackedDecoder:
         for begin in range(0, len(places), rows_at_once):
             part = places[begin : begin + rows_at_once]
             first, last = begin * len(tree.tokens), (begin + len(part)) * len(tree.tokens)
-            in_rows = Places(len(places), len(tree.tokens), partial(torch.arange, first, last, device=states.device))
-            sums.append(self._along(tree, states[part], in_rows))
+            grid = Grid(len(places), len(tree.tokens), partial(torch.arange, first, last, device=states.device))
+            sums.append(self._along(tree, states[part], grid))
         return torch.cat(sums).view(*layout.first.shape, -1)
 
     def generate(
@@ -144,7 +145,7 @@ class PackedDecoder:
         layout = inputs.layout([0] * len(ids))
         reader = PromptsAndTexts(layout, self.attention, keep=True)
         tokens = layout.pack(inputs.prompts, inputs.texts, inputs.texts.new_zeros(len(ids), 0, inputs.texts.shape[-1]))
-        states = self.run(tokens, layout.positions(), reader, layout.places(tokens.device))
+        states = self.run(tokens, layout.positions(), reader, layout.grid(tokens.device))
         assert reader.kept is not None
         # Rows are in the order of the layout: group by group, particle by particle.
         order = layout.order().to(ids.device)
@@ -179,10 +180,10 @@ class PackedDecoder:
         tokens = torch.full((len(states), max_new_tokens), config.pad_token_id, device=device)
         ends, alive = torch.tensor(end_tokens(config), device=device), torch.arange(len(states), device=device)
         for step in range(max_new_tokens):
-            places = ONLY_EACH_TOKEN if order is None else Places(len(order), 1, partial(order.index_select, 0, alive))
+            grid = ONLY_EACH_TOKEN if order is None else Grid(len(order), 1, partial(order.index_select, 0, alive))
             if step:
-                states = self.run(self.embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader, places)
-            scores = self.logits(states, places)
+                states = self.run(self.embed(tokens[alive, step - 1]), positions[alive] + step - 1, reader, grid)
+            scores = self.logits(states, grid)
             if averaged > 1:
                 scores = torch.cat([average_distributions(group, averaged) for group in scores.split(num_rows)])
             tokens[alive, step] = scores.argmax(-1)
@@ -207,11 +208,9 @@ class PackedDecoder:
         rows: Tensor = self.model.model.embed_tokens(ids)
         return rows
 
-    def run(
-        self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader, places: Places
-    ) -> Float[Tensor, "t D"]:
-        """Return the last hidden states of tokens whose attention `reader` computes; `places` are for what is inserted."""
-        reading = Reading(self.model.config, reader, self.insertions, places)
+    def run(self, tokens: Float[Tensor, "t D"], positions: Int[Tensor, " t"], reader: Reader, grid: Grid) -> Float[Tensor, "t D"]:
+        """Return the last hidden states of tokens whose attention `reader` computes; `grid` is for what is inserted."""
+        reading = Reading(self.model.config, reader, self.insertions, grid)
         with reading.under_way():
             output = self.model.model(
                 inputs_embeds=tokens.to(self.model.dtype)[None],
@@ -222,13 +221,13 @@ class PackedDecoder:
         states: Tensor = output.last_hidden_state[0]
         return states
 
-    def logits(self, states: Float[Tensor, "*tokens D"], places: Places) -> Float[Tensor, "*tokens V"]:
+    def logits(self, states: Float[Tensor, "*tokens D"], grid: Grid) -> Float[Tensor, "*tokens V"]:
         """Return the logits of last hidden states in float32."""
-        with inserted_at(self.insertions, places):
+        with inserted_at(self.insertions, grid):
             return logits_of(self.model, states)
 
-    def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"], places: Places) -> Float[Tensor, "rows C"]:
+    def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"], grid: Grid) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood of each candidate from the states of the nodes of some sequences."""
-        of_nodes = self.logits(states, places).log_softmax(-1)
+        of_nodes = self.logits(states, grid).log_softmax(-1)
         paths = [torch.tensor(path, device=states.device) for path in tree.paths]
         return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)

@@ -6,7 +6,6 @@ an argument what it needs, and sets it up for as long as its `forward` takes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import functional
 
 from bpt_dist.backbones.decoder.attention import Reader, our_attention
 from bpt_dist.backbones.insertion import InsertionPoints, Rows
+from bpt_dist.backbones.mixin import mix_in
 
 
 @contextmanager
@@ -84,19 +84,8 @@ class _Product(torch.autograd.Function):
 
 
 def let_read(model: Any) -> None:
-    """Make the blocks of a model `Reads`, and its linear layers `Released`.
-
-    Their class is changed rather than a function of theirs, so that copies run their own weights.
-    """
+    """Make the blocks of a model `Reads`, and its linear layers `Released`."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Released
-    for block in model.model.layers:
-        if not isinstance(block, Reads):
-            kind: Any = type(block)
-            block.__class__ = _reading(kind)
-
-
-@functools.cache
-def _reading(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (Reads, kind), {"__module__": kind.__module__})
+    mix_in(Reads, *model.model.layers)

@@ -24,9 +24,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpt_dist.backbones.attention import Attention
+from bpt_dist.backbones.grid import Grid
 from bpt_dist.backbones.insertion import Change
-from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run, norm, product
-from bpt_dist.backbones.t5.layout import Grid, Padding, Rows, aligned
+from bpt_dist.backbones.mixin import mix_in
+from bpt_dist.backbones.t5.frozen import FrozenLinear, Runs, norm, product
+from bpt_dist.backbones.t5.layout import Padding, Rows, aligned
 
 Changes = Mapping[nn.Module, Sequence[Change]]
 MakeBiases = Callable[[], Sequence[Tensor]]  # the position biases of all groups; called while the first block is whole
@@ -79,7 +81,7 @@ class Stack:
         self.num_heads, self.head_width, self.width = config.num_heads, config.d_kv, config.d_model
         self.dtype = stack.block[0].layer[0].SelfAttention.q.weight.dtype
         self._longest: Tensor | None = None  # position bias
-        let_run(*stack.block, stack.final_layer_norm)
+        mix_in(Runs, *stack.block, stack.final_layer_norm)
         attends = [block.layer[0].SelfAttention for block in stack.block]
         self.projections = [FrozenLinear(attend.q, attend.k, attend.v) for attend in attends]
         self.outputs = [FrozenLinear(attend.o) for attend in attends]

@@ -7,7 +7,6 @@ for it again, at a moment when it is whole.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,19 +26,6 @@ class Runs(nn.Module):
             return run(*args)
         stock: Any = super().forward
         return stock(*args, **kwargs)
-
-
-def let_run(*modules: nn.Module) -> None:
-    """Make modules `Runs`. Their class is changed rather than a function of theirs, so that copies run their own weights."""
-    for module in modules:
-        if not isinstance(module, Runs):
-            kind: Any = type(module)
-            module.__class__ = _running(kind)
-
-
-@functools.cache
-def _running(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (Runs, kind), {"__module__": kind.__module__})
 
 
 class _Product(torch.autograd.Function):

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from bpt_dist.backbones.attention import ATTENTIONS
 from bpt_dist.backbones.base import PASS_FLOPS, Backbone, Forward, InputEmbeds, Texts, average_distributions, end_tokens
-from bpt_dist.backbones.t5.frozen import let_run
+from bpt_dist.backbones.mixin import mix_in
+from bpt_dist.backbones.t5.frozen import Runs
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.backbones.transfer import send, send_together
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
@@ -131,7 +132,7 @@ class T5Backbone(Backbone):
         core = PromptedT5(model.requires_grad_(False).eval())
         # Before anything wraps a block's `forward`: partitioning, or running it again in the backward pass.
         stacks: Any = (model.encoder, model.decoder)
-        let_run(model.lm_head, *(module for stack in stacks for module in (*stack.block, stack.final_layer_norm)))
+        mix_in(Runs, model.lm_head, *(module for stack in stacks for module in (*stack.block, stack.final_layer_norm)))
         model.generation_config = greedy_decoding(model.config)
         super().__init__(core, tokenizer, name=name, path=path, identity=identity, revision=revision)
         self.packed: PackedT5 | None = None  # our own pass, where it is allowed

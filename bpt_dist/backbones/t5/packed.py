@@ -20,10 +20,12 @@ from torch.nn import functional
 from bpt_dist.backbones.attention import Attention, plain_attention
 from bpt_dist.backbones.base import AnyRank, Forward, InputEmbeds, average_distributions, end_tokens
 from bpt_dist.backbones.candidates import MOST_LOGITS, Tree, along_each
+from bpt_dist.backbones.grid import Grid
 from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.mixin import mix_in
 from bpt_dist.backbones.t5.blocks import Cache, Changes, Decoder, Encoder, MakeBiases, Memory
-from bpt_dist.backbones.t5.frozen import FrozenLinear, let_run
-from bpt_dist.backbones.t5.layout import Grid, Layout, PaddedLayout
+from bpt_dist.backbones.t5.frozen import FrozenLinear, Runs
+from bpt_dist.backbones.t5.layout import Layout, PaddedLayout
 from bpt_dist.objective import IGNORED, Reduction
 
 Call = Callable[[Callable[[], Any]], Any]
@@ -52,7 +54,7 @@ class PackedT5:
         self.encoder = Encoder(model.encoder, attention, changes)
         self.decoder = Decoder(model.decoder, attention if pads_attention else plain_attention, changes)
         self.any_rank: AnyRank = bool  # replaced where ranks gather together: they write as long as the slowest of them
-        let_run(model.lm_head)
+        mix_in(Runs, model.lm_head)
         self.head = FrozenLinear(model.lm_head)
 
     def log_likelihood(

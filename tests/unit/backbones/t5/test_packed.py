@@ -15,8 +15,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from bpt_dist.backbones import loading
 from bpt_dist.backbones.attention import ATTENTIONS
 from bpt_dist.backbones.candidates import Tree
+from bpt_dist.backbones.grid import Grid
 from bpt_dist.backbones.prompts import prepend
-from bpt_dist.backbones.t5.layout import Grid
 from bpt_dist.backbones.t5.model import PromptedT5, T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
 from bpt_dist.data.batches import Batch
