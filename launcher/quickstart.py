@@ -7,7 +7,6 @@ What is finished is not trained again.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from bpt_dist import config as configuration
 from bpt_dist.artifacts.stored_run import is_finished
 from bpt_dist.commands.table.command import JOBS, Screen
 from bpt_dist.commands.table.jobs import Jobs
-from bpt_dist.commands.table.trainers import WATCH, WorkerTrainer
+from bpt_dist.commands.table.trainers import LauncherJob, WorkerTrainer
 from bpt_dist.config import RunConfig
 from bpt_dist.config.loading import row_label
 from bpt_dist.distributed.environment import child_environment, free_port, num_gpus
@@ -60,7 +59,7 @@ def train(runs: Sequence[RunConfig]) -> int:
     folder = runs[0].directory.parent / JOBS
     folder.mkdir(parents=True, exist_ok=True)
     with Screen(len(whole)) as screen:
-        launched = Launched(rows, screen.say) if rows else None
+        launched = launch(rows, screen.say) if rows else None
         jobs = Jobs(whole, screen)
         workers = [WorkerTrainer(number, PROCESSES, folder, screen.say) for number in range(min(PROCESSES, len(whole)))]
 
@@ -73,7 +72,7 @@ def train(runs: Sequence[RunConfig]) -> int:
             signal.signal(number, stop)
         side_by_side = threading.Thread(target=train_side_by_side, args=(jobs, workers, screen))
         side_by_side.start()
-        code = launched.wait() if launched is not None else 0
+        code = follow(launched, screen.say) if launched is not None else 0
         side_by_side.join()
     # The launcher answers a signal with a code of its own.
     return jobs.exit_code() if jobs.stopping else code or jobs.exit_code()
@@ -86,45 +85,24 @@ def train_side_by_side(jobs: Jobs, workers: Sequence[WorkerTrainer], screen: Scr
         jobs.train(workers)
 
 
-class Launched:
-    """A job of the deepspeed launcher for some rows, in a session of its own; `echo` is called with every line that it prints."""
+def launch(rows: Sequence[str], echo: Callable[[str], None]) -> LauncherJob:
+    """Start a job of the deepspeed launcher for some rows; `echo` is called with its command."""
+    chosen = [word for row in rows for word in ("--row", row)]
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
+    command = [*launcher, "launcher/train.py", "--config", str(CONFIG), *chosen]
+    echo(f"quickstart: {shlex.join(['deepspeed', *command[1:]])}")
+    environment = child_environment(PROCESSES)
+    if num_gpus() < PROCESSES:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share one GPU; the miniature world needs none
+    return LauncherJob(command, environment, subprocess.PIPE)
 
-    def __init__(self, rows: Sequence[str], echo: Callable[[str], None]) -> None:
-        chosen = [word for row in rows for word in ("--row", row)]
-        launcher = [str(BIN / "deepspeed"), "--num_gpus", str(PROCESSES), "--master_port", str(free_port())]
-        command = [*launcher, "launcher/train.py", "--config", str(CONFIG), *chosen]
-        echo(f"quickstart: {shlex.join(['deepspeed', *command[1:]])}")
-        environment = child_environment(PROCESSES)
-        if num_gpus() < PROCESSES:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share one GPU; the miniature world needs none
-        # Its own session: the launcher ends alone on SIGTERM and leaves its ranks behind; the group can be told as a whole.
-        self.job = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        # Ends the group when this process is gone, however it went.
-        self.watch = subprocess.Popen(["sh", "-c", WATCH, str(self.job.pid)], stdin=subprocess.PIPE, start_new_session=True)
-        self.echo = echo
 
-    def wait(self) -> int:
-        """Hand on its lines until it ends, and return its exit code."""
-        assert self.job.stdout is not None
-        for line in self.job.stdout:
-            self.echo(line.rstrip("\n"))
-        code = self.job.wait()
-        self.watch.kill()
-        self.watch.communicate()
-        return code
-
-    def stop(self) -> None:
-        """Tell all processes of the job to stop with a checkpoint."""
-        if self.job.poll() is None:
-            os.killpg(self.job.pid, signal.SIGTERM)
+def follow(job: LauncherJob, echo: Callable[[str], None]) -> int:
+    """Call `echo` with every line of a job until it ends, and return its exit code."""
+    assert job.process.stdout is not None
+    for line in job.process.stdout:
+        echo(line.decode(errors="replace").rstrip("\n"))
+    return job.wait()
 
 
 def report(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -144,28 +144,49 @@ class WorkerTrainer:
         return Outcome(code if code > 0 else INTERNAL_ERROR, reason, seconds, died=True)
 
 
+class LauncherJob:
+    """A job of the deepspeed launcher in a session of its own: the launcher ends alone on SIGTERM and leaves its ranks behind.
+
+    The session is told as a whole, by `stop`, and when this process is gone, however it went. With `subprocess.PIPE` as `output`
+    the lines are read from `process.stdout`.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int) -> None:
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
+        self._watch = subprocess.Popen(
+            ["sh", "-c", WATCH, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self) -> int:
+        """Return the exit code of the launcher when it has ended."""
+        code = self.process.wait()
+        self._watch.kill()
+        self._watch.communicate()
+        return code
+
+    def stop(self) -> None:
+        """Ask all processes of the job to stop with a checkpoint."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+
 class DeepSpeedTrainer:
     """Trains every run as a job of the deepspeed launcher with several processes; they write `folder/launcher.log`."""
 
     def __init__(self, num_processes: int, folder: Path) -> None:
         self.num_processes, self.folder = num_processes, folder
         self.environment = child_environment(num_processes)
-        self.job: subprocess.Popen[bytes] | None = None
+        self.job: LauncherJob | None = None
 
     def train(self, run: RunConfig) -> Outcome:
         """Launch one run and wait for it; its status file decides, not the launcher's exit code."""
         began = time.monotonic()
         with (self.folder / "launcher.log").open("ab") as log:
-            self.job = subprocess.Popen(
-                self.command(write_config(run, self.folder)), stdout=log, stderr=log, env=self.environment, start_new_session=True
-            )
-        watch = subprocess.Popen(
-            ["sh", "-c", WATCH, str(self.job.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+            self.job = LauncherJob(self.command(write_config(run, self.folder)), self.environment, log)
         code = self.job.wait()
-        watch.kill()
-        watch.communicate()
         seconds = time.monotonic() - began
         if is_finished(run):
             return Outcome(0, None, seconds)
@@ -179,9 +200,9 @@ class DeepSpeedTrainer:
         return [*launcher, "--master_port", str(free_port()), *program, "--config", str(config)]
 
     def stop(self) -> None:
-        """Tell all processes of the job: the launcher would end alone."""
-        if self.job is not None and self.job.poll() is None:
-            os.killpg(self.job.pid, signal.SIGTERM)
+        """Tell all processes of the job."""
+        if self.job is not None:
+            self.job.stop()
 
     def close(self) -> None:
         """Hold nothing."""

@@ -42,7 +42,7 @@ def test_ranks_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, hid
 
     class Job:
         pid = 0
-        stdout = ("a line\n",)
+        stdout = (b"a line\n",)
 
         def __init__(self, _: list[str], env: dict[str, str] | None = None, **__: Any) -> None:
             started.append(env or {})
@@ -56,7 +56,7 @@ def test_ranks_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, hid
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "unchanged")
     monkeypatch.setattr(quickstart, "num_gpus", lambda: gpus)
     monkeypatch.setattr(quickstart.subprocess, "Popen", Job)
-    assert quickstart.Launched(["bpt"], said.append).wait() == 0
+    assert quickstart.follow(quickstart.launch(["bpt"], said.append), said.append) == 0
     assert started[0]["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "unchanged")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "unchanged"  # the other runs may use a GPU
     assert said[0].endswith("launcher/train.py --config configs/quickstart.yaml --row bpt")
@@ -90,7 +90,7 @@ def test_rows_with_a_whole_backbone_need_no_launcher_and_end_in_sentences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quickstart, "CONFIG", small_table(tmp_path))
-    monkeypatch.setattr(quickstart, "Launched", lambda *_: pytest.fail("no row shards its backbone"))
+    monkeypatch.setattr(quickstart, "launch", lambda *_: pytest.fail("no row shards its backbone"))
     assert quickstart.main() == 0
     lines = capfd.readouterr().out.splitlines()
     assert [line for line in lines if re.match(r"(slow|fast)-s[01] starts on worker [01]$", line)]
