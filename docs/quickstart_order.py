@@ -7,6 +7,7 @@ change places with each other.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from statistics import fmean
 from bpt_dist import config as configuration
 from bpt_dist.artifacts.results import Result, collect
 from bpt_dist.commands.table.table import Table
+from bpt_dist.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 NEAR = ("mini_review", "mini_rte", "mini_duplicate")
@@ -87,4 +89,11 @@ def main(first: str, others: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("runs", metavar="RUNS", help="the folder of the quick start")
+    parser.add_argument("repetitions", metavar="REPETITION", nargs="+", help="those of others, or A,B")
+    given = parser.parse_args()
+    try:
+        main(given.runs, given.repetitions)
+    except UserError as error:
+        sys.exit(str(error))

@@ -6,6 +6,7 @@ of these steps.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def main(folder: Path) -> None:
     of_row: dict[str, list[dict[str, float]]] = {}
     for run in sorted(path.parent for path in folder.glob("*/metrics.jsonl")):
         of_row.setdefault(run.name.rsplit("-s", 1)[0], []).append(last_losses(run))
+    if TOGETHER not in of_row:
+        sys.exit(f"{folder}: has no run of the row {TOGETHER}; give the folder of configs/evidence/separate_prompts.yaml")
     shared = of_row.pop(TOGETHER)
     lines = []
     for task, runs in of_row.items():
@@ -41,4 +44,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("runs", metavar="RUNS", type=Path)
+    main(parser.parse_args().runs)

@@ -6,6 +6,7 @@ chromium and aiohttp.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ def main(output: Path) -> None:
 
     from bpt_dist.tracking.ui import ui
 
+    if not (output / "mlflow.db").is_file():
+        sys.exit(f"{output}: has no mlflow.db; run the sweep first, and give its output folder")
     os.environ["BPT_SCREENSHOTS"] = str(HERE)
     page = ui(f"sqlite:///{output.resolve() / 'mlflow.db'}")
     try:
@@ -44,4 +47,6 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("output", metavar="OUTPUT", type=Path)
+    main(parser.parse_args().output)
