@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bpt_dist.backbones.insertion import InsertionPoints
+from bpt_dist.backbones.prefixes import Prefixes
 from bpt_dist.backbones.shared_prompts import note_shared_prompts
 from bpt_dist.errors import BackboneChanged
 from bpt_dist.objective import Reduction
@@ -94,6 +95,7 @@ class Backbone(InsertionPoints, ABC):
         self.any_rank: AnyRank = bool  # whether something holds on any of the ranks that are kept in step (collective)
         self.device = torch.device("cpu")  # where texts have to be sent; with offloaded weights not where those are
         self.attention: str | None = None  # how the family's own pass computes attention, where it is used
+        self.prefixes: Prefixes | None = None  # what passes of many prompts keep of them, where `keep_prefixes` could
         self.partition: Any = None  # how training partitioned the model, for a method that trains it
         self._loaded_hash = _hash_tensors(core)
 
@@ -157,6 +159,13 @@ class Backbone(InsertionPoints, ABC):
     @property
     def reads_prompts_once(self) -> bool:
         """Whether a pass reads a prompt once for all its texts, so that it costs the same however many they are."""
+        return False
+
+    def keep_prefixes(self, _most_bytes: int) -> bool:
+        """Keep what `rank_each` and `generate_each` read of a prompt for their next passes; 0 bytes keep nothing.
+
+        Return False, and keep nothing, where a family reads each prompt together with its text.
+        """
         return False
 
     @abstractmethod

@@ -42,6 +42,9 @@ NamedPrompts = Annotated[
 BackbonePlace = Annotated[str | None, typer.Option(metavar="PATH", help="The backbone, if it is not where the exports say.")]
 OfEnsemble = Annotated[bool, typer.Option("--ensemble", help="Of a run: the prompts its ensembles average over.")]
 BestParticle = Annotated[bool, typer.Option("--best", help="Of a run: the adapted particle that `evaluation.predict: best` chose.")]
+PrefixCache = Annotated[
+    int | None, typer.Option(min=0, metavar="MIB", help="Memory for prompts that a decoder-only model has read, by default 512.")
+]
 app.add_typer(example, name="example")
 app.add_typer(bench, name="bench")
 
@@ -412,11 +415,13 @@ def predict(
     ensemble: OfEnsemble = False,
     best: BestParticle = False,
     window: Annotated[int, typer.Option(min=1, help="Rows that are read before the first of them is answered.")] = 512,
+    prefix_cache: PrefixCache = None,
 ) -> None:
     """Answer rows of one or many tasks, each under its own prompt: one JSON object a line in, one a line out, in order."""
     from bpt_dist.commands.predict import predict as run
 
-    run(prompts or [], prompt or [], rows, out, backbone=backbone, ensemble=ensemble, best=best, window=window)
+    options: dict[str, Any] = {"backbone": backbone, "ensemble": ensemble, "best": best, "window": window}
+    run(prompts or [], prompt or [], rows, out, **options, prefix_bytes=_mebibytes(prefix_cache))
 
 
 @app.command()
@@ -434,6 +439,7 @@ def serve(
     best: BestParticle = False,
     wait_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Milliseconds a row waits for others at most.")] = 5.0,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that one pass reads, prompts included.")] = 16_384,
+    prefix_cache: PrefixCache = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows of a request.")] = 256,
     max_characters: Annotated[int, typer.Option(min=1, help="Characters of a row.")] = 20_000,
@@ -448,7 +454,11 @@ def serve(
     sizes = {"body_bytes": max_body, "rows": max_rows, "characters": max_characters, "waiting_rows": max_waiting,
              "body_seconds": body_seconds}  # fmt: skip
     options: dict[str, Any] = {"backbone": backbone, "ensemble": ensemble, "best": best, "wait_ms": wait_ms, "tokens": tokens}
-    run(prompts or [], prompt or [], place, **options, sizes=sizes)
+    run(prompts or [], prompt or [], place, **options, prefix_bytes=_mebibytes(prefix_cache), sizes=sizes)
+
+
+def _mebibytes(number: int | None) -> int | None:
+    return None if number is None else number << 20
 
 
 @app.command()

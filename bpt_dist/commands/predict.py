@@ -27,6 +27,7 @@ def predict(
     ensemble: bool,
     best: bool,
     window: int,
+    prefix_bytes: int | None = None,
 ) -> None:
     """Answer every row.
 
@@ -47,7 +48,7 @@ def predict(
         from bpt_dist.artifacts.inference.backbone import load_backbone
         from bpt_dist.artifacts.inference.predictor import Predictor
 
-        predictor = Predictor(load_backbone(exports[0], backbone), exports)
+        predictor = Predictor(load_backbone(exports[0], backbone), exports, prefix_bytes=prefix_bytes)
         num_rows, complaints = _answer_all(predictor, source, target, signals, window)
     if num_rows == 0:
         raise ConfigError(f"{rows or 'standard input'}: has no rows; write one JSON object a line")

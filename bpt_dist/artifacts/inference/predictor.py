@@ -26,6 +26,7 @@ from bpt_dist.tasks.text_to_text import Slot, written
 
 TASK, FIELDS, ID = "task", "fields", "id"  # what a row may hold beside the columns of its task
 TOKENS_AT_ONCE = 16_384  # read in one pass, prompts and hypotheses included
+PREFIX_BYTES = 512 << 20  # kept of prompts that were read, where a backbone can
 WINDOW = 512  # rows that are looked at together: those of like length share a pass
 SHOWN = 60
 
@@ -103,11 +104,25 @@ class Predictor:
 
     A row names its task by `task`, which may be left out where there is one prompt, and holds the columns beside it, or in an
     object `fields`. What is wrong with a row is its answer; the other rows are answered. Several threads may call it: a pass runs
-    alone, and prompts that are added or removed meanwhile count from the next call on.
+    alone, and prompts that are added or removed meanwhile count from the next call on. A decoder-only model keeps what it reads of
+    a prompt for the next passes, at most `prefix_bytes` (512 MiB by default, 0 for nothing).
     """
 
-    def __init__(self, backbone: Backbone, exports: Iterable[Export] = (), *, tokens_at_once: int = TOKENS_AT_ONCE) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        exports: Iterable[Export] = (),
+        *,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+        prefix_bytes: int | None = None,
+    ) -> None:
+        """Serve exports. Raises ConfigError for `prefix_bytes` where the backbone reads each prompt together with its text."""
         self.backbone, self.tokens_at_once = backbone, tokens_at_once
+        keeps = backbone.keep_prefixes(PREFIX_BYTES if prefix_bytes is None else prefix_bytes)
+        if prefix_bytes and not keeps:
+            raise ConfigError(
+                f"--prefix-cache: {backbone.name} reads each prompt together with its text, and can keep nothing; leave it out"
+            )
         self._prompts: dict[str, Loaded] = {}  # replaced as a whole, never changed
         self._passes, self._changes = threading.Lock(), threading.Lock()
         for export in exports:

@@ -6,7 +6,7 @@ soft caps, layers without positions) stays theirs, so whatever fits their interf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.decoder.layout import Group, Layout
+from bpt_dist.backbones.prefixes import Prefix
 
 NAME = "bpt_dist_shared_prompts"
 Kept = dict[int, list[tuple[Tensor, Tensor]]]  # keys and values [rows, positions, heads, d] of each group, by layer
@@ -54,11 +55,24 @@ def our_attention(config: Any) -> Iterator[None]:
 
 
 class PromptsAndTexts:
-    """Reads all prompts and texts of a layout; with `keep`, remembers keys and values for tokens that come later."""
+    """Reads all prompts and texts of a layout; with `keep`, remembers keys and values for tokens that come later.
 
-    def __init__(self, layout: Layout, attention: Attention, *, keep: bool = False) -> None:
-        self.layout, self.attention = layout, attention
+    `prefixes` are those of the layout's prompts where they were read before. What is read of prompts now is in `read_prefixes`
+    with `keep_prefixes`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        attention: Attention,
+        *,
+        keep: bool = False,
+        prefixes: Sequence[Prefix] | None = None,
+        keep_prefixes: bool = False,
+    ) -> None:
+        self.layout, self.attention, self.prefixes = layout, attention, prefixes
         self.kept: Kept | None = {} if keep else None
+        self.read_prefixes: list[Prefix] | None = [[] for _ in range(layout.num_prompts)] if keep_prefixes else None
         self._biases: dict[tuple[Group, int | None], Tensor] = {}
 
     def attend(
@@ -66,16 +80,21 @@ class PromptsAndTexts:
     ) -> Float[Tensor, "t H d"]:
         """Return what every token of the layout reads."""
         layout, read = self.layout, []
-        shape = (layout.num_particles, layout.num_prompts, layout.prompt_length)
-        prefix = [states[: layout.num_prefix].view(*shape, *states.shape[1:]) for states in (q, k, v)]
-        if layout.num_prefix:
-            alone = Group((), layout.prompt_length)
-            asked, keys, values = (part.flatten(0, 1) for part in prefix)
-            read.append(grouped_attention(self.attention, asked, keys, values, self._bias(alone, window, q)).flatten(0, 1))
+        if self.prefixes is not None:
+            prefix = [torch.stack(states, dim=1) for states in zip(*(of_prompt[layer] for of_prompt in self.prefixes), strict=True)]
+        else:
+            shape = (layout.num_particles, layout.num_prompts, layout.prompt_length)
+            asked, *prefix = (states[: layout.num_prefix].view(*shape, *states.shape[1:]) for states in (q, k, v))
+            if layout.num_prefix:
+                alone = self._bias(Group((), layout.prompt_length), window, q)
+                asked, keys, values = (part.flatten(0, 1) for part in (asked, *prefix))
+                read.append(grouped_attention(self.attention, asked, keys, values, alone).flatten(0, 1))
+            for number, of_prompt in enumerate(self.read_prefixes or ()):
+                of_prompt.append((prefix[0][:, number].clone(), prefix[1][:, number].clone()))
         for group, part in layout.parts():
             rows = (layout.num_particles, len(group.texts), group.length)
             own = [states[part].view(*rows, *states.shape[1:]) for states in (q, k, v)]
-            keys, values = (self._behind(*pair, group).flatten(0, 1) for pair in zip(prefix[1:], own[1:], strict=True))
+            keys, values = (self._behind(*pair, group).flatten(0, 1) for pair in zip(prefix, own[1:], strict=True))
             asked = own[0].flatten(0, 1)
             read.append(grouped_attention(self.attention, asked, keys, values, self._bias(group, window, q)).flatten(0, 1))
             if self.kept is not None:

@@ -31,7 +31,8 @@ class Layout:
     """The tokens of a pass in one row: the S prompts of m particles, then m particles x N texts group by group.
 
     In a group come particle by particle, text by text. Behind its source each text has `num_behind` further tokens: those of its
-    target but the last, or the nodes of `tree`, which are the same for all texts.
+    target but the last, or the nodes of `tree`, which are the same for all texts. Prompts that were read before (`reads_prompts` is
+    False) take positions, and have no tokens here.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Layout:
         num_source: Sequence[int],
         num_behind: Sequence[int],
         tree: Tree | None = None,
+        *,
+        reads_prompts: bool = True,
     ) -> None:
         self.num_particles, self.num_prompts, self.prompt_length = prompts
         self.choice, self.num_source, self.tree = choice, num_source, tree
@@ -48,7 +51,7 @@ class Layout:
         for text, (source, behind) in enumerate(zip(num_source, num_behind, strict=True)):
             by_length.setdefault(source + behind, []).append(text)
         self.groups = [Group(tuple(texts), length) for length, texts in sorted(by_length.items())]
-        self.num_prefix = self.num_particles * self.num_prompts * self.prompt_length
+        self.num_prefix = self.num_particles * self.num_prompts * self.prompt_length if reads_prompts else 0
         self.first = self._first_tokens()
 
     def _first_tokens(self) -> Int[Tensor, "m N"]:
@@ -104,7 +107,7 @@ class Layout:
             first = torch.arange(self.num_particles)[:, None, None] * len(self.num_source) + torch.tensor(group_texts)[:, None]
             places.append((first * width + columns).flatten())
         own_tokens = rows.flatten(0, 2).index_select(0, torch.cat(places).to(rows.device))
-        return torch.cat([prompts.flatten(0, 2), own_tokens])
+        return torch.cat([prompts.flatten(0, 2), own_tokens]) if self.num_prefix else own_tokens
 
     def own_positions(self, group: Group) -> Int[Tensor, " own"]:
         """Return the positions of a text's own tokens, counted from the end of its prompt: a node follows its parent."""
@@ -116,7 +119,7 @@ class Layout:
 
     def positions(self) -> Int[Tensor, " tokens"]:
         """Return the position of every token in its own sequence."""
-        prefix = torch.arange(self.prompt_length).repeat(self.num_particles * self.num_prompts)
+        prefix = torch.arange(self.num_prefix) % max(1, self.prompt_length)
         groups = zip(self.groups, self.num_rows, strict=True)
         own = [(self.prompt_length + self.own_positions(group)).repeat(rows) for group, rows in groups]
         return torch.cat([prefix, *own])

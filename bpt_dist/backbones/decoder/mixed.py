@@ -1,8 +1,8 @@
 """Texts of different prompts in one pass of a decoder-only model: prompts may differ in length, and texts in what is behind them.
 
 Texts whose prompts are equally long, and whose label words make trees of one form, have a layout of their own. The tokens of all
-layouts go through the model together: only attention is computed layout by layout. Nothing is padded, and a prompt is read once.
-What is inserted may depend on a token only, not on the text.
+layouts go through the model together: only attention is computed layout by layout. Nothing is padded, and a prompt is read once,
+or not at all where its prefix was kept. What is inserted may depend on a token only, not on the text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bpt_dist.backbones.candidates import Tree, along_each
 from bpt_dist.backbones.decoder.attention import NextTokens, PromptsAndTexts
 from bpt_dist.backbones.decoder.layout import ONLY_EACH_TOKEN, Layout
 from bpt_dist.backbones.decoder.packed import PackedDecoder
+from bpt_dist.backbones.prefixes import Prefix, Prefixes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Block:
     texts: list[int]
     layout: Layout
     tokens: Float[Tensor, "tokens D"]
+    prefixes: list[Prefix] | None
 
     def order(self) -> list[tuple[int, int]]:
         """Return particle and text (of this block) of every sequence in the order of the layout."""
@@ -60,10 +62,13 @@ class JoinedReader:
 
 
 class MixedDecoder:
-    """Ranking and generation where each text has prompts and candidates of its own, by the weights of a `PackedDecoder`."""
+    """Ranking and generation where each text has prompts and candidates of its own, by the weights of a `PackedDecoder`.
 
-    def __init__(self, packed: PackedDecoder) -> None:
-        self.packed = packed
+    `prefixes` keeps what is read of prompts from one pass to the next.
+    """
+
+    def __init__(self, packed: PackedDecoder, prefixes: Prefixes | None = None) -> None:
+        self.packed, self.prefixes = packed, prefixes
 
     def rank(
         self,
@@ -135,6 +140,7 @@ class MixedDecoder:
         """Return the layouts of a pass with their tokens; behind each source are the nodes of its tree but the root."""
         packed, lengths = self.packed, mask.sum(1).tolist()
         forms = [() for _ in prompts] if trees is None else [tuple(tree.parents) for tree in trees]
+        kept = self._prefixes(list({id(prompt): prompt for prompt in prompts}.values()))
         blocks = []
         for texts in places_of_equal([(prompt.shape[1], form) for prompt, form in zip(prompts, forms, strict=True)]):
             own = [prompts[text] for text in texts]
@@ -152,13 +158,41 @@ class MixedDecoder:
                 behind = packed.embed(nodes)
             num_source = [lengths[text] for text in texts]
             m, s, p = shared.shape[:3]
-            layout = Layout((m, s, p), choice, num_source, [num_behind] * len(texts), tree)
-            blocks.append(Block(texts, layout, layout.pack(shared, embeds.expand(m, -1, -1, -1), behind)))
+            layout = Layout((m, s, p), choice, num_source, [num_behind] * len(texts), tree, reads_prompts=kept is None)
+            of_block = None if kept is None else [kept[key] for key in numbers]
+            blocks.append(Block(texts, layout, layout.pack(shared, embeds.expand(m, -1, -1, -1), behind), of_block))
         return blocks
+
+    def _prefixes(self, prompts: Sequence[Float[Tensor, "m _P D"]]) -> dict[int, Prefix] | None:
+        """Return the prefixes of different prompts by their identity, or None where they are read together with the texts."""
+        if self.prefixes is None:
+            return None
+        found = self.prefixes.of(prompts, self._prefix_bytes, self._read_prefixes)
+        return None if found is None else {id(prompt): prefix for prompt, prefix in zip(prompts, found, strict=True)}
+
+    def _prefix_bytes(self, prompt: Float[Tensor, "m P D"]) -> int:
+        config = self.packed.model.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        of_position = 2 * config.num_hidden_layers * config.num_key_value_heads * width * self.packed.model.dtype.itemsize
+        return int(prompt.shape[0] * prompt.shape[1] * of_position)
+
+    def _read_prefixes(self, prompts: Sequence[Float[Tensor, "m _P D"]]) -> list[Prefix]:
+        """Return the keys and values of prompts by one pass in which no text is read."""
+        groups = places_of_equal([prompt.shape[1] for prompt in prompts])
+        together = [torch.stack([prompts[place] for place in places], dim=1) for places in groups]
+        layouts = [Layout((*of_length.shape[:3],), (), (), ()) for of_length in together]
+        readers = [PromptsAndTexts(layout, self.packed.attention, keep_prefixes=True) for layout in layouts]
+        tokens = torch.cat([of_length.flatten(0, 2) for of_length in together])
+        positions = torch.cat([layout.positions() for layout in layouts])
+        self.packed.run(tokens, positions, JoinedReader(readers, [layout.num_prefix for layout in layouts]), ONLY_EACH_TOKEN)
+        found: dict[int, Prefix] = {}
+        for places, reader in zip(groups, readers, strict=True):
+            found |= dict(zip(places, reader.read_prefixes or (), strict=True))
+        return [found[place] for place in range(len(prompts))]
 
     def _run(self, blocks: Sequence[Block], *, keep: bool) -> tuple[Float[Tensor, "tokens D"], JoinedReader]:
         """Return the last hidden states of all tokens, by one call of the model."""
-        readers = [PromptsAndTexts(block.layout, self.packed.attention, keep=keep) for block in blocks]
+        readers = [PromptsAndTexts(one.layout, self.packed.attention, keep=keep, prefixes=one.prefixes) for one in blocks]
         reader: Any = JoinedReader(readers, [len(block.tokens) for block in blocks])
         positions = torch.cat([block.layout.positions() for block in blocks])
         tokens = torch.cat([block.tokens for block in blocks])

@@ -23,6 +23,7 @@ from bpt_dist.backbones.decoder.mixed import MixedDecoder
 from bpt_dist.backbones.decoder.packed import PackedDecoder, Scored, logits_of
 from bpt_dist.backbones.decoder.reading import let_read
 from bpt_dist.backbones.decoder.results import forward_of, forward_of_stock
+from bpt_dist.backbones.prefixes import Prefixes
 from bpt_dist.objective import IGNORED, Reduction
 from bpt_dist.tasks.text_to_text import TextForm
 
@@ -269,6 +270,16 @@ class DecoderBackbone(Backbone):
         written = tokens[:1] if average else tokens  # on average all particles write the same
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]
 
+    def keep_prefixes(self, most_bytes: int) -> bool:
+        """Keep keys and values of prompts from one pass of `rank_each` or `generate_each` to the next."""
+        self.prefixes = Prefixes(most_bytes) if most_bytes else None
+        return True
+
+    def _mixed(self, packed: PackedDecoder) -> MixedDecoder:
+        """Return the pass of different prompts; ranks in step, and a model that is changed, read each prompt again."""
+        keeps = self.partition is None and not self.synced and not self.changes
+        return MixedDecoder(packed, self.prefixes if keeps else None)
+
     @torch.no_grad()
     def rank_each(
         self, texts: Texts, prompts: Sequence[Float[Tensor, "m _P D"]], candidates: Sequence[Int[Tensor, "_C _U"]]
@@ -277,7 +288,7 @@ class DecoderBackbone(Backbone):
         if (packed := self.packed_pass()) is None or not self.changes_texts_alike:
             return super().rank_each(texts, prompts, candidates)
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        ranked: list[Tensor] = self.call("packed", MixedDecoder(packed).rank, ids, mask, prompts, candidates)
+        ranked: list[Tensor] = self.call("packed", self._mixed(packed).rank, ids, mask, prompts, candidates)
         return ranked
 
     @torch.no_grad()
@@ -287,7 +298,7 @@ class DecoderBackbone(Backbone):
         if packed is None or self.synced or not self.changes_texts_alike:
             return super().generate_each(texts, prompts, max_new_tokens)
         ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        tokens = self.call("packed", MixedDecoder(packed).generate, ids, mask, prompts, max_new_tokens)
+        tokens = self.call("packed", self._mixed(packed).generate, ids, mask, prompts, max_new_tokens)
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     @torch.no_grad()

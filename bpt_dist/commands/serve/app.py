@@ -39,7 +39,8 @@ class Service:
     wait_seconds: float = 0.005
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: len(self.predictor.tasks))
+        prefixes = self.predictor.backbone.prefixes
+        self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: len(self.predictor.tasks), prefixes)
         self.batcher = Batcher(
             self.predictor,
             wait_seconds=self.wait_seconds,

@@ -43,6 +43,7 @@ def serve(
     best: bool,
     wait_ms: float,
     tokens: int,
+    prefix_bytes: int | None = None,
     sizes: dict[str, Any],
 ) -> None:
     """Serve the prompts until a signal; what was accepted by then is answered. Raises ConfigError for what cannot be used."""
@@ -68,7 +69,8 @@ def serve(
 
     if sys.stderr.isatty():
         typer.echo("loading the backbone ...", err=True)
-    predictor = Predictor(load_backbone(exports[0], backbone), exports, tokens_at_once=tokens)
+    loaded = load_backbone(exports[0], backbone)
+    predictor = Predictor(loaded, exports, tokens_at_once=tokens, prefix_bytes=prefix_bytes)
     service = Service(predictor, limits, token, local_only=local, root=place.adapters, wait_seconds=wait_ms / 1000)
     # uvicorn raises a signal again once it has stopped; by then all is answered, and the exit code is 0.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -220,6 +220,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_answered(
     )
     assert "none.jsonl: cannot be read" in refusal(capsys, adapter, "--rows", str(tmp_path / "none.jsonl"))
     assert "is the file of the rows" in refusal(capsys, adapter, "--rows", rows, "--out", rows)
+    assert "can keep nothing; leave it out" in refusal(capsys, adapter, "--rows", rows, "--prefix-cache", "64")
     (tmp_path / "empty").touch()
     assert "has no rows; write one JSON object a line" in refusal(capsys, adapter, "--rows", str(tmp_path / "empty"))
     other = tiny_t5.make(tmp_path / "other", seed=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import exported
 import pytest
+import served
 import tiny_decoder
 import tiny_run
 import torch
@@ -19,6 +20,7 @@ from bpt_dist.artifacts.inference.predictor import Predictor, Question
 from bpt_dist.artifacts.peft_export import CardFacts, export_prompt
 from bpt_dist.backbones.candidates import Tree
 from bpt_dist.commands.main import main
+from bpt_dist.commands.serve.app import Service
 from bpt_dist.errors import ConfigError
 
 TASKS = ("mood", "count", "colour", "truth")
@@ -94,7 +96,7 @@ def test_a_mixed_batch_is_answered_as_each_task_alone(trained: Trained, tmp_path
     assert len(kinds) > len(exports), "prompts and rows must matter, else the test shows nothing"
 
 
-def test_prompts_of_all_lengths_and_label_words_share_a_pass_in_which_each_is_read_once(
+def test_texts_of_all_prompts_and_label_words_share_a_pass_and_each_prompt_is_read_once_for_all_passes(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, _ = trained
@@ -112,13 +114,27 @@ def test_prompts_of_all_lengths_and_label_words_share_a_pass_in_which_each_is_re
     monkeypatch.setattr(backbone.model.model, "forward", counted)
     rows = [{**row, "task": export.name} for export in ranked for row in exported.rows(world, export.task.name)[:3]]
     questions = [one for one in predictor._read(rows, predictor._prompts) if isinstance(one, Question)]
-    assert all(answer.error is None for answer in predictor.predict(rows))
-    assert len(passes) == 1, "lengths of prompts and label words differ, and the texts share one pass"
-    assert len(lists) > 1
+    for _ in range(2):
+        assert all(answer.error is None for answer in predictor.predict(rows))
+    assert len(lists) > 1, "lengths of prompts and label words differ, and the texts share one pass"
     of_prompts = sum(prompt.hypotheses.shape[1] for prompt in predictor._prompts.values())
     of_texts = sum(len(one.ids) for one in questions)
     of_words = sum(len(Tree.of(one.prompt.candidates.tolist(), 0).tokens) - 1 for one in questions)  # type: ignore[union-attr]
-    assert passes[0] == of_prompts + of_texts + of_words, "each prompt once, and no padding"
+    assert passes == [of_prompts, of_texts + of_words, of_texts + of_words], "each prompt once, and no padding"
+    passes.clear()
+    Predictor(backbone, ranked, prefix_bytes=0).predict(rows)
+    assert passes == [of_prompts + of_texts + of_words]
+
+
+def test_the_server_counts_the_prompts_it_did_not_read_again(mood: tuple[Predictor, Export], trained: Trained) -> None:
+    predictor, _ = mood
+    rows = exported.rows(trained[0], "mood")[:3]
+    with served.in_thread(Service(predictor)) as client:
+        for _ in range(4):
+            exported.assert_equal(client.predict(rows).value, exported.predictions(trained[1], "mood")[:3])
+        assert client.metric('bpt_prompts_total{prefix="read"}') == 1
+        assert client.metric('bpt_prompts_total{prefix="kept"}') == 3
+        assert client.metric("bpt_prefix_bytes") == predictor.backbone.prefixes.bytes > 0  # type: ignore[union-attr]
 
 
 def test_a_text_stops_at_the_limit_of_its_own_task(trained: Trained) -> None:

@@ -31,10 +31,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @cache
 def models(folder: Path) -> tuple[Any, dict[str, Backbone]]:
-    """Return transformers' model and our passes: two kinds of attention, and its own modules padded."""
-    passes = {kind: loading.load(str(folder)) for kind in ("sdpa", "eager", "stock")}
-    for kind in ("sdpa", "eager"):
-        passes[kind].use_packed_pass(kind)
+    """Return transformers' model and our passes: two kinds of attention, kept prefixes, and its own modules padded."""
+    passes = {kind: loading.load(str(folder)) for kind in ("sdpa", "eager", "keeps", "stock")}
+    for kind in ("sdpa", "eager", "keeps"):
+        passes[kind].use_packed_pass("eager" if kind == "eager" else "sdpa")
+    assert passes["keeps"].keep_prefixes(1 << 20)
     return tiny_decoder.stock(folder), passes
 
 
@@ -82,6 +83,6 @@ def test_prompts_that_write_together_write_what_they_write_alone_in_a_batch(fold
     texts, prompts, _ = mixture(7, num_hypotheses=3)
     limits = [6] * len(prompts)
     stock = passes["stock"].generate_each(texts, prompts, limits)
-    for kind in ("sdpa", "eager"):
+    for kind in ("sdpa", "eager", "keeps"):
         assert passes[kind].generate_each(texts, prompts, limits) == stock
     assert len(set(stock)) > 2, "texts must differ, else the test shows nothing"
