@@ -140,6 +140,26 @@ def test_a_server_answers_many_tasks_as_peft(shape, capsys, tmp_path) -> None:
     assert 0 < variants["ours_100"]["p50"] <= variants["ours_100"]["p99"] < variants["ours_100"]["wall_seconds"]
     assert report["peak_bytes"] >= report["idle_bytes"] > 1e8
     assert "one server with all 111 prompts" in out
+    assert 1 < report["flop_limit"] < 10
+
+
+def test_a_server_of_a_decoder_answers_many_tasks_as_peft(capsys, tmp_path) -> None:
+    folder = tiny_decoder.make(tmp_path / "decoder")
+    words = ("serve", "--backbone", "decoder", "--shape", folder, "--quick", "--repeats", 2)
+    code, _, err, report = bench(capsys, tmp_path, *words)
+    assert code == 0, err
+    assert report["same_predictions"] == {"1": True, "10": True, "100": True}
+    assert report["variants"]["ours_100"]["speedup_over_peft"]["median"] > 1
+    assert report["flop_limit"] > 5, "a prompt of 100 positions is read by PEFT for every row"
+
+
+def test_steps_of_what_is_inserted_are_compared_with_the_stock_modules(shape, capsys, tmp_path) -> None:
+    code, out, err, report = bench(capsys, tmp_path, "inserted", "--shape", shape, "--repeats", 2)
+    assert code == 0, err
+    for method in report["methods"].values():
+        assert all(row["difference"] < 1e-4 for row in method.values())
+        assert method["ours, packed"]["padding"] == 0 < method["one padded batch, stock T5"]["padding"]
+    assert "adapters" in out
 
 
 def test_the_svgd_step_alone(capsys, tmp_path) -> None:

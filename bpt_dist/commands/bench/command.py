@@ -281,6 +281,23 @@ def target(
 
 
 @bench.command()
+def inserted(
+    shape: Shape = None,
+    quick: Quick = False,
+    file: Json = None,
+    repeats: Repeats = None,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Time a step of LoRA and of adapters by the stock modules, padded, and by ours; exit code 1 if one is wrong."""
+    from bpt_dist.commands.bench.inserted import HEADER, inserted_rows, run_inserted, wrong_steps
+
+    clock, machine = prepare(device, threads)
+    report = on_shape("inserted", shape, quick, repeats, clock, run_inserted)
+    print_rows(report, machine(), HEADER, inserted_rows(report), file, wrong_steps(report), right=(3, 4, 5), what="no prompt")
+
+
+@bench.command()
 def evaluation(
     shape: Shape = None,
     quick: Quick = False,
@@ -312,17 +329,8 @@ def predict(
     from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict, run_predict_decoder
 
     clock, machine = prepare(device, threads)
-    if backbone is Family.decoder:
-        from bpt_dist.commands.bench.decoder import SMOLLM2
-        from bpt_dist.commands.bench.decoder import shape_of as decoder_shape
-
-        name = shape or SMOLLM2
-        config = decoder_shape(name, quick=quick)
-        with progress() as tell:
-            found = run_predict_decoder(config, clock, options_of(repeats, quick), 100, tell)
-        report = {"command": "predict", "shape": name, "layers": config.num_hidden_layers, **found}
-    else:
-        report = on_shape("predict", shape, quick, repeats, clock, run_predict)
+    run = run_predict_decoder if backbone is Family.decoder else run_predict
+    report = on_shape("predict", shape, quick, repeats, clock, run, backbone)
     print_rows(report, machine(), HEADER, predict_rows(report), file, other_answers(report))
 
 
@@ -334,13 +342,15 @@ def serve(
     repeats: Repeats = None,
     threads: Threads = 1,
     device: Device = "auto",
+    backbone: Backbone = Family.t5,
 ) -> None:
     """Time a server with rows of 1, 10 and 100 tasks against PEFT switching adapters; exit code 1 if the answers differ."""
     from bpt_dist.commands.bench.predict import other_answers
-    from bpt_dist.commands.bench.serving.run import HEADER, run_serve, serve_rows
+    from bpt_dist.commands.bench.serving.run import HEADER, run_serve, run_serve_decoder, serve_rows
 
     clock, machine = prepare(device, threads)
-    report = on_shape("serve", shape, quick, repeats, clock, run_serve)
+    run = run_serve_decoder if backbone is Family.decoder else run_serve
+    report = on_shape("serve", shape, quick, repeats, clock, run, backbone)
     print_rows(
         report, machine(), HEADER, serve_rows(report), file, other_answers(report, "the server"), right=(0, 2, 3, 4, 5, 6, 7)
     )
@@ -376,13 +386,22 @@ def passes(
     finish(report, file, [])
 
 
-def on_shape(command: str, shape: str | None, quick: bool, repeats: int | None, clock: Clock, run: Any) -> dict[str, Any]:
-    """Run a comparison on the chosen shape and return its report."""
+def on_shape(
+    command: str, shape: str | None, quick: bool, repeats: int | None, clock: Clock, run: Any, backbone: Family = Family.t5
+) -> dict[str, Any]:
+    """Run a comparison on the chosen shape, of the default family or a decoder-only model, and return its report."""
+    from bpt_dist.commands.bench.decoder import SMOLLM2
+    from bpt_dist.commands.bench.decoder import shape_of as decoder_shape
     from bpt_dist.commands.bench.workload import bench_shape
 
-    name = shape or default_shape(clock, quick)
+    decodes = backbone is Family.decoder
+    name = shape or (SMOLLM2 if decodes else default_shape(clock, quick))
+    given: Any = decoder_shape(name, quick=quick) if decodes else bench_shape(name)
+    report: dict[str, Any] = {"command": command, "shape": name}
+    if decodes:
+        report["layers"] = given.num_hidden_layers
     with progress() as tell:
-        return {"command": command, "shape": name, **run(bench_shape(name), clock, options_of(repeats, quick), 100, tell)}
+        return report | run(given, clock, options_of(repeats, quick), 100, tell)
 
 
 def options_of(repeats: int | None, quick: bool) -> Options:
@@ -400,10 +419,11 @@ def print_rows(
     file: Path | None,
     problems: Sequence[str],
     right: Sequence[int] = (3, 4, 5, 6),
+    what: str = "one prompt of 100 positions",
 ) -> None:
     """Print the table of a command that times rows under prompts of one length; columns listed in `right` hold numbers."""
     report["machine"] = machine
-    say([f"{report['shape']}, one prompt of 100 positions", *machine_text(report)])
+    say([f"{report['shape']}, {what}", *machine_text(report)])
     print_list(header, lines, right=right)
     finish(report, file, problems)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoConfig
 
 from bpt_dist.backbones.attention import default_attention
@@ -26,10 +25,10 @@ from bpt_dist.backbones.decoder.config import model_class
 from bpt_dist.backbones.decoder.model import DecoderBackbone
 from bpt_dist.backbones.decoder.shapes import published
 from bpt_dist.backbones.families import DECODERS
-from bpt_dist.backbones.insertion import Change, Site, each_token
 from bpt_dist.backbones.prompts import prepend
 from bpt_dist.commands.bench.baselines import import_peft
 from bpt_dist.commands.bench.evaluation import LABEL_TOKENS, NUM_TOKENS, TIES, label_words, same_predictions
+from bpt_dist.commands.bench.inserted import RANK, Gradients, distance, inserted_gradients, low_rank
 from bpt_dist.commands.bench.source_run import Options, Tell
 from bpt_dist.commands.bench.timing import Clock, Timing, alternate, speedup
 from bpt_dist.commands.bench.workload import SOURCE_TASKS, TARGET_TASKS, NoTokenizer, Work, work_of
@@ -40,10 +39,8 @@ from bpt_dist.objective import sequence_log_likelihood
 SMOLLM2 = "smollm2-135m"
 HEADER = ("work", "variant", "dtype", "s", "x first", "FLOP limit", "tokens computed", "padding")
 END = 2
-LOW_RANK = 8
 # What two ways to compute the same may differ by, against the largest number: log-likelihoods and gradients of the prompts.
 CLOSE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 0.1}
-Gradients = tuple[Tensor, Tensor]
 
 
 def shape_of(name: str, *, quick: bool) -> Any:
@@ -135,36 +132,13 @@ class Models:
             )
         return found
 
-    def insert_low_rank(self) -> list[Tensor]:
-        """Insert low-rank changes of queries and values, away from their start, and return what is trained."""
-        trained: list[Tensor] = []
-
-        def pair(place: Site) -> Change:
-            layer: Any = place.module
-            a, b = (
-                (torch.randn(*size, device=self.backbone.device) / LOW_RANK).requires_grad_()
-                for size in ((LOW_RANK, layer.in_features), (layer.out_features, LOW_RANK))
-            )
-            trained.extend((a, b))
-            return each_token(lambda x, y: y + functional.linear(functional.linear(x.float(), a), b).to(y.dtype))
-
-        self.backbone.wrap_linear(pair, ("q", "v"))
-        return trained
-
     def inserted_gradients(self, work: Work, trained: list[Tensor], parts: Sequence[Sequence[int]], *, stock: bool) -> Gradients:
         """Return log-likelihoods [1, N] of texts without a prompt, and the gradients of what is inserted, one behind the other."""
         packed, self.backbone.packed = self.backbone.packed, None if stock else self.backbone.packed
-        found = torch.zeros(1, len(work.texts), device=self.backbone.device)
-        for tensor in trained:
-            tensor.grad = None
         try:
-            for part in parts:
-                forward = self.backbone.log_likelihood(work.texts.select(part), lambda embeds: embeds[None], "token_mean")
-                forward.log_likelihood.sum().backward()
-                found[:, list(part)] = forward.log_likelihood.detach()
+            return inserted_gradients(self.backbone, work.texts, trained, parts)
         finally:
             self.backbone.packed = packed
-        return found, torch.cat([tensor.grad.flatten() for tensor in trained if tensor.grad is not None])
 
     def rank(self, work: Work, words: Tensor, *, stock: bool = False) -> Tensor:
         """Return the log-likelihood of every label word for every text."""
@@ -263,8 +237,8 @@ def _low_rank_step(
     models: Models, work: Work, dtype: str, clock: Clock, options: Options, report: dict[str, Any], tell: Tell
 ) -> None:
     """Compare one step of low-rank changes of queries and values, which reads texts without a prompt."""
-    trained, number = models.insert_low_rank(), len(work.texts)
-    name, everything, one_by_one = f"LoRA step, rank {LOW_RANK}", [list(range(number))], [[text] for text in range(number)]
+    trained, number = low_rank(models.backbone), len(work.texts)
+    name, everything, one_by_one = f"LoRA step, rank {RANK}", [list(range(number))], [[text] for text in range(number)]
     step = partial(models.inserted_gradients, work, trained)
     runs: dict[str, Callable[[], Gradients]] = {
         "one padded batch, stock": partial(step, everything, stock=True),
@@ -306,9 +280,8 @@ def _compared(
         {title: kept(title) for title in runs}, clock, options.repeats, limit_seconds=options.limit_seconds, tell=tell
     )
     for title, values in found.items():
-        pairs = zip(values, found[reference], strict=True)
-        distance = max(float((own - other).abs().max() / other.abs().max()) for own, other in pairs)
-        report["correct"][name.format(title)] = {"difference": distance, "right": distance <= CLOSE[dtype]}
+        far = distance(values, found[reference])
+        report["correct"][name.format(title)] = {"difference": far, "right": far <= CLOSE[dtype]}
     return times
 
 

@@ -10,23 +10,21 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from bpt_dist.backbones.base import Texts
+from bpt_dist.backbones.candidates import Tree
 from bpt_dist.backbones.t5.shapes import T5Shape
-from bpt_dist.commands.bench.decoder import Models as DecoderModels
 from bpt_dist.commands.bench.evaluation import TIES, label_words, same_predictions
-from bpt_dist.commands.bench.source import Models
+from bpt_dist.commands.bench.sides import DecoderSides, Sides, T5Sides
 from bpt_dist.commands.bench.source_report import ratio_cell
 from bpt_dist.commands.bench.source_run import Options, Tell
 from bpt_dist.commands.bench.timing import Clock, Timing, alternate, speedup
 from bpt_dist.commands.bench.workload import work_of
-from bpt_dist.objective import sequence_log_likelihood
 
 HEADER = ("tasks", "variant", "dtype", "s", "rows/s", "x PEFT", "x one task")
 NUM_TASKS = (1, 10, 100)
@@ -45,90 +43,6 @@ class Mixture:
     tasks: list[int]
     prompts: Float[Tensor, "K P D"]
     words: list[Int[Tensor, "C U"]]
-
-
-class Sides(Protocol):
-    """A model of random weights as we read it and as PEFT does."""
-
-    vocabulary: int
-    width: int
-    title: str  # of ours
-
-    def together(
-        self, texts: Texts, prompts: Sequence[Float[Tensor, "1 _P D"]], words: Sequence[Int[Tensor, "_C _U"]]
-    ) -> list[Float[Tensor, "1 _C"]]:
-        """Return the log-likelihoods of each text's words under its own prompt, in one pass of ours."""
-
-    def load(self, prompt: Float[Tensor, "P D"]) -> None:
-        """Switch PEFT's prompt."""
-
-    def score(self, texts: Texts, word: Int[Tensor, " U"]) -> Float[Tensor, " N"]:
-        """Return the log-likelihood of one word behind each text by PEFT."""
-
-
-class T5Sides:
-    """A T5."""
-
-    title = "ours: all tasks in one batch"
-
-    def __init__(self, shape: T5Shape, clock: Clock, num_prompt: int, seed: int) -> None:
-        self.models, self.device = Models(shape, clock.device, num_prompt, seed), clock.device
-        self.vocabulary, self.width = shape.config.vocab_size, shape.config.d_model
-
-    def together(
-        self, texts: Texts, prompts: Sequence[Float[Tensor, "1 _P D"]], words: Sequence[Int[Tensor, "_C _U"]]
-    ) -> list[Float[Tensor, "1 _C"]]:
-        """Return the log-likelihoods of each text's words under its own prompt, in one pass of ours."""
-        backbone = self.models.backbone("fp32")
-        backbone.packed = self.models.packed("fp32")
-        try:
-            return backbone.rank_each(texts, prompts, words)
-        finally:
-            backbone.packed = None
-
-    def load(self, prompt: Float[Tensor, "P D"]) -> None:
-        """Switch PEFT's prompt."""
-        self.models.stock("fp32", "sdpa")
-        self.models.peft("fp32").load(prompt)
-
-    def score(self, texts: Texts, word: Int[Tensor, " U"]) -> Float[Tensor, " N"]:
-        """Return the log-likelihood of one word behind each text by PEFT."""
-        labels = word.repeat(len(texts.source_ids), 1).to(self.device)
-        source = {"input_ids": texts.source_ids.to(self.device), "attention_mask": texts.source_mask.to(self.device)}
-        logits = self.models.peft("fp32").model(**source, labels=labels).logits
-        return sequence_log_likelihood(logits, labels, "token_sum")
-
-
-class DecoderSides:
-    """A decoder-only model."""
-
-    title = "ours: all tasks in one batch, each prompt read once"
-
-    def __init__(self, config: Any, clock: Clock, num_prompt: int, _seed: int) -> None:
-        self.models, self.device = DecoderModels(config, "fp32", clock.device, num_prompt), clock.device
-        self.vocabulary, self.width = config.vocab_size, config.hidden_size
-
-    def together(
-        self, texts: Texts, prompts: Sequence[Float[Tensor, "1 _P D"]], words: Sequence[Int[Tensor, "_C _U"]]
-    ) -> list[Float[Tensor, "1 _C"]]:
-        """Return the log-likelihoods of each text's words under its own prompt, in one pass of ours."""
-        return self.models.backbone.rank_each(texts, prompts, words)
-
-    def load(self, prompt: Float[Tensor, "P D"]) -> None:
-        """Switch PEFT's prompt."""
-        self.models.load(prompt)
-
-    def score(self, texts: Texts, word: Int[Tensor, " U"]) -> Float[Tensor, " N"]:
-        """Return the log-likelihood of one word behind each text by PEFT, which makes logits from the shortest text's end on."""
-        lengths = texts.source_mask.sum(1)
-        rows = [torch.cat([ids[:length], word]) for ids, length in zip(texts.source_ids, lengths.tolist(), strict=True)]
-        ids = pad_sequence(rows, batch_first=True).to(self.device)
-        mask = (torch.arange(ids.shape[1]) < (lengths + len(word))[:, None]).long().to(self.device)
-        first = int(lengths.min()) - 1
-        logits = self.models.peft(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
-        places = (lengths[:, None] - 1 - first + torch.arange(len(word))).to(self.device)
-        of_word = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[2]))
-        return sequence_log_likelihood(of_word, word.repeat(len(ids), 1).to(self.device), "token_sum")
 
 
 def run_predict(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
@@ -212,6 +126,25 @@ def answer_task_by_task(sides: Sides, mixed: Mixture) -> list[Float[Tensor, " C"
             columns = [sides.score(texts, word[word >= 0]) for word in words]
             found |= dict(zip(rows, torch.stack(columns, dim=-1), strict=True))
     return [found[row] for row in range(len(mixed.tasks))]
+
+
+def flop_limit(sides: Sides, mixed: Mixture) -> float:
+    """Return how much faster ours can be than PEFT by what both multiply, if prompts are kept where they can be.
+
+    PEFT reads the rows of a task once a label word, padded to the longest of them.
+    """
+    lengths, num_prompt = mixed.texts.source_mask.sum(1).tolist(), mixed.prompts.shape[1]
+    theirs = ours = 0
+    for k, words in enumerate(mixed.words):
+        tree = Tree.of(words.tolist(), 0)
+        of_task = [row for row, task in enumerate(mixed.tasks) if task == k]
+        ours += sum(sides.pass_flops(num_prompt, lengths[row], len(tree.tokens)) for row in of_task)
+        for first in range(0, len(of_task), PEFT_ROWS):
+            batch = of_task[first : first + PEFT_ROWS]
+            longest = max(lengths[row] for row in batch)
+            sizes = (words >= 0).sum(1).tolist()
+            theirs += len(batch) * sum(sides.shape.row_cost(num_prompt, longest, size).forward_flops for size in sizes)
+    return theirs / ours
 
 
 def _passes(lengths: Sequence[int], num_prompt: int) -> list[list[int]]:

@@ -13,23 +13,24 @@ from transformers.utils import logging
 from bpt_dist.artifacts.peft_export import CardFacts, export_prompt
 from bpt_dist.artifacts.task_record import BackboneEntry, FormEntry, Slot, TaskEntry, TaskRecord
 from bpt_dist.backbones.base import Backbone
-from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.commands.bench.predict import Mixture
+from bpt_dist.commands.bench.sides import Sides
 from bpt_dist.commands.bench.workload import END, SPECIAL
 
 COLUMN = "text"
 LONGEST = 512  # tokens of a text; none is cut
 
 
-def write_backbone(backbone: T5Backbone, folder: Path) -> None:
-    """Write the weights and a tokenizer that makes `w12 w7` the ids 12, 7 and the end token."""
+def write_backbone(sides: Sides, folder: Path) -> None:
+    """Write the weights and a tokenizer that makes `w12 w7` the ids 12, 7 and, where texts have one, the end token."""
     logging.disable_progress_bar()
-    backbone.model.save_pretrained(folder)
+    sides.model.save_pretrained(folder)
     vocabulary = {"<pad>": 0, "</s>": END, "<unk>": SPECIAL - 1}
-    vocabulary |= {f"w{number}": number for number in range(SPECIAL, backbone.vocabulary_size)}
+    vocabulary |= {f"w{number}": number for number in range(SPECIAL, sides.vocabulary)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    if sides.ends_texts:
+        raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
 

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from bpt_dist.backbones import loading
+from bpt_dist.backbones.base import Texts
 from bpt_dist.backbones.t5.shapes import T5Shape
 from bpt_dist.commands.bench.evaluation import TIES, label_words, same_predictions
-from bpt_dist.commands.bench.predict import NUM_TASKS, QUICK_ROWS, ROWS, Mixture, T5Sides, answer_task_by_task, mixture
+from bpt_dist.commands.bench.predict import NUM_TASKS, QUICK_ROWS, ROWS, Mixture, answer_task_by_task, flop_limit, mixture
 from bpt_dist.commands.bench.serving.exports import rows_of, words_of, write_backbone, write_exports
 from bpt_dist.commands.bench.serving.server import Load, Server, served
+from bpt_dist.commands.bench.sides import DecoderSides, Sides, T5Sides
 from bpt_dist.commands.bench.source_report import ratio_cell
 from bpt_dist.commands.bench.source_run import Options, Tell
 from bpt_dist.commands.bench.timing import Clock, Timing, speedup
+from bpt_dist.commands.bench.workload import END, SPECIAL
 
 HEADER = ("tasks", "variant", "s", "rows/s", "p50", "p99", "x PEFT", "x one task")
 ROWS_OF_REQUEST, CLIENTS = 8, 16
@@ -30,19 +33,29 @@ CHECKED = 40  # rows of 1 and of 10 tasks that PEFT answers too; of 100 tasks al
 
 
 def run_serve(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
-    """Return times, latencies, memory and ratios, and whether the server and PEFT predict the same label words."""
+    """Return times, latencies, memory and ratios, and whether the server and PEFT predict the same label words, on a T5."""
     clock.use_threads()
-    sides = T5Sides(shape, clock, num_prompt, options.seed)
+    return serve_sides(T5Sides(shape, clock, num_prompt, options.seed), clock, options, num_prompt, tell)
+
+
+def run_serve_decoder(config: Any, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
+    """Return the same on a decoder-only model, of which the server keeps the prompts it has read."""
+    clock.use_threads()
+    return serve_sides(DecoderSides(config, clock, num_prompt, options.seed), clock, options, num_prompt, tell)
+
+
+def serve_sides(sides: Sides, clock: Clock, options: Options, num_prompt: int, tell: Tell) -> dict[str, Any]:
+    """Time the server and PEFT on the same mixtures."""
     most = max(NUM_TASKS)
     num_rows = ROWS if options.limit_seconds is None else QUICK_ROWS
     mixtures = {
-        number: _with_different_words(mixture(sides, number, num_rows, num_prompt, options.seed), shape, options.seed)
-        for number in NUM_TASKS
+        number: _servable(mixture(sides, number, num_rows, num_prompt, options.seed), sides, options.seed) for number in NUM_TASKS
     }
+    limit = flop_limit(sides, mixtures[most])
     with tempfile.TemporaryDirectory(prefix="bpt-dist-bench-") as name:
-        place, exports = Path(name) / "t5", Path(name) / "exports"
+        place, exports = Path(name) / "backbone", Path(name) / "exports"
         tell("writing the backbone and its prompts")
-        write_backbone(sides.models.backbone("fp32"), place)
+        write_backbone(sides, place)
         stored = loading.load(str(place))
         for number, mixed in mixtures.items():
             write_exports(stored, mixed, exports, number)
@@ -67,11 +80,12 @@ def run_serve(shape: T5Shape, clock: Clock, options: Options, num_prompt: int, t
         f"{num_rows} rows, {min(ROWS_OF_REQUEST, num_rows // most)} of one task in a request, {CLIENTS} clients at a time; "
         f"one server with all {sum(NUM_TASKS)} prompts",
         "s of the server are those of its process, HTTP and tokenising included; PEFT computes alone, from token ids",
+        f"what both multiply allows {limit:.2f} x PEFT at most",
         f"memory of the server: {idle_bytes / 1e6:,.0f} MB after loading, {peak_bytes / 1e6:,.0f} MB at most",
     ]
     return {
         "variants": rows, "same_predictions": same, "rows": num_rows, "clients": CLIENTS, "idle_bytes": idle_bytes,
-        "peak_bytes": peak_bytes, "rounds": len(peft), "notes": notes,
+        "peak_bytes": peak_bytes, "rounds": len(peft), "flop_limit": limit, "notes": notes,
     }  # fmt: skip
 
 
@@ -88,7 +102,7 @@ def serve_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _rounds(
-    sides: T5Sides, mixtures: dict[int, Mixture], server: Server, clock: Clock, options: Options, tell: Tell
+    sides: Sides, mixtures: dict[int, Mixture], server: Server, clock: Clock, options: Options, tell: Tell
 ) -> tuple[dict[int, list[Load]], list[Timing], list[Tensor]]:
     """Return what each mixture took in each round, what PEFT took, and PEFT's answers."""
     requests = {number: _requests(number, rows_of(mixed, number)) for number, mixed in mixtures.items()}
@@ -118,14 +132,20 @@ def _requests(number: int, rows: Sequence[dict[str, Any]]) -> list[list[dict[str
     return [list(own[first : first + size]) for first in range(0, len(of_task[0]), size) for own in of_task]
 
 
-def _with_different_words(mixed: Mixture, shape: T5Shape, seed: int) -> Mixture:
-    """Return the mixture with label words of which no two of a task are equal: random ones of one token may be."""
+def _servable(mixed: Mixture, sides: Sides, seed: int) -> Mixture:
+    """Return the mixture with label words of which no two of a task are equal, and texts as a tokenizer writes them.
+
+    Random words of one token may be equal. Random texts end with the end token.
+    """
     words = list(mixed.words)
     for k in range(len(words)):
         while len(words[k].unique(dim=0)) < len(words[k]):
             seed += len(words)
-            words[k] = label_words((words[k] >= 0).sum(1).tolist(), shape.config.vocab_size, seed + k)
-    return replace(mixed, words=words)
+            words[k] = label_words((words[k] >= 0).sum(1).tolist(), sides.vocabulary, seed + k)
+    ids = mixed.texts.source_ids
+    if not sides.ends_texts:
+        ids = ids.masked_fill(ids == END, SPECIAL)
+    return replace(mixed, words=words, texts=Texts(ids, mixed.texts.source_mask))
 
 
 def _first(mixed: Mixture, num_rows: int) -> Mixture:
