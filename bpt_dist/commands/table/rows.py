@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bpt_dist.artifacts.results import Result
 from bpt_dist.commands.table.published import GLUE, METHOD_NAMES, SUPER_GLUE
@@ -251,13 +252,16 @@ def _telling(chosen: Sequence[Result], names: Mapping[tuple[str, ...], str]) -> 
 
 
 def _clashing(chosen: Sequence[Result], names: Mapping[tuple[str, ...], str]) -> set[str]:
-    seen: dict[tuple[str, bool, str, str, int], str] = {}
+    """Return the names of runs of one method, told apart by their labels only, of which a reader could not say which is which."""
+    seen: dict[tuple[Any, ...], Result] = {}
     clashing = set()
     for result in chosen:
-        name = names[_setting(result)]
-        key = (name, result.joint, result.task, result.metric, result.seed)
-        if seen.setdefault(key, _experiment(result)) != _experiment(result):
-            clashing.add(name)
+        # Whether a run averages as well is in the name of its single prompt, and does not tell its settings.
+        key = (*_setting(result)[:4], result.folder.parent, result.joint, result.task, result.metric, result.seed)
+        other = seen.setdefault(key, result)
+        if _experiment(other) != _experiment(result):
+            experiments = {(one.method, _experiment(one)) for one in (other, result)}
+            clashing |= {name for setting, name in names.items() if (setting[0], setting[4]) in experiments}
     return clashing
 
 

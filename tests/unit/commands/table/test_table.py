@@ -124,6 +124,13 @@ def test_runs_that_repeat_a_seed_are_told_apart_by_name(tmp_path):
     assert {"BPT [narrow]", "BPT [wide]"} < set(grid(build(tmp_path)))
 
 
+def test_a_run_that_averages_too_is_told_apart_from_another_of_its_method(tmp_path):
+    write_run(tmp_path, [entry(), entry(predict="ensemble", value=90.0)])
+    write_run(tmp_path, [entry(run="bpt-64-s0", value=95.0)])
+    expected = {"BPT (MAP) [bpt]", "BPT (ensemble) [bpt]", "BPT [bpt-64]"}
+    assert set(grid(build(tmp_path))) - {"Majority class"} == expected
+
+
 def test_rows_of_a_table_never_share_a_line_and_show_what_their_label_adds(tmp_path):
     """Two rows of one method, one seed each so far: by method alone they would look like two seeds of one row."""
     write_run(tmp_path, [entry(run="bpt-imq-s0", value=70.0)])
