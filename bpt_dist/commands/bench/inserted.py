@@ -101,7 +101,7 @@ def run_inserted(shape: T5Shape, clock: Clock, options: Options, _num_prompt: in
             found[title] = _one_method(models, work, trained, clock, options, lambda text, title=title: tell(f"{title}: {text}"))  # type: ignore[misc]
         finally:
             models.backbone("fp32").detach()
-    return {"methods": found, "notes": [f"six texts, {work.num_tokens:,} encoder tokens, no prompt"]}
+    return {"methods": found, "notes": [f"six texts, {int(work.texts.source_mask.sum()):,} encoder tokens, no prompt"]}
 
 
 def _one_method(
