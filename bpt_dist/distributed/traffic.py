@@ -21,13 +21,14 @@ class Traffic(TorchDispatchMode):
     """While it is entered, adds up calls and bytes of collectives by purpose: WEIGHTS, or the function of ours that called.
 
     Bytes are those a rank receives from the others: of an all-gather the parts of the others, of an all-reduce 2 (W - 1)/W of the
-    tensor, as a ring sends it. Barriers count nothing.
+    tensor, as a ring sends it. Barriers count nothing. `messages` are the bytes of each collective, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.messages: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator, and count it if it is a collective."""
@@ -37,6 +38,7 @@ class Traffic(TorchDispatchMode):
                 purpose = _purpose()
                 self.bytes[purpose] += received
                 self.calls[purpose] += 1
+                self.messages.append(received)
         return func(*args, **(kwargs or {}))
 
 

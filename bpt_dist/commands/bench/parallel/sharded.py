@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
@@ -32,10 +33,11 @@ from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.zero import import_deepspeed
 
 HEADER = ("T5", "pass", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole", "by CPU time",
-          "MB received a step", "peak memory")  # fmt: skip
+          "MB received a step", "these messages alone, s", "peak memory")  # fmt: skip
 LIMIT_SECONDS = 900.0
 WARM_UP = 3  # rounds: ZeRO learns the order of the modules in two, and prefetches from then on
 COUNTED = " counted"  # behind the name of a variant: count what its collectives receive, which takes time
+MESSAGES = " messages"  # behind the name of a variant: gather as many bytes as were counted, as often, and compute nothing
 WHOLE, STOCK, PACKED = "none", "stock", "packed"
 
 
@@ -66,10 +68,13 @@ class Step:
         # A copy each: ZeRO prefetches in the order of the pass before.
         self.placed: dict[Variant, tuple[T5Backbone, PackedT5]] = {}
         self.reference: Gradients | None = None
+        self.messages: dict[Variant, list[int]] = {}
 
     def __call__(self, world: World, name: str) -> dict[str, float]:
         """Run one step (collective: every rank) and return its seconds, its bytes and its distance from packed, whole."""
         torch.set_num_threads(1)
+        if name.endswith(MESSAGES):
+            return self._send(self.messages[Variant.of(name.removesuffix(MESSAGES))], world)
         variant, mesh = Variant.of(name.removesuffix(COUNTED)), world.mesh(len(self.work.prompts))
         backbone, ours = self._place(variant, world)
         traffic = Traffic()
@@ -85,8 +90,22 @@ class Step:
             self.reference = found
         loss, gradient = (0.0, 0.0) if self.reference is None else relative(found, self.reference)
         received = float(sum(traffic.bytes.values()))
+        if name.endswith(COUNTED):
+            self.messages[variant] = traffic.messages
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**seconds, "loss": loss, "gradient": gradient, "received": received, "peak": float(peak)}
+
+    def _send(self, messages: Sequence[int], world: World) -> dict[str, float]:
+        """Return the seconds of all-gathers that bring this rank so many bytes each."""
+        agreed = [messages]  # of rows of a table, other ranks may ask for other numbers
+        dist.broadcast_object_list(agreed, src=0)
+        parts = [torch.zeros(max(1, received // (world.size - 1) // 4)) for received in agreed[0] if received]
+        whole = [torch.empty(world.size * len(part)) for part in parts]
+        world.barrier()
+        cpu, wall = time.process_time(), time.perf_counter()
+        for part, out in zip(parts, whole, strict=True):
+            dist.all_gather_into_tensor(out, part)
+        return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
     def _place(self, variant: Variant, world: World) -> tuple[T5Backbone, PackedT5]:
         if variant not in self.placed:
@@ -108,6 +127,7 @@ def run_sharded(
     step = Step(whole, source_work(shape, num_particles))
     answers: dict[Variant, list[list[dict[str, float]]]] = {variant: [] for variant in variants}
     received: dict[Variant, float] = {}
+    messages: dict[Variant, list[float]] = {variant: [] for variant in variants}
     with Job(size, step, LIMIT_SECONDS) as job:
         job.ask(str(Variant(WHOLE, PACKED)))  # what the others are compared with
         for number in range(WARM_UP):
@@ -119,12 +139,18 @@ def run_sharded(
             for variant in variants if number % 2 else variants[::-1]:
                 tell(f"round {number} of {rounds}: {variant}")
                 answers[variant].append(job.ask(str(variant)))
+                if received[variant]:
+                    messages[variant].append(max(rank["wall"] for rank in job.ask(str(variant) + MESSAGES)))
     peaks = {}
     for variant in variants:
         tell(f"memory: {variant}")
         with Job(size, Step(whole, step.work), LIMIT_SECONDS) as job:
             peaks[variant] = max(rank["peak"] for rank in job.ask(str(variant)))
-    rows = [_row(variant, answers, received[variant], peaks[variant]) for variant in variants]
+    rows = [
+        _row(variant, answers, received[variant], peaks[variant])
+        | {"messages_seconds": statistics.median(messages[variant]) if messages[variant] else 0.0}
+        for variant in variants
+    ]
     cores = os.cpu_count() or 1
     notes = [f"{size} processes on {cores} cores: they share cores"] if size > cores else []
     return {"particles": num_particles, "ranks": size, "rounds": rounds, "variants": rows, "notes": notes}
@@ -166,7 +192,7 @@ def sharded_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             "whole" if row["shard"] == WHOLE else row["shard"], row["forward"],
             f"{row['wall_seconds']:.3g}", f"{row['cpu_seconds']:.3g}",
             *(str(Spread(**row[name])) for name in ("to_stock_wall", "to_stock_cpu", "to_whole_wall", "to_whole_cpu")),
-            f"{row['received_bytes'] / 1e6:,.0f}", f"{row['peak_bytes'] / 1e9:.2f} GB",
+            f"{row['received_bytes'] / 1e6:,.0f}", f"{row['messages_seconds']:.3g}", f"{row['peak_bytes'] / 1e9:.2f} GB",
         )
         for row in report["variants"]
     ]  # fmt: skip
