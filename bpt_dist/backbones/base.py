@@ -164,7 +164,7 @@ class Backbone(InsertionPoints, ABC):
     def keep_prefixes(self, _most_bytes: int) -> bool:
         """Keep what `rank_each` and `generate_each` read of a prompt for their next passes; 0 bytes keep nothing.
 
-        Return False, and keep nothing, where a family reads each prompt together with its text.
+        Return False, and keep nothing, where each prompt is read together with its text.
         """
         return False
 

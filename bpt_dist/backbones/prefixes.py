@@ -10,12 +10,22 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 Prompt = Float[Tensor, "m P D"]
 Prefix = list[tuple[Tensor, Tensor]]  # keys and values [m, P, G, d] by layer
+
+
+class Known(NamedTuple):
+    """A prompt whose prefix is kept: the tensor, how often it had been written to, the prefix and its bytes."""
+
+    prompt: weakref.ref[Tensor]
+    version: int
+    prefix: Prefix
+    size: int
 
 
 class Prefixes:
@@ -27,14 +37,9 @@ class Prefixes:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.found, self.missed = most_bytes, 0, 0
-        self._known: OrderedDict[int, tuple[weakref.ref[Tensor], int, Prefix]] = OrderedDict()
+        self.bytes = 0  # of all prefixes
+        self._known: OrderedDict[int, Known] = OrderedDict()
         self._lock = threading.RLock()  # the death of a tensor may come while this very thread holds it
-
-    @property
-    def bytes(self) -> int:
-        """Memory of all prefixes."""
-        with self._lock:
-            return sum(_bytes_of(prefix) for _, _, prefix in self._known.values())
 
     def of(
         self, prompts: Sequence[Prompt], size_of: Callable[[Prompt], int], read: Callable[[list[Prompt]], list[Prefix]]
@@ -50,32 +55,35 @@ class Prefixes:
         missing = [prompt for prompt, prefix in zip(prompts, known, strict=True) if prefix is None]
         self.found += len(prompts) - len(missing)
         self.missed += len(missing)
-        new = iter(read(missing) if missing else ())
-        found = [next(new) if prefix is None else prefix for prefix in known]
-        for prompt, prefix in zip(prompts, found, strict=True):
+        new = read(missing) if missing else []
+        for prompt, prefix in zip(missing, new, strict=True):
             self._put(prompt, prefix)
-        return found
+        read_now = iter(new)
+        return [next(read_now) if prefix is None else prefix for prefix in known]
 
     def _get(self, prompt: Prompt) -> Prefix | None:
         with self._lock:
-            entry = self._known.get(id(prompt))
-        if entry is None or entry[0]() is not prompt or entry[1] != prompt._version:
-            return None
-        return entry[2]
+            known = self._known.get(id(prompt))
+            if known is None or known.prompt() is not prompt or known.version != prompt._version:
+                return None
+            self._known.move_to_end(id(prompt))
+            return known.prefix
 
     def _put(self, prompt: Prompt, prefix: Prefix) -> None:
         """Keep a prefix as the one used last, and forget the oldest until the rest fits."""
+        key = id(prompt)
+        known = Known(weakref.ref(prompt, lambda dead: self._forget(key, dead)), prompt._version, prefix, _bytes_of(prefix))
         with self._lock:
-            key = id(prompt)
-            self._known[key] = (weakref.ref(prompt, lambda dead: self._forget(key, dead)), prompt._version, prefix)
-            self._known.move_to_end(key)
+            before = self._known.pop(key, None)
+            self._known[key] = known
+            self.bytes += known.size - (before.size if before else 0)
             while self.bytes > self.most_bytes:
-                self._known.popitem(last=False)
+                self.bytes -= self._known.popitem(last=False)[1].size
 
     def _forget(self, key: int, dead: weakref.ref[Tensor]) -> None:
         with self._lock:
-            if key in self._known and self._known[key][0] is dead:
-                del self._known[key]
+            if key in self._known and self._known[key].prompt is dead:
+                self.bytes -= self._known.pop(key).size
 
 
 def _bytes_of(prefix: Prefix) -> int:

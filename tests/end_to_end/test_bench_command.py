@@ -119,15 +119,19 @@ def test_rows_of_many_tasks_are_answered_as_by_peft(shape, capsys, tmp_path) -> 
     assert variants["ours_1"]["speed_of_one_task"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
-def test_rows_of_many_tasks_are_answered_as_by_peft_on_a_decoder(capsys, tmp_path) -> None:
+@pytest.mark.parametrize("command", ["predict", "serve"])
+def test_a_decoder_answers_many_tasks_as_peft(command, capsys, tmp_path) -> None:
     folder = tiny_decoder.make(tmp_path / "decoder")
-    words = ("predict", "--backbone", "decoder", "--shape", folder, "--quick", "--repeats", 2)
+    words = (command, "--backbone", "decoder", "--shape", folder, "--quick", "--repeats", 2)
     code, out, err, report = bench(capsys, tmp_path, *words)
     assert code == 0, err
     assert report["same_predictions"] == {"1": True, "10": True, "100": True}
     assert report["layers"] == 3
     assert report["variants"]["ours_100"]["speedup_over_peft"]["median"] > 1, "100 small batches against a few"
-    assert "each prompt read once" in out
+    if command == "predict":
+        assert "each prompt read once" in out
+    else:
+        assert report["flop_limit"] > 5, "a prompt of 100 positions is read by PEFT for every row"
 
 
 def test_a_server_answers_many_tasks_as_peft(shape, capsys, tmp_path) -> None:
@@ -141,16 +145,6 @@ def test_a_server_answers_many_tasks_as_peft(shape, capsys, tmp_path) -> None:
     assert report["peak_bytes"] >= report["idle_bytes"] > 1e8
     assert "one server with all 111 prompts" in out
     assert 1 < report["flop_limit"] < 10
-
-
-def test_a_server_of_a_decoder_answers_many_tasks_as_peft(capsys, tmp_path) -> None:
-    folder = tiny_decoder.make(tmp_path / "decoder")
-    words = ("serve", "--backbone", "decoder", "--shape", folder, "--quick", "--repeats", 2)
-    code, _, err, report = bench(capsys, tmp_path, *words)
-    assert code == 0, err
-    assert report["same_predictions"] == {"1": True, "10": True, "100": True}
-    assert report["variants"]["ours_100"]["speedup_over_peft"]["median"] > 1
-    assert report["flop_limit"] > 5, "a prompt of 100 positions is read by PEFT for every row"
 
 
 def test_steps_of_what_is_inserted_are_compared_with_the_stock_modules(shape, capsys, tmp_path) -> None:

@@ -121,7 +121,8 @@ class Predictor:
         keeps = backbone.keep_prefixes(PREFIX_BYTES if prefix_bytes is None else prefix_bytes)
         if prefix_bytes and not keeps:
             raise ConfigError(
-                f"--prefix-cache: {backbone.name} reads each prompt together with its text, and can keep nothing; leave it out"
+                f"--prefix-cache (prefix_bytes): {backbone.name} reads each prompt together with its text, and can keep nothing; "
+                "leave it out"
             )
         self._prompts: dict[str, Loaded] = {}  # replaced as a whole, never changed
         self._passes, self._changes = threading.Lock(), threading.Lock()

@@ -272,8 +272,9 @@ class DecoderBackbone(Backbone):
 
     def keep_prefixes(self, most_bytes: int) -> bool:
         """Keep keys and values of prompts from one pass of `rank_each` or `generate_each` to the next."""
-        self.prefixes = Prefixes(most_bytes) if most_bytes else None
-        return True
+        keeps = self.packed_pass() is not None
+        self.prefixes = Prefixes(most_bytes) if keeps and most_bytes else None
+        return keeps
 
     def _mixed(self, packed: PackedDecoder) -> MixedDecoder:
         """Return the pass of different prompts; ranks in step, and a model that is changed, read each prompt again."""

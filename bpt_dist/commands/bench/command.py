@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +63,41 @@ def writable(file: Path | None) -> Path | None:
 
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Write everything measured here.")]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a comparison on one shape was asked for, and a function for the facts of the machine it runs on."""
+
+    shape: str | None
+    quick: bool
+    file: Path | None
+    repeats: int | None
+    clock: Clock
+    machine: Callable[[], dict[str, Any]]
+
+
+def comparison(run: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that all comparisons on one shape have; it gets them together, before its own options."""
+
+    def command(
+        shape: Shape = None,
+        quick: Quick = False,
+        file: Json = None,
+        repeats: Repeats = None,
+        threads: Threads = 1,
+        device: Device = "auto",
+        **own: Any,
+    ) -> None:
+        clock, machine = prepare(device, threads)
+        run(Given(shape, quick, file, repeats, clock, machine), **own)
+
+    *common, _ = inspect.signature(command, eval_str=True).parameters.values()
+    _, *of_run = inspect.signature(run, eval_str=True).parameters.values()
+    command.__signature__ = inspect.Signature([*common, *of_run])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*common, *of_run)}
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    return command
 
 
 @bench.callback()
@@ -263,97 +300,58 @@ def sharded(
 
 
 @bench.command()
-def target(
-    shape: Shape = None,
-    quick: Quick = False,
-    file: Json = None,
-    repeats: Repeats = None,
-    threads: Threads = 1,
-    device: Device = "auto",
-) -> None:
+@comparison
+def target(given: Given) -> None:
     """Time the adaptation step on eight rows: PEFT padding to 256 or to the longest, ours; exit code 1 if one is wrong."""
     from bpt_dist.commands.bench.target import HEADER, run_target, target_rows, wrong_in
 
-    clock, machine = prepare(device, threads)
-    report = on_shape("target", shape, quick, repeats, clock, run_target)
+    report = on_shape("target", given, run_target)
     wrong = [f"wrong result: {name}" for name in wrong_in(report)]
-    print_rows(report, machine(), HEADER, target_rows(report), file, wrong)
+    print_rows(given, report, HEADER, target_rows(report), wrong)
 
 
 @bench.command()
-def inserted(
-    shape: Shape = None,
-    quick: Quick = False,
-    file: Json = None,
-    repeats: Repeats = None,
-    threads: Threads = 1,
-    device: Device = "auto",
-) -> None:
+@comparison
+def inserted(given: Given) -> None:
     """Time a step of LoRA and of adapters by the stock modules, padded, and by ours; exit code 1 if one is wrong."""
     from bpt_dist.commands.bench.inserted import HEADER, inserted_rows, run_inserted, wrong_steps
 
-    clock, machine = prepare(device, threads)
-    report = on_shape("inserted", shape, quick, repeats, clock, run_inserted)
-    print_rows(report, machine(), HEADER, inserted_rows(report), file, wrong_steps(report), right=(3, 4, 5), what="no prompt")
+    report = on_shape("inserted", given, run_inserted)
+    print_rows(given, report, HEADER, inserted_rows(report), wrong_steps(report), right=(3, 4, 5), what="no prompt")
 
 
 @bench.command()
-def evaluation(
-    shape: Shape = None,
-    quick: Quick = False,
-    file: Json = None,
-    repeats: Repeats = None,
-    threads: Threads = 1,
-    device: Device = "auto",
-) -> None:
+@comparison
+def evaluation(given: Given) -> None:
     """Time the prediction of label words: `generate` of ten tokens, ranking; exit code 1 if ours predicts other words."""
     from bpt_dist.commands.bench.evaluation import HEADER, evaluation_rows, other_predictions, run_evaluation
 
-    clock, machine = prepare(device, threads)
-    report = on_shape("evaluation", shape, quick, repeats, clock, run_evaluation)
+    report = on_shape("evaluation", given, run_evaluation)
     wrong = [f"ours predicts other words than the stock T5: {name}" for name in other_predictions(report)]
-    print_rows(report, machine(), HEADER, evaluation_rows(report), file, wrong)
+    print_rows(given, report, HEADER, evaluation_rows(report), wrong)
 
 
 @bench.command()
-def predict(
-    shape: Shape = None,
-    quick: Quick = False,
-    file: Json = None,
-    repeats: Repeats = None,
-    threads: Threads = 1,
-    device: Device = "auto",
-    backbone: Backbone = Family.t5,
-) -> None:
+@comparison
+def predict(given: Given, backbone: Backbone = Family.t5) -> None:
     """Time rows of 1, 10 and 100 tasks in one batch against PEFT switching adapters; exit code 1 if the answers differ."""
     from bpt_dist.commands.bench.predict import HEADER, other_answers, predict_rows, run_predict, run_predict_decoder
 
-    clock, machine = prepare(device, threads)
     run = run_predict_decoder if backbone is Family.decoder else run_predict
-    report = on_shape("predict", shape, quick, repeats, clock, run, backbone)
-    print_rows(report, machine(), HEADER, predict_rows(report), file, other_answers(report))
+    report = on_shape("predict", given, run, backbone)
+    print_rows(given, report, HEADER, predict_rows(report), other_answers(report))
 
 
 @bench.command()
-def serve(
-    shape: Shape = None,
-    quick: Quick = False,
-    file: Json = None,
-    repeats: Repeats = None,
-    threads: Threads = 1,
-    device: Device = "auto",
-    backbone: Backbone = Family.t5,
-) -> None:
+@comparison
+def serve(given: Given, backbone: Backbone = Family.t5) -> None:
     """Time a server with rows of 1, 10 and 100 tasks against PEFT switching adapters; exit code 1 if the answers differ."""
     from bpt_dist.commands.bench.predict import other_answers
     from bpt_dist.commands.bench.serving.run import HEADER, run_serve, run_serve_decoder, serve_rows
 
-    clock, machine = prepare(device, threads)
     run = run_serve_decoder if backbone is Family.decoder else run_serve
-    report = on_shape("serve", shape, quick, repeats, clock, run, backbone)
-    print_rows(
-        report, machine(), HEADER, serve_rows(report), file, other_answers(report, "the server"), right=(0, 2, 3, 4, 5, 6, 7)
-    )
+    report = on_shape("serve", given, run, backbone)
+    print_rows(given, report, HEADER, serve_rows(report), other_answers(report, "the server"), right=(0, 2, 3, 4, 5, 6, 7))
 
 
 @bench.command()
@@ -386,22 +384,20 @@ def passes(
     finish(report, file, [])
 
 
-def on_shape(
-    command: str, shape: str | None, quick: bool, repeats: int | None, clock: Clock, run: Any, backbone: Family = Family.t5
-) -> dict[str, Any]:
+def on_shape(command: str, given: Given, run: Any, backbone: Family = Family.t5) -> dict[str, Any]:
     """Run a comparison on the chosen shape, of the default family or a decoder-only model, and return its report."""
     from bpt_dist.commands.bench.decoder import SMOLLM2
     from bpt_dist.commands.bench.decoder import shape_of as decoder_shape
     from bpt_dist.commands.bench.workload import bench_shape
 
     decodes = backbone is Family.decoder
-    name = shape or (SMOLLM2 if decodes else default_shape(clock, quick))
-    given: Any = decoder_shape(name, quick=quick) if decodes else bench_shape(name)
+    name = given.shape or (SMOLLM2 if decodes else default_shape(given.clock, given.quick))
+    model: Any = decoder_shape(name, quick=given.quick) if decodes else bench_shape(name)
     report: dict[str, Any] = {"command": command, "shape": name}
     if decodes:
-        report["layers"] = given.num_hidden_layers
+        report["layers"] = model.num_hidden_layers
     with progress() as tell:
-        return report | run(given, clock, options_of(repeats, quick), 100, tell)
+        return report | run(model, given.clock, options_of(given.repeats, given.quick), 100, tell)
 
 
 def options_of(repeats: int | None, quick: bool) -> Options:
@@ -412,20 +408,19 @@ def options_of(repeats: int | None, quick: bool) -> Options:
 
 
 def print_rows(
+    given: Given,
     report: dict[str, Any],
-    machine: dict[str, Any],
     header: Sequence[str],
     lines: Sequence[tuple[str, ...]],
-    file: Path | None,
     problems: Sequence[str],
     right: Sequence[int] = (3, 4, 5, 6),
     what: str = "one prompt of 100 positions",
 ) -> None:
     """Print the table of a command that times rows under prompts of one length; columns listed in `right` hold numbers."""
-    report["machine"] = machine
+    report["machine"] = given.machine()
     say([f"{report['shape']}, {what}", *machine_text(report)])
     print_list(header, lines, right=right)
-    finish(report, file, problems)
+    finish(report, given.file, problems)
 
 
 def finish(report: dict[str, Any], file: Path | None, problems: Sequence[str]) -> None:
