@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hooks import quick_failure_detection
 from server import Ended
 from trials import Job, Trials
 
+from bpt_dist.errors import StorageError
 from bpt_dist.storage import checkpoint
 
 MAX_FAULTS, MAX_STARTS = 3, 6  # the first start and five restarts
@@ -175,9 +177,7 @@ def _flip(run: Path, share: float) -> None:
     # The checkpoints of a finished stage are not read again.
     finished = {run / "source"} if (run / "source" / "posterior" / "posterior.json").exists() else set()
     finished |= {file.parent for file in run.glob("target/*/result.json")}
-    folders = [
-        folder for folder in run.rglob("checkpoints") if len(list(folder.glob("step-*"))) > 1 and folder.parent not in finished
-    ]
+    folders = [folder for folder in run.rglob("checkpoints") if _num_intact(folder) > 1 and folder.parent not in finished]
     if not folders:
         return
     folder = max(folders, key=lambda path: path.stat().st_mtime_ns)
@@ -192,6 +192,16 @@ def _flip(run: Path, share: float) -> None:
     found = checkpoint.latest(folder, fingerprint=None, warn=lambda _: None)
     if found is not None and found.step == newest.step:
         raise Wrong("torn accepted", f"{file}: bit {place % 8} of byte {place}")
+
+
+def _num_intact(folder: Path) -> int:
+    """Count the checkpoints a start could resume from; leftovers of a killed save and torn ones are none."""
+    intact = 0
+    for path in folder.glob("step-*"):
+        with suppress(StorageError):
+            found = checkpoint.at(folder, int(path.name.removeprefix("step-"))) if path.name[5:].isdecimal() else None
+            intact += found is not None and bool(checkpoint.load(found))
+    return intact
 
 
 def shrink(plan: Plan, fails: Callable[[Plan], bool]) -> Plan:

@@ -13,6 +13,14 @@ CASES = sorted(REGRESSIONS.glob("*.json"))
 SAME = [
     (Plan((2,) * 6, ((0, "step.before_update,stage=source,step=2,rank=1,kill"),)), 2),
     (Plan((1,) * 6, ((0, "ckpt.after_rename,step=2,rank=0,kill"), (0, "flip:0.5"))), 2),
+    # One intact checkpoint beside what a killed save left, and beside a torn one: no other could take its place, so no bit flips.
+    (Plan((1,) * 6, ((0, "ckpt.before_rename,step=4,rank=0,kill"), (0, "flip:0.5"))), 2),
+    (
+        Plan(
+            (1,) * 6, ((0, "ckpt.after_delete,step=4,rank=0,kill"), (0, "flip:0.5"), (1, "run.opened,rank=0,kill"), (1, "flip:0.5"))
+        ),
+        3,
+    ),
 ]
 
 
