@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WEIGHTS = "weights"  # the purpose of what DeepSpeed and FSDP2 send
-THEIRS = ("/deepspeed/runtime/", "/torch/distributed/fsdp/")
+WEIGHTS = "weights"  # the purpose of what is sent for DeepSpeed and FSDP2
+SENDERS = ("/deepspeed/runtime/", "/torch/distributed/fsdp/", "/training/sharding/gather.py")
 OURS = "/bpt_dist/"
 
 
@@ -52,8 +52,8 @@ def _received(name: str, args: Sequence[Any]) -> int | None:
         return max(0, first - _bytes(args[1]))  # of a gather only the root receives
     if name in ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"):
         return _bytes(args[1]) - first
-    if name == "broadcast_":
-        return first if args[2] != group.rank() else 0
+    if name in ("broadcast_", "send", "recv_"):
+        return first if name == "recv_" or (name == "broadcast_" and args[2] != group.rank()) else 0
     if name == "alltoall_base_":
         splits = args[3] or [1] * group.size()
         return round(first * (1 - splits[group.rank()] / max(1, sum(splits))))
@@ -75,7 +75,7 @@ def _purpose() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if any(part in file for part in THEIRS):
+        if any(part in file for part in SENDERS):
             return WEIGHTS
         if OURS in file:
             return str(frame.f_code.co_name)

@@ -70,5 +70,19 @@ def test_a_killed_rank_takes_the_others_along_and_the_run_ends_as_if_nothing_had
         trials.assert_as_undisturbed(job, size)
 
 
+@pytest.mark.parametrize("shard", ["deepspeed", "fsdp2"])
+@pytest.mark.parametrize("point", ["step.before_forward,stage=source,step=2", "step.after_backward,stage=target/mood,step=2"])
+def test_a_rank_that_waits_for_weights_of_a_killed_one_ends_and_the_run_goes_on(point: str, shard: str, trials: Trials) -> None:
+    sections = {"distribution": {"shard": shard}}
+    with measured("F1", f"2 ranks, sharded by {shard}", point) as figures:
+        job = trials.job(**sections)
+        ended = job.start(f"{point},rank=1,kill", 2)
+        assert ended.codes == [69, -signal.SIGKILL], ended.screen
+        figures["worst_seconds"] = round(ended.notice, 2)
+        assert ended.notice <= 3
+        job.finish(2)
+        trials.assert_as_undisturbed(job, 2, **sections)
+
+
 def test_the_cases_cover_the_bar() -> None:
     assert len(CASES) >= 200

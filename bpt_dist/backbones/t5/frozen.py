@@ -53,7 +53,7 @@ class FrozenLinear:
     def __init__(self, *layers: Any) -> None:
         self.layers = layers
         is_whole = not any(is_partitioned(layer.weight) for layer in layers)
-        # Of partitioned layers the weights are joined when they are whole: a copy for as long as the product takes.
+        # Those of partitioned layers are joined when they are whole: seen as one if they were gathered in one piece, else copied.
         self._kept = joined(layers) if is_whole else None
 
     def weight(self) -> Float[Tensor, "outputs inputs"]:
@@ -61,7 +61,10 @@ class FrozenLinear:
         if self._kept is not None:
             return self._kept
         weights = [layer.weight for layer in self.layers]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        if len(weights) == 1:
+            return weights[0]
+        together = side_by_side(weights)
+        return torch.cat(weights) if together is None else together
 
     def __call__(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         """Return the outputs of all layers."""
@@ -69,6 +72,18 @@ class FrozenLinear:
 
     def _transposed(self) -> Tensor:
         return self.weight().mT
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Float[Tensor, "outputs inputs"] | None:
+    """Return weights that lie one behind the other in one piece of memory as one matrix, not copied; None if they do not."""
+    first, place = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        is_next = weight.data_ptr() == place and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (is_next and weight.is_contiguous()):
+            return None
+        place += weight.nbytes
+    num_rows = sum(len(weight) for weight in weights)
+    return first.detach().as_strided((num_rows, first.shape[1]), first.stride(), first.storage_offset())
 
 
 def joined(layers: Sequence[Any]) -> Float[Tensor, "outputs inputs"]:

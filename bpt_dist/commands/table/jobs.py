@@ -60,6 +60,19 @@ class Display(Protocol):
         """A trainer is not given another run."""
 
 
+def _texts_read(run: RunConfig) -> float:
+    """Return how often the model reads a text in a run, at least once: what its time roughly grows with.
+
+    A training step reads a text about three times, forward and backward; rows without `max_eval_rows` count as a thousand.
+    """
+    prompts = getattr(run.method, "num_particles", 1)
+    trains_source = run.method.HAS_SOURCE_STAGE and run.source.posterior is None
+    source = run.source.steps * run.source.batch_size * len(run.data.source_tasks) if trains_source else 0
+    target = run.target.steps * run.target.batch_size
+    evaluated = run.data.max_eval_rows or 1000
+    return prompts * (3 * source + len(run.data.target_tasks) * (3 * target + evaluated))
+
+
 class Jobs:
     """The runs of a table that are not finished, and how those of this start ended."""
 
@@ -108,18 +121,22 @@ class Jobs:
             trainer.stop()
 
     def seconds_left(self) -> float | None:
-        """Return an estimate of the time still needed: what equal rows took, or else the mean; None before the first run ended."""
+        """Return an estimate of the time still needed; None before the first run ended.
+
+        A row takes what it took with another seed, or else what the finished runs say of its number of texts.
+        """
         taken: dict[str, list[float]] = {}
+        seconds, texts = 0.0, 0.0
         for run in self.runs:
             outcome = self.outcomes.get(run.name)
             if outcome is not None and outcome.code == 0:
                 taken.setdefault(row_label(run), []).append(outcome.seconds)
+                seconds, texts = seconds + outcome.seconds, texts + _texts_read(run)
         if not taken:
             return None
         mean_of_row = {label: sum(times) / len(times) for label, times in taken.items()}
-        mean = sum(mean_of_row.values()) / len(mean_of_row)
         now = time.monotonic()
-        by_name = {run.name: mean_of_row.get(row_label(run), mean) for run in self.runs}
+        by_name = {run.name: mean_of_row.get(row_label(run), seconds * _texts_read(run) / texts) for run in self.runs}
         left = sum(by_name[run.name] for run in self.waiting)
         left += sum(max(0.0, by_name[name] - (now - began)) for name, began in list(self.running.items()))
         return left / max(1, len(self._at_work))

@@ -19,6 +19,7 @@ from bpt_dist.config import DistributionConfig, StageConfig
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.gather import gather_modules_in_place
 from bpt_dist.training.sharding.rows import send_rows, tables
 
 
@@ -53,11 +54,12 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
     fully_shard(
         backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision, ignored_params=others
     )
-    for module in backbone.core.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is a sum over texts, wherever they are, and gloo knows no mean.
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+    sharded = [module for module in backbone.core.modules() if isinstance(module, FSDPModule)]
+    gather_modules_in_place(sharded, ranks.get_group())
+    for module in sharded:
+        # The loss is a sum over texts, wherever they are, and gloo knows no mean.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
     backbone.partition = FsdpPartition()
 
 

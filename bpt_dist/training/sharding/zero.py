@@ -19,6 +19,7 @@ from bpt_dist.distributed.mesh import Mesh
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
+from bpt_dist.training.sharding.gather import gather_in_place
 from bpt_dist.training.sharding.rows import send_rows, tables
 
 ZERO_STAGE = 3
@@ -67,6 +68,7 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
         _check_with_deepspeed(config, given)
     # Before `initialize`, which would first move the whole backbone to the device.
     deepspeed.zero.Init(module=backbone.core, data_parallel_group=group, config_dict_or_path=config)
+    gather_in_place(backbone.core.parameters(), group, config["zero_optimization"])
     partition = backbone.partition = ZeroPartition(backbone, config)
     if trained:
         # Without leaves: for the weights of a leaf ZeRO takes zeros where a gradient has not arrived when its inputs' have.

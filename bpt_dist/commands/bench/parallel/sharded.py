@@ -30,12 +30,14 @@ from bpt_dist.distributed.mesh import World
 from bpt_dist.distributed.traffic import Traffic
 from bpt_dist.training.microbatches import MicroBatchLimits, shared_microbatches
 from bpt_dist.training.sharding import placement
+from bpt_dist.training.sharding.gather import Exchange
 from bpt_dist.training.sharding.zero import import_deepspeed
 
 HEADER = ("T5", "pass", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole", "by CPU time",
           "MB received a step", "these messages alone, s", "peak memory")  # fmt: skip
 LIMIT_SECONDS = 900.0
 WARM_UP = 3  # rounds: ZeRO learns the order of the modules in two, and prefetches from then on
+UNDER_WAY = 8  # about the weights of a block
 COUNTED = " counted"  # behind the name of a variant: count what its collectives receive, which takes time
 MESSAGES = " messages"  # behind the name of a variant: gather as many bytes as were counted, as often, and compute nothing
 WHOLE, STOCK, PACKED = "none", "stock", "packed"
@@ -96,15 +98,20 @@ class Step:
         return {**seconds, "loss": loss, "gradient": gradient, "received": received, "peak": float(peak)}
 
     def _send(self, messages: Sequence[int], world: World) -> dict[str, float]:
-        """Return the seconds of all-gathers that bring this rank so many bytes each."""
+        """Return the seconds of messages that bring this rank so many bytes each, a block of weights under way at a time."""
         agreed = [messages]  # of rows of a table, other ranks may ask for other numbers
         dist.broadcast_object_list(agreed, src=0)
-        parts = [torch.zeros(max(1, received // (world.size - 1) // 4)) for received in agreed[0] if received]
-        whole = [torch.empty(world.size * len(part)) for part in parts]
+        parts = [torch.zeros(received) for number in agreed[0] if (received := number // torch.float32.itemsize)]
+        under_way: list[Exchange] = []
         world.barrier()
         cpu, wall = time.process_time(), time.perf_counter()
-        for part, out in zip(parts, whole, strict=True):
-            dist.all_gather_into_tensor(out, part)
+        for part in parts:
+            arriving = dist.irecv(torch.empty_like(part), (world.rank - 1) % world.size)
+            under_way.append(Exchange([arriving, dist.isend(part, (world.rank + 1) % world.size)]))
+            if len(under_way) == UNDER_WAY:
+                under_way.pop(0).wait()
+        for rest in under_way:
+            rest.wait()
         return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
     def _place(self, variant: Variant, world: World) -> tuple[T5Backbone, PackedT5]:

@@ -240,6 +240,31 @@ def test_the_time_left_is_what_equal_rows_took(runs: list[RunConfig]) -> None:
     assert jobs.seconds_left() == (10 + 30) / 2
 
 
+def test_the_time_left_of_other_rows_goes_by_the_texts_they_read(runs: list[RunConfig]) -> None:
+    """A table begins with its short rows, whose mean says nothing about the others."""
+
+    def of(label: str, steps: int, particles: int, posterior: Path | None = None) -> RunConfig:
+        run = next(run for run in runs if run.name == "bpt-s3")
+        sections = {
+            "source": run.source.model_copy(update={"steps": steps, "posterior": posterior}),
+            "target": run.target.model_copy(update={"steps": steps}),
+            "method": run.method.model_copy(update={"num_particles": particles}),
+            "data": run.data.model_copy(update={"max_eval_rows": 100}),
+        }
+        return run.model_copy(update={"name": f"{label}-s3", **sections})
+
+    short, long, reused = of("short", 0, 1), of("long", 100, 4), of("reused", 100, 4, Path("elsewhere"))
+    jobs = Jobs([short, long, reused], Silent())
+    jobs._at_work, jobs.waiting = {0}, [long]
+    jobs.outcomes = {"short-s3": Outcome(0, None, 10.0)}
+    targets, given = len(short.data.target_tasks), short.source
+    num_source = 3 * 100 * given.batch_size * len(short.data.source_tasks)
+    num_target = targets * (3 * 100 * short.target.batch_size + 100)
+    assert jobs.seconds_left() == pytest.approx(10 * 4 * (num_source + num_target) / (targets * 100))
+    jobs.waiting = [reused]
+    assert jobs.seconds_left() == pytest.approx(10 * 4 * num_target / (targets * 100))
+
+
 def test_processes_side_by_side_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpt_dist.distributed.environment.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
