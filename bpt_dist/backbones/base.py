@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.prefixes import Prefixes
 from bpt_dist.backbones.shared_prompts import note_shared_prompts
+from bpt_dist.backbones.transfer import send
 from bpt_dist.errors import BackboneChanged
 from bpt_dist.objective import Reduction
 from bpt_dist.tasks.text_to_text import TextForm
@@ -258,9 +259,10 @@ def _before_each(prompts: Sequence[Float[Tensor, "m P D"]]) -> InputEmbeds:
     different = torch.stack([known[key] for key in places], dim=1)
 
     def inputs(embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
-        shared, chosen = different.to(embeds), choice.to(embeds.device)
-        joined = torch.cat([shared[:, chosen], embeds[None].expand(len(shared), -1, -1, -1)], dim=2)
-        return note_shared_prompts(joined, shared, chosen)
+        shared = different.to(embeds)
+        own = shared[:, send(choice, embeds.device)]
+        joined = torch.cat([own, embeds[None].expand(len(shared), -1, -1, -1)], dim=2)
+        return note_shared_prompts(joined, shared, choice)
 
     return inputs
 

@@ -109,7 +109,7 @@ class _Rows(torch.autograd.Function):
 def prepend(prompts: Float[Tensor, "m P D"], embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "m N L D"]:
     """Put each of the m prompts before each of the N texts; L = P + T."""
     joined = prepend_own(prompts[:, None].expand(-1, len(embeds), -1, -1), embeds)
-    choice = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
+    choice = torch.zeros(len(embeds), dtype=torch.long)
     return note_shared_prompts(joined, prompts[:, None].to(embeds), choice)
 
 
@@ -117,9 +117,9 @@ def prepend_chosen(
     prompts: Float[Tensor, "m S P D"], choice: Int[Tensor, " N"], embeds: Float[Tensor, "N T D"]
 ) -> Float[Tensor, "m N L D"]:
     """Put before the n-th text the `choice[n]`-th of the S prompts that each particle has."""
-    choice = send(choice, prompts.device)
+    rows = send(choice, prompts.device)
     # With one particle the same operation as for prompts without particles, so that gradients have the same bits.
-    own = prompts[0][choice][None] if len(prompts) == 1 else prompts[:, choice]
+    own = prompts[0][rows][None] if len(prompts) == 1 else prompts[:, rows]
     return note_shared_prompts(prepend_own(own, embeds), prompts.to(embeds), choice)
 
 

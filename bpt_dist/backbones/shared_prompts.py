@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class SharedPrompts(NamedTuple):
-    """The S different prompts of each particle, and which of them is before each text."""
+    """The S different prompts of each particle, and which of them is before each text, which the host knows."""
 
     prompts: Float[Tensor, "m S P D"]
     choice: Int[Tensor, " N"]

@@ -101,6 +101,7 @@ def gradients_by(world: World, folder: str, settings: dict[str, Any] | None, fil
         ({}, True),
         ({"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 3000}, True),
         ({"stage3_allgather_sequential": False}, False),
+        ({"allgather_sequential": True}, False),
         ({"stage3_use_all_reduce_for_fetch_params": True}, False),
     ],
     ids=str,

@@ -246,6 +246,7 @@ class _Functions(TorchFunctionMode):
             tensor.numpy: self._numpy,
             tensor.__array__: self._numpy,
             tensor.tolist: self._tolist,
+            tensor.__deepcopy__: self._deepcopy,
             tensor.backward: self._backward,
         }
 
@@ -312,6 +313,12 @@ class _Functions(TorchFunctionMode):
         if place_of(own) == ON_GPU:
             self.gpu.wait("tolist")
         return own.tolist()
+
+    def _deepcopy(self, own: Tensor, memo: dict[int, Any]) -> Tensor:
+        copied: Tensor = own.__deepcopy__(memo)
+        if place_of(own) == ON_GPU:
+            self.gpu.launch("copy")
+        return put(copied, place_of(own))
 
     def _backward(self, own: Tensor, gradient: Tensor | None = None, retain_graph: bool = False, **_: Any) -> None:
         seeds = (torch.ones_like(own) if gradient is None else gradient,)

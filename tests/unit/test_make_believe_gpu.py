@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -112,6 +113,15 @@ def test_what_is_right_is_left_alone(gpu: MakeBelieveGpu, there: Tensor) -> None
     assert not gpu.notes.waits
     assert not gpu.notes.mismatches
     assert sum(gpu.notes.copies.values()) == 1
+
+
+def test_a_deep_copy_is_where_its_tensor_is(gpu: MakeBelieveGpu, there: Tensor) -> None:
+    """transformers copies its caches of keys and values so."""
+    copied, doubled = copy.deepcopy({"keys": there[1:], "values": torch.ones(2)}), there + copy.deepcopy(there)
+    assert is_on_gpu(copied["keys"])
+    assert not is_on_gpu(copied["values"])
+    assert torch.equal(doubled.cpu(), torch.full((3, 4), 2.0))
+    assert not gpu.notes.mismatches
 
 
 def test_launches_are_operators_that_write(gpu: MakeBelieveGpu, there: Tensor) -> None:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bpt_dist.backbones.attention import Attention
 from bpt_dist.backbones.decoder.layout import Group, Layout
 from bpt_dist.backbones.prefixes import Prefix
+from bpt_dist.backbones.transfer import send
 
 NAME = "bpt_dist_shared_prompts"
 Kept = dict[int, list[tuple[Tensor, Tensor]]]  # keys and values [rows, positions, heads, d] of each group, by layer
@@ -74,6 +75,7 @@ class PromptsAndTexts:
         self.kept: Kept | None = {} if keep else None
         self.read_prefixes: list[Prefix] | None = [[] for _ in range(layout.num_prompts)] if keep_prefixes else None
         self._biases: dict[tuple[Group, int | None], Tensor] = {}
+        self._choices: dict[Group, Int[Tensor, " n"]] = {}
 
     def attend(
         self, layer: int, q: Float[Tensor, "t H d"], k: Float[Tensor, "t G d"], v: Float[Tensor, "t G d"], window: int | None
@@ -103,16 +105,19 @@ class PromptsAndTexts:
 
     def _behind(self, prefix: Float[Tensor, "m S P G d"], own: Float[Tensor, "m n S2 G d"], group: Group) -> Tensor:
         """Return the states of each text behind those of its prompt [m, n, P + own, G, d]."""
-        choice = [self.layout.choice[text] for text in group.texts]
-        of_texts = prefix.expand(-1, len(choice), -1, -1, -1) if self.layout.num_prompts == 1 else prefix[:, choice]
-        return torch.cat([of_texts, own], dim=2)
+        if self.layout.num_prompts == 1:
+            return torch.cat([prefix.expand(-1, len(group.texts), -1, -1, -1), own], dim=2)
+        if group not in self._choices:
+            choice = torch.tensor([self.layout.choice[text] for text in group.texts])
+            self._choices[group] = send(choice, prefix.device)
+        return torch.cat([prefix[:, self._choices[group]], own], dim=2)
 
     def _bias(self, group: Group, window: int | None, like: Tensor) -> Float[Tensor, "own keys"]:
         """Return 0 where a token sees another and -inf elsewhere; a group without texts is the prompts themselves."""
         key = (group, window)
         if key not in self._biases:
             layout = self.layout if group.texts else Layout((1, 0, 0), (), (), ())
-            seen = layout.visible(group, window).to(like.device)
+            seen = send(layout.visible(group, window), like.device)
             self._biases[key] = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         return self._biases[key]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bpt_dist.backbones.candidates import Tree
 from bpt_dist.backbones.grid import Grid
+from bpt_dist.backbones.transfer import send
 
 
 class Group(NamedTuple):
@@ -89,7 +90,7 @@ class Layout:
             rows = self.order().split(self.num_rows)
             groups = zip(rows, self.groups, strict=True)
             places = [(of_group[:, None] * longest + torch.arange(group.length)).flatten() for of_group, group in groups]
-            return torch.cat(places).to(device)
+            return send(torch.cat(places), device)
 
         return Grid(self.num_particles * len(self.num_source), longest, make)
 
@@ -106,7 +107,7 @@ class Layout:
             columns = torch.where(own < starts, own, own - starts + longest)
             first = torch.arange(self.num_particles)[:, None, None] * len(self.num_source) + torch.tensor(group_texts)[:, None]
             places.append((first * width + columns).flatten())
-        own_tokens = rows.flatten(0, 2).index_select(0, torch.cat(places).to(rows.device))
+        own_tokens = rows.flatten(0, 2).index_select(0, send(torch.cat(places), rows.device))
         return torch.cat([prompts.flatten(0, 2), own_tokens]) if self.num_prefix else own_tokens
 
     def own_positions(self, group: Group) -> Int[Tensor, " own"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from bpt_dist.backbones.decoder.packed import PackedDecoder, Scored, logits_of
 from bpt_dist.backbones.decoder.reading import let_read
 from bpt_dist.backbones.decoder.results import forward_of, forward_of_stock
 from bpt_dist.backbones.prefixes import Prefixes
+from bpt_dist.backbones.transfer import send, send_together
 from bpt_dist.objective import IGNORED, Reduction
 from bpt_dist.tasks.text_to_text import TextForm
 
@@ -240,31 +242,35 @@ class DecoderBackbone(Backbone):
 
     def log_likelihood(self, texts: Any, input_embeds: InputEmbeds, reduction: Reduction, *, states: bool = False) -> Forward:
         """Return the log-likelihood [m, N] of the targets of `texts` (source_ids, source_mask, target_ids) under each particle."""
-        ids, mask, targets = (getattr(texts, name).to(self.device) for name in ("source_ids", "source_mask", "target_ids"))
+        given = texts.source_ids, texts.source_mask, texts.target_ids
         if (packed := self.packed_pass()) is not None:
-            scored = Scored(*self.call("packed", packed.score, ids, mask, targets, input_embeds, states))
-            return forward_of(scored, targets, reduction, ids.shape[1] if states else None)
+            # Lengths stay on the host, also where a partitioned model would move what it is called with.
+            score = partial(packed.score, send(given[0], self.device), *given[1:], input_embeds, states)
+            scored = Scored(*self.call("packed", score))
+            return forward_of(scored, given[2], reduction, given[0].shape[1] if states else None)
+        ids, mask, targets = send_together(given, self.device)
         outputs = self.call("log_likelihood", ids, mask, targets, input_embeds)
         return forward_of_stock(outputs, targets, reduction, states=states)
 
     @torch.no_grad()
     def rank(self, texts: Any, candidates: Int[Tensor, "C U"], input_embeds: InputEmbeds) -> Float[Tensor, "m N C"]:
         """Return the log-likelihood, summed over tokens, of each candidate target (-100 pads) for each text."""
-        ids, mask, candidates = texts.source_ids.to(self.device), texts.source_mask.to(self.device), candidates.to(self.device)
         if (packed := self.packed_pass()) is not None:
-            ranked: Tensor = self.call("packed", packed.rank, ids, mask, candidates, input_embeds)
+            ids = send(texts.source_ids, self.device)
+            ranked: Tensor = self.call("packed", partial(packed.rank, ids, texts.source_mask, candidates, input_embeds))
             return ranked
+        ids, mask, candidates = send_together([texts.source_ids, texts.source_mask, candidates], self.device)
         rows: Tensor = self.call("rank", ids, mask, candidates, input_embeds)
         return rows.view(-1, len(ids), len(candidates))
 
     @torch.no_grad()
     def generate(self, texts: Any, input_embeds: InputEmbeds, max_new_tokens: int, *, average: bool = False) -> list[list[str]]:
         """Return the greedily decoded targets, one list of N strings a particle; with `average` one list, written together."""
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
-        packed = self.packed_pass()
+        packed, ids = self.packed_pass(), send(texts.source_ids, self.device)
         if packed is not None and not self.synced:  # ranks in step write as long as the slowest of them
-            tokens = self.call("packed", packed.generate, ids, mask, input_embeds, max_new_tokens, average)
+            tokens = self.call("packed", partial(packed.generate, ids, texts.source_mask, input_embeds, max_new_tokens, average))
         else:
+            mask = send(texts.source_mask, self.device)
             tokens = self.call("generate", ids, mask, input_embeds, max_new_tokens, self.synced, average)
             tokens = tokens.view(-1, len(ids), tokens.shape[-1])
         written = tokens[:1] if average else tokens  # on average all particles write the same
@@ -288,7 +294,7 @@ class DecoderBackbone(Backbone):
         """Return the log-likelihood of each text's own candidates under its own prompts, in one pass where ours applies."""
         if (packed := self.packed_pass()) is None or not self.changes_texts_alike:
             return super().rank_each(texts, prompts, candidates)
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        ids, mask = send(texts.source_ids, self.device), texts.source_mask  # lengths stay on the host
         ranked: list[Tensor] = self.call("packed", self._mixed(packed).rank, ids, mask, prompts, candidates)
         return ranked
 
@@ -298,12 +304,12 @@ class DecoderBackbone(Backbone):
         packed = self.packed_pass()
         if packed is None or self.synced or not self.changes_texts_alike:
             return super().generate_each(texts, prompts, max_new_tokens)
-        ids, mask = texts.source_ids.to(self.device), texts.source_mask.to(self.device)
+        ids, mask = send(texts.source_ids, self.device), texts.source_mask  # lengths stay on the host
         tokens = self.call("packed", self._mixed(packed).generate, ids, mask, prompts, max_new_tokens)
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     @torch.no_grad()
     def vocabulary_rows(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
         """Return word embeddings in float32 as they enter the model (through the forward, which gathers a partitioned table)."""
-        rows: Tensor = self.call("embed", ids.to(self.device))
+        rows: Tensor = self.call("embed", send(ids, self.device))
         return rows.float()

@@ -26,6 +26,7 @@ from bpt_dist.backbones.decoder.reading import Reading, inserted_at, let_read
 from bpt_dist.backbones.grid import Grid
 from bpt_dist.backbones.insertion import InsertionPoints
 from bpt_dist.backbones.shared_prompts import shared_prompts_of
+from bpt_dist.backbones.transfer import send, send_together
 from bpt_dist.objective import IGNORED
 
 
@@ -56,7 +57,9 @@ class Inputs:
             nothing = inputs.new_zeros(len(inputs), 1, 0, inputs.shape[-1])
             return cls(nothing, [0] * len(lengths), inputs, [length + num_added for length in lengths])
         used, choice = shared.choice.unique(return_inverse=True)
-        prompts = shared.prompts if len(used) == shared.prompts.shape[1] else shared.prompts[:, used]
+        prompts = shared.prompts
+        if len(used) < prompts.shape[1]:
+            prompts = prompts[:, send(used, prompts.device)]
         return cls(prompts, choice.tolist(), inputs[:, :, num_added:], list(lengths))
 
     def layout(self, num_behind: Sequence[int], tree: Tree | None = None) -> Layout:
@@ -93,22 +96,26 @@ class PackedDecoder:
         embeds: InputEmbeds,
         states: bool,
     ) -> tuple[Any, ...]:
-        """Return the fields of `Scored` as a plain tuple, in which a partitioned model finds its tensors."""
+        """Return the fields of `Scored` as a plain tuple, in which a partitioned model finds its tensors.
+
+        `mask` and `target_ids` are read where they are, on the host best; `ids` are on the device.
+        """
+        device = ids.device
         inputs = self._inputs(ids, mask, embeds)
         has_target = target_ids != IGNORED
         num_targets = has_target.sum(1).tolist()
         layout = inputs.layout([number - 1 for number in num_targets])
-        tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(target_ids.clamp_min(0)))
+        tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(send(target_ids.clamp_min(0), device)))
         of_all = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.grid(tokens.device))
         places = [first + source - 1 + torch.arange(number) for first, source, number in
                   zip(layout.first.mT[..., None], inputs.num_source, num_targets, strict=True)]  # fmt: skip
-        of_targets = of_all[torch.cat(places, dim=1).to(ids.device)]
+        of_targets = of_all[send(torch.cat(places, dim=1), device)]
 
         def in_rows() -> Int[Tensor, " targets"]:
-            return has_target.expand(len(of_targets), -1, -1).flatten().nonzero()[:, 0]
+            return send(has_target.expand(len(of_targets), -1, -1).flatten().nonzero()[:, 0], device)
 
         logits = self.logits(of_targets, Grid(len(of_targets) * len(ids), target_ids.shape[1], in_rows))
-        labels = target_ids[has_target].expand(len(logits), -1)
+        labels = send(target_ids[has_target], device).expand(len(logits), -1)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         sums = torch.stack([-part.sum(1) for part in losses.split(num_targets, dim=1)], dim=1)
         return sums, logits, of_targets, (of_all if states else of_all[:0]).clone(), layout
@@ -116,14 +123,17 @@ class PackedDecoder:
     def rank(
         self, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"], candidates: Int[Tensor, "C U"], embeds: InputEmbeds
     ) -> Float[Tensor, "m N C"]:
-        """Return the log-likelihood (summed over tokens) of every candidate; the source is read once, the candidates as a tree."""
+        """Return the log-likelihood (summed over tokens) of every candidate; the source is read once, the candidates as a tree.
+
+        `mask` and `candidates` are read where they are, on the host best; `ids` are on the device.
+        """
         inputs, tree = self._inputs(ids, mask, embeds), Tree.of(candidates.tolist(), 0)  # the root is the source's last token
-        nodes = torch.tensor(tree.tokens[1:], dtype=torch.long, device=ids.device)
+        nodes = send(torch.tensor(tree.tokens[1:], dtype=torch.long), ids.device)
         layout = inputs.layout([len(nodes)] * len(ids), tree)
         tokens = layout.pack(inputs.prompts, inputs.texts, self.embed(nodes).expand(len(ids), -1, -1))
         states = self.run(tokens, layout.positions(), PromptsAndTexts(layout, self.attention), layout.grid(tokens.device))
         starts = layout.first + torch.tensor(inputs.num_source) - 1
-        places = (starts.flatten()[:, None] + torch.arange(len(tree.tokens))).to(states.device)
+        places = send(starts.flatten()[:, None] + torch.arange(len(tree.tokens)), states.device)
         rows_at_once = max(1, MOST_LOGITS // (len(tree.tokens) * self.model.config.vocab_size))
         sums = []
         for begin in range(0, len(places), rows_at_once):
@@ -148,10 +158,10 @@ class PackedDecoder:
         states = self.run(tokens, layout.positions(), reader, layout.grid(tokens.device))
         assert reader.kept is not None
         # Rows are in the order of the layout: group by group, particle by particle.
-        order = layout.order().to(ids.device)
+        order, num_source = layout.order(), torch.tensor(inputs.num_source)
         particles, texts = order // len(ids), order % len(ids)
-        starts = layout.first.to(ids.device)[particles, texts] + torch.tensor(inputs.num_source, device=ids.device)[texts]
-        positions = layout.prompt_length + torch.tensor(inputs.num_source, device=ids.device)[texts]
+        starts, positions = layout.first[particles, texts] + num_source[texts], layout.prompt_length + num_source[texts]
+        order, particles, texts, starts, positions = send_together([order, particles, texts, starts, positions], ids.device)
         averaged = layout.num_particles if average else 1
         written = self.write(states[starts - 1], positions, NextTokens(reader.kept, self.attention), layout.num_rows,
                              max_new_tokens, averaged, order=order)  # fmt: skip
@@ -214,7 +224,7 @@ class PackedDecoder:
         with reading.under_way():
             output = self.model.model(
                 inputs_embeds=tokens.to(self.model.dtype)[None],
-                position_ids=positions.to(tokens.device)[None],
+                position_ids=send(positions, tokens.device)[None],
                 use_cache=False,
                 reading=reading,
             )
@@ -229,5 +239,5 @@ class PackedDecoder:
     def _along(self, tree: Tree, states: Float[Tensor, "rows nodes D"], grid: Grid) -> Float[Tensor, "rows C"]:
         """Return the log-likelihood of each candidate from the states of the nodes of some sequences."""
         of_nodes = self.logits(states, grid).log_softmax(-1)
-        paths = [torch.tensor(path, device=states.device) for path in tree.paths]
+        paths = [send(torch.tensor(path), states.device) for path in tree.paths]
         return torch.stack([of_nodes[:, path[:, 0], path[:, 1]].sum(1) for path in paths], dim=-1)

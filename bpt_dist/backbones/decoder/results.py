@@ -8,18 +8,23 @@ from torch import Tensor
 
 from bpt_dist.backbones.base import Forward
 from bpt_dist.backbones.decoder.packed import Scored
+from bpt_dist.backbones.transfer import send, send_together
 from bpt_dist.objective import IGNORED, Reduction, sequence_log_likelihood
 
 
 def forward_of(scored: Scored, targets: Int[Tensor, "N U"], reduction: Reduction, num_padded: int | None) -> Forward:
-    """Return the results of our own pass; with `num_padded`, the length of the padded sources, also the last states."""
-    num_targets = (targets != IGNORED).sum(1)
-    sums = scored.sums if reduction == "token_sum" else scored.sums / num_targets.clamp_min(1)
+    """Return the results of our own pass; with `num_padded`, the length of the padded sources, also the last states.
+
+    `targets` are read where they are, on the host best.
+    """
+    sums, device = scored.sums, scored.sums.device
+    if reduction != "token_sum":
+        sums = sums / send((targets != IGNORED).sum(1).clamp_min(1), device)
 
     def in_rows(values: Float[Tensor, "m targets W"]) -> Float[Tensor, "m N U W"]:
         full = values.new_zeros(len(values), *targets.shape, values.shape[-1])
-        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        return full.index_put((torch.arange(len(values), device=values.device)[:, None], rows, columns), values)
+        rows, columns = send_together((targets != IGNORED).nonzero(as_tuple=True), device)
+        return full.index_put((torch.arange(len(values), device=device)[:, None], rows, columns), values)
 
     last = None
     if num_padded is not None:
@@ -47,10 +52,10 @@ def _read_states(scored: Scored, num_padded: int) -> Float[Tensor, "m N L D"]:
     layout, states = scored.layout, scored.states
     num_particles, num_texts = layout.first.shape
     shape = (num_particles, layout.num_prompts, layout.prompt_length, states.shape[-1])
-    prefix = states[: layout.num_prefix].view(shape)[:, layout.choice]
+    prefix = states[: layout.num_prefix].view(shape)[:, send(torch.tensor(layout.choice), states.device)]
     longest = num_padded if layout.prompt_length else max(layout.num_source)
     columns = torch.arange(longest)
-    places = (layout.first[..., None] + columns).clamp(max=len(states) - 1).to(states.device)
+    places = send((layout.first[..., None] + columns).clamp(max=len(states) - 1), states.device)
     is_read = columns < torch.tensor(layout.num_source)[:, None]
-    own = states[places] * is_read.to(states)[None, :, :, None]
+    own = states[places] * send(is_read.to(states.dtype), states.device)[None, :, :, None]
     return torch.cat([prefix, own.view(num_particles, num_texts, longest, -1)], dim=2)

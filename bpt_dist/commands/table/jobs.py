@@ -61,16 +61,21 @@ class Display(Protocol):
 
 
 def _texts_read(run: RunConfig) -> float:
-    """Return how often the model reads a text in a run, at least once: what its time roughly grows with.
+    """Return how often the model reads a text with a prompt in a run, at least once: what its time roughly grows with.
 
     A training step reads a text about three times, forward and backward; rows without `max_eval_rows` count as a thousand.
     """
-    prompts = getattr(run.method, "num_particles", 1)
-    trains_source = run.method.HAS_SOURCE_STAGE and run.source.posterior is None
-    source = run.source.steps * run.source.batch_size * len(run.data.source_tasks) if trains_source else 0
-    target = run.target.steps * run.target.batch_size
-    evaluated = run.data.max_eval_rows or 1000
-    return prompts * (3 * source + len(run.data.target_tasks) * (3 * target + evaluated))
+    particles = run.method.num_particles if run.method.HAS_PARTICLES else 1  # type: ignore[attr-defined]
+    predict, samples = run.evaluation.predict, run.evaluation.num_samples
+    # A target adapts one prompt, and the particles beside it where they will predict.
+    adapted = 1 + particles if run.method.HAS_PARTICLES and predict != "map" and samples is None else 1
+    predicting = (samples or particles) if predict == "ensemble" else 1
+    source = 0
+    if run.method.HAS_SOURCE_STAGE and run.source.posterior is None:
+        source = particles * run.source.steps * run.source.batch_size * (run.source.tasks_per_step or len(run.data.source_tasks))
+    target = adapted * run.target.steps * run.target.batch_size
+    evaluated = predicting * (run.data.max_eval_rows or 1000)
+    return max(1, 3 * source + len(run.data.target_tasks) * (3 * target + evaluated))
 
 
 class Jobs:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Work
 
 TAG = 0x77  # of these messages; the order of those with one tag between two ranks is kept
-# Keys of a DeepSpeed file that say how weights are to be gathered.
+# Keys of a DeepSpeed file that say how weights are to be gathered; DeepSpeed reads two of them by either name.
 GATHERING_KEYS = {
+    "allgather_sequential",
     "stage3_allgather_sequential",
     "stage3_use_all_reduce_for_fetch_params",
+    "use_all_reduce_for_fetch_params",
     "zero_hpz_partition_size",
     "zero_quantized_nontrainable_weights",
     "zero_quantized_weights",
@@ -38,7 +40,8 @@ class Exchange(Work):
     def wait(self, *_: Any) -> bool:
         """Return once everything has arrived and been sent."""
         while self.messages:
-            self.messages.pop(0).wait()
+            self.messages[0].wait()
+            del self.messages[0]
         return True
 
 
@@ -60,7 +63,7 @@ def exchange(parts: Sequence[Float[Tensor, " n"]], own: Float[Tensor, " n"], ran
 
 def gather_in_place(parameters: Iterable[Any], ranks: Any, settings: Mapping[str, Any]) -> None:
     """Let ZeRO's parameters be gathered by messages in place if they travel by gloo, unless its `settings` choose how."""
-    offload = settings.get("offload_param", {}).get("device")
+    offload = (settings.get("offload_param") or {}).get("device")
     if settings.keys() & GATHERING_KEYS or offload == "nvme" or not _is_gloo(ranks):
         return
     for parameter in parameters:
@@ -75,7 +78,8 @@ def _is_gloo(ranks: Any) -> bool:
 def _gather(parameters: Iterable[Any], *, ranks: Any, theirs: Callable[..., Any], **options: Any) -> Any:
     """Start to make parameters whole, and return what DeepSpeed waits for."""
     gathered = list(parameters)
-    if not gathered or any(options.values()):
+    # Options and another type on the way (`torch_autocast`) are DeepSpeed's.
+    if not gathered or any(options.values()) or any(hasattr(parameter, "comm_dtype") for parameter in gathered):
         return theirs(gathered, **options)
     return GatheredWeights(gathered, ranks)
 
@@ -117,7 +121,8 @@ class GatheredWeights:
 def neighbours(parameters: Sequence[Any]) -> list[list[Any]]:
     """Return the parameters in runs that lie in one piece: weights of the same inputs, which one product may read together.
 
-    Small weights stay whole on every rank; each lies by itself, as it would keep the memory of the others.
+    Memory is freed as a piece, so only weights that are released together share one: those of a leaf, but for small weights, which
+    stay whole on every rank.
     """
     runs: list[list[Any]] = []
     for parameter in parameters:
@@ -130,8 +135,11 @@ def neighbours(parameters: Sequence[Any]) -> list[list[Any]]:
 
 
 def _may_join(first: Any, second: Any) -> bool:
+    leaf = getattr(first, "ds_z3_leaf_module", None)
     return (
-        len(first.ds_shape) == len(second.ds_shape) > 1
+        leaf is not None
+        and leaf is getattr(second, "ds_z3_leaf_module", None)
+        and len(first.ds_shape) == len(second.ds_shape) > 1
         and first.ds_shape[1:] == second.ds_shape[1:]
         and second.ds_id == first.ds_id + 1
         and first.ds_tensor.dtype == second.ds_tensor.dtype
@@ -149,17 +157,14 @@ class InPlaceAllGather:
         """Return memory for what is gathered."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Work | None:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Work:
         """Start to gather `input_tensor`, the own part of `output_tensor` (collective: every rank of the group)."""
         parts = output_tensor.chunk(dist.get_world_size(group))
         own = parts[dist.get_rank(group)]
         if own.data_ptr() != input_tensor.data_ptr():
             own.copy_(input_tensor)
-        messages = Exchange(exchange(parts, input_tensor, group))
-        if async_op:
-            return messages
-        messages.wait()
-        return None
+        # Also without `async_op`: FSDP2 waits when it reads the weights, so that those of the next block travel meanwhile.
+        return Exchange(exchange(parts, input_tensor, group))
 
 
 def gather_modules_in_place(modules: Iterable[nn.Module], ranks: Any) -> None:

@@ -243,26 +243,37 @@ def test_the_time_left_is_what_equal_rows_took(runs: list[RunConfig]) -> None:
 def test_the_time_left_of_other_rows_goes_by_the_texts_they_read(runs: list[RunConfig]) -> None:
     """A table begins with its short rows, whose mean says nothing about the others."""
 
-    def of(label: str, steps: int, particles: int, posterior: Path | None = None) -> RunConfig:
+    def of(label: str, steps: int, particles: int, predict: str = "map", posterior: Path | None = None) -> RunConfig:
         run = next(run for run in runs if run.name == "bpt-s3")
         sections = {
             "source": run.source.model_copy(update={"steps": steps, "posterior": posterior}),
             "target": run.target.model_copy(update={"steps": steps}),
             "method": run.method.model_copy(update={"num_particles": particles}),
             "data": run.data.model_copy(update={"max_eval_rows": 100}),
+            "evaluation": run.evaluation.model_copy(update={"predict": predict}),
         }
         return run.model_copy(update={"name": f"{label}-s3", **sections})
 
-    short, long, reused = of("short", 0, 1), of("long", 100, 4), of("reused", 100, 4, Path("elsewhere"))
-    jobs = Jobs([short, long, reused], Silent())
+    short, long, elsewhere = of("short", 0, 1), of("long", 100, 4), Path("elsewhere")
+    reused, averaged = of("reused", 100, 4, posterior=elsewhere), of("averaged", 100, 4, "ensemble", elsewhere)
+    jobs = Jobs([short, long, reused, averaged], Silent())
     jobs._at_work, jobs.waiting = {0}, [long]
     jobs.outcomes = {"short-s3": Outcome(0, None, 10.0)}
     targets, given = len(short.data.target_tasks), short.source
-    num_source = 3 * 100 * given.batch_size * len(short.data.source_tasks)
-    num_target = targets * (3 * 100 * short.target.batch_size + 100)
-    assert jobs.seconds_left() == pytest.approx(10 * 4 * (num_source + num_target) / (targets * 100))
+    num_source = 4 * 3 * 100 * given.batch_size * len(short.data.source_tasks)
+    num_target = targets * 3 * 100 * short.target.batch_size
+    assert jobs.seconds_left() == pytest.approx(10 * (num_source + num_target + targets * 100) / (targets * 100))
     jobs.waiting = [reused]
-    assert jobs.seconds_left() == pytest.approx(10 * 4 * num_target / (targets * 100))
+    assert jobs.seconds_left() == pytest.approx(10 * (num_target + targets * 100) / (targets * 100))
+    jobs.waiting = [averaged]  # the MAP prompt and four particles are adapted, four predict
+    assert jobs.seconds_left() == pytest.approx(10 * (5 * num_target + 4 * targets * 100) / (targets * 100))
+
+
+def test_the_time_left_after_runs_that_read_nothing_is_a_number(runs: list[RunConfig]) -> None:
+    empty = runs[0].model_copy(update={"data": runs[0].data.model_copy(update={"target_tasks": ()})})
+    jobs = Jobs([empty, runs[1]], Silent())
+    jobs._at_work, jobs.waiting, jobs.outcomes = {0}, [runs[1]], {empty.name: Outcome(0, None, 1.0)}
+    assert jobs.seconds_left()
 
 
 def test_processes_side_by_side_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,13 @@ import torch
 from bpt_dist.backbones.t5.frozen import side_by_side
 from bpt_dist.training.sharding.gather import neighbours
 
+BLOCK = object()
 
-def weight(number: int, *shape: int, persists: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    return SimpleNamespace(ds_id=number, ds_shape=torch.Size(shape), ds_persist=persists, ds_tensor=torch.zeros(2, dtype=dtype))
+
+def weight(number: int, *shape: int, persists: bool = False, dtype: torch.dtype = torch.float32, leaf: object = BLOCK) -> Any:
+    found: Any = SimpleNamespace(ds_id=number, ds_shape=torch.Size(shape), ds_persist=persists)
+    found.ds_tensor, found.ds_z3_leaf_module = torch.zeros(2, dtype=dtype), leaf
+    return found
 
 
 def ids(weights: list[Any]) -> list[list[int]]:
@@ -29,6 +33,14 @@ def test_what_stays_whole_shares_no_memory_with_what_is_released() -> None:
     assert ids([weight(0, 4, persists=True), weight(1, 4, persists=True)]) == [[0], [1]]
     assert ids([weight(0, 6, 4), weight(1, 2, 4, persists=True), weight(2, 6, 4)]) == [[0], [1], [2]]
     assert ids([weight(0, 4), weight(1, 4)]) == [[0], [1]]  # vectors are read by no product
+
+
+def test_weights_that_are_released_at_other_moments_share_no_memory() -> None:
+    assert ids([weight(0, 6, 4), weight(1, 6, 4, leaf=object())]) == [[0], [1]]
+    assert ids([weight(0, 6, 4, leaf=None), weight(1, 6, 4, leaf=None)]) == [[0], [1]]  # of a backbone that is trained
+    alone = [weight(number, 6, 4) for number in range(2)]
+    del alone[0].ds_z3_leaf_module
+    assert ids(alone) == [[0], [1]]
 
 
 def test_weights_of_other_types_or_from_elsewhere_lie_apart() -> None:
