@@ -158,11 +158,8 @@ class InPlaceAllGather:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Work:
-        """Start to gather `input_tensor`, the own part of `output_tensor` (collective: every rank of the group)."""
+        """Start to gather `output_tensor`, in which `input_tensor` is the own part (collective: every rank of the group)."""
         parts = output_tensor.chunk(dist.get_world_size(group))
-        own = parts[dist.get_rank(group)]
-        if own.data_ptr() != input_tensor.data_ptr():
-            own.copy_(input_tensor)
         # Also without `async_op`: FSDP2 waits when it reads the weights, so that those of the next block travel meanwhile.
         return Exchange(exchange(parts, input_tensor, group))
 

@@ -39,7 +39,7 @@ LIMIT_SECONDS = 900.0
 WARM_UP = 3  # rounds: ZeRO learns the order of the modules in two, and prefetches from then on
 UNDER_WAY = 8  # about the weights of a block
 COUNTED = " counted"  # behind the name of a variant: count what its collectives receive, which takes time
-MESSAGES = " messages"  # behind the name of a variant: gather as many bytes as were counted, as often, and compute nothing
+MESSAGES = " messages"  # behind the name of a variant: send as many bytes as were counted, as often, and compute nothing
 WHOLE, STOCK, PACKED = "none", "stock", "packed"
 
 
