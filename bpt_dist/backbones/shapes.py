@@ -98,14 +98,15 @@ class ModelShape(ABC):
     def gathered_in_a_pass(self, shard: str, forwards: int, *, prefetched: bool = True) -> int:
         """Return the bytes that a partitioned model makes whole in so many passes forward and one backward.
 
-        Of word embeddings that are not the head, only rows are sent. `prefetched`: with our settings of ZeRO.
+        Of word embeddings that are not the head, only rows are sent. `prefetched`: frozen, and ZeRO with our settings.
         """
         only_looked_up = 0 if self.is_tied else self.table_bytes
         gathered = self.weight_bytes - only_looked_up
         if shard != "deepspeed":
-            return (forwards + 1) * gathered
+            last = self.item_bytes * sum(weight.numel() for weight in self.backbone().blocks[-1].parameters())
+            return (forwards + 1) * gathered - (self.table_bytes + last if prefetched else 0)
 
-        # The head, and the last block where there is room for more, are prefetched for the backward pass before they are released.
+        # With ZeRO the head, and the last block where there is room for more, are prefetched before they are released.
         def numbers(block: nn.Module) -> int:
             return sum(weight.numel() for weight in block.parameters() if weight.numel() > KEPT_WHOLE)
 

@@ -1,4 +1,4 @@
-"""Count what the collectives of this process receive: ours, DeepSpeed's and FSDP2's."""
+"""Count what this process receives: by collectives, ours, DeepSpeed's and FSDP2's, and from the memory of its host."""
 
 from __future__ import annotations
 
@@ -21,14 +21,27 @@ class Traffic(TorchDispatchMode):
     """While it is entered, adds up calls and bytes of collectives by purpose: WEIGHTS, or the function of ours that called.
 
     Bytes are those a rank receives from the others: of an all-gather the parts of the others, of an all-reduce 2 (W - 1)/W of the
-    tensor, as a ring sends it. Barriers count nothing. `messages` are the bytes of each collective, in order.
+    tensor, as a ring sends it. Barriers count nothing. `messages` are the bytes of each collective, in order, and `reads` those of
+    each part that was read from another rank's memory; they count as if they had been sent.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.reads: list[int] = []
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.messages: list[int] = []
+
+    def __enter__(self) -> Traffic:
+        """Begin to count."""
+        _counting.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        super().__exit__(*error)
+        _counting.remove(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator, and count it if it is a collective."""
@@ -40,6 +53,17 @@ class Traffic(TorchDispatchMode):
                 self.calls[purpose] += 1
                 self.messages.append(received)
         return func(*args, **(kwargs or {}))
+
+
+_counting: list[Traffic] = []
+
+
+def note_read(purpose: str, number: int) -> None:
+    """Count bytes that were read from the memory of another rank."""
+    for traffic in _counting:
+        traffic.bytes[purpose] += number
+        traffic.calls[purpose] += 1
+        traffic.reads.append(number)
 
 
 def _received(name: str, args: Sequence[Any]) -> int | None:

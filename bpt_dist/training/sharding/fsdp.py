@@ -19,7 +19,7 @@ from bpt_dist.config import DistributionConfig, StageConfig
 from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
-from bpt_dist.training.sharding.gather import gather_modules_in_place
+from bpt_dist.training.sharding.fsdp_gather import gather_modules_in_place
 from bpt_dist.training.sharding.rows import send_rows, tables
 
 
@@ -36,13 +36,18 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
     policy = pinned if distribution.offload == "cpu" else OffloadPolicy()
     # Gradients of a trained backbone are summed over the ranks in float32, whatever it computes in.
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in backbone.blocks:
-        fully_shard(block, mesh=ranks, offload_policy=policy, mp_policy=precision)
+    blocks: list[Any] = backbone.blocks
+    for block in blocks:
+        # The last block and the head stay gathered for the backward pass, where they come first.
+        is_kept = not trained and block is blocks[-1]
+        fully_shard(block, mesh=ranks, reshard_after_forward=not is_kept, offload_policy=policy, mp_policy=precision)
     others = set()
     if not trained:
         head, looked_up = backbone.model.get_output_embeddings(), tables(backbone)
         is_tied = head.weight is looked_up[0].weight
-        fully_shard(head, mesh=ranks, offload_policy=policy, mp_policy=precision)
+        fully_shard(head, mesh=ranks, reshard_after_forward=False, offload_policy=policy, mp_policy=precision)
+        for kept in (blocks[-1], head):
+            kept.register_forward_hook(_release)
         # FSDP2 would gather a table of its own with the rest.
         table = head.weight if is_tied else _cut_rows(looked_up[0].weight, ranks)
         for each in looked_up:
@@ -55,7 +60,7 @@ def partition_with_fsdp2(backbone: Backbone, distribution: DistributionConfig, w
         backbone.core, mesh=ranks, reshard_after_forward=True, offload_policy=policy, mp_policy=precision, ignored_params=others
     )
     sharded = [module for module in backbone.core.modules() if isinstance(module, FSDPModule)]
-    gather_modules_in_place(sharded, ranks.get_group())
+    gather_modules_in_place(sharded, ranks.get_group(), world.hosts, trained=trained)
     for module in sharded:
         # The loss is a sum over texts, wherever they are, and gloo knows no mean.
         module.set_force_sum_reduction_for_comms(True)
@@ -74,6 +79,13 @@ def _prefetch(backbone: Backbone, head: Any) -> None:
         if number not in ends:
             pair[0].set_modules_to_forward_prefetch([pair[1]])
     blocks[-1].set_modules_to_forward_prefetch([head])
+
+
+def _release(module: Any, _args: Any, output: Any) -> None:
+    """Leave nothing gathered for a backward pass that will not follow."""
+    found = output[0] if isinstance(output, tuple) else output
+    if not found.requires_grad:
+        module.reshard()
 
 
 def _cut_rows(weight: Tensor, ranks: DeviceMesh) -> nn.Parameter:

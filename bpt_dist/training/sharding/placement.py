@@ -74,7 +74,7 @@ def place(backbone: Backbone, distribution: DistributionConfig, world: World, *,
     else:
         from bpt_dist.training.sharding.zero import partition_with_deepspeed
 
-        partition_with_deepspeed(backbone, distribution, group, trained=trained)
+        partition_with_deepspeed(backbone, distribution, world, group, trained=trained)
     # Asked of the largest host: generation is kept in step over all ranks, so all must agree on whether it is.
     backbone.synced = largest > 1
     backbone.any_rank = functools.partial(_any_rank, backbone.device) if backbone.synced else bool

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from bpt_dist.backbones.base import Backbone, local_shard
 from bpt_dist.config import DistributionConfig, StageConfig
-from bpt_dist.distributed.mesh import Mesh
+from bpt_dist.distributed.mesh import Mesh, World
 from bpt_dist.errors import ConfigError
 from bpt_dist.methods.base import Method
 from bpt_dist.training.optimizer import StageOptimizer, entries_of
-from bpt_dist.training.sharding.gather import gather_in_place
 from bpt_dist.training.sharding.rows import send_rows, tables
+from bpt_dist.training.sharding.zero_gather import gather_in_place
 
 ZERO_STAGE = 3
 # The leanest settings: T5-large has fewer parameters than the default of `stage3_max_live_parameters` (1e9), so with the defaults
@@ -49,7 +49,9 @@ NAMED_ELSEWHERE = {
 LEAF_KEYS = ("leaf_module", "stage3_module_granularity_threshold")
 
 
-def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfig, group: Any, *, trained: bool) -> None:
+def partition_with_deepspeed(
+    backbone: Backbone, distribution: DistributionConfig, world: World, group: Any, *, trained: bool
+) -> None:
     """Partition the backbone over `group` (None: all ranks) and let `backbone.call` run the partitioned module.
 
     Collective over the group. A frozen backbone is called as `engine.module`, never `engine(...)`: without an optimizer the engine
@@ -68,7 +70,7 @@ def partition_with_deepspeed(backbone: Backbone, distribution: DistributionConfi
         _check_with_deepspeed(config, given)
     # Before `initialize`, which would first move the whole backbone to the device.
     deepspeed.zero.Init(module=backbone.core, data_parallel_group=group, config_dict_or_path=config)
-    gather_in_place(backbone.core.parameters(), group, config["zero_optimization"])
+    gather_in_place(backbone.core.parameters(), group, world.hosts, config["zero_optimization"], trained=trained)
     partition = backbone.partition = ZeroPartition(backbone, config)
     if trained:
         # Without leaves: for the weights of a leaf ZeRO takes zeros where a gradient has not arrived when its inputs' have.

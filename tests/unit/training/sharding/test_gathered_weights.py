@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bpt_dist.backbones.t5.frozen import side_by_side
-from bpt_dist.training.sharding.gather import neighbours
+from bpt_dist.training.sharding.zero_gather import neighbours
 
 BLOCK = object()
 
