@@ -31,8 +31,14 @@ def test_variants_agree_and_the_bytes_of_the_partitioned_ones_are_counted(
     code = main(["bench", "sharded", "--shape", str(shape), "--repeats", "1", "--particles", "2", "--json", str(file)])
     assert code == 0, capsys.readouterr().err
     report = json.loads(file.read_text())
-    rows = {(row["shard"], row["forward"]): row for row in report["variants"]}
+    rows = {(row["shard"], row["forward"]): row for row in report["variants"] if row["weights"] != "sent"}
     assert set(rows) == {(shard, forward) for shard in ("none", "deepspeed", "fsdp2") for forward in ("stock", "packed")}
+    sent = {row["shard"]: row for row in report["variants"] if row["weights"] == "sent"}
+    assert sent.keys() == {"deepspeed", "fsdp2"}
+    for shard, row in sent.items():
+        assert row["received_bytes"] == rows[shard, "packed"]["received_bytes"]
+        assert row["gradient_difference"] < 2e-6
+        assert row["messages_seconds"] > 0
     for (shard, forward), row in rows.items():
         if forward == "packed":
             assert row["gradient_difference"] < 2e-6
@@ -40,13 +46,14 @@ def test_variants_agree_and_the_bytes_of_the_partitioned_ones_are_counted(
         assert row["to_stock_wall"]["median"] == pytest.approx(rows[shard, "stock"]["wall_seconds"] / row["wall_seconds"], rel=1e-3)
         assert row["peak_bytes"] > 1e8
         assert (row["received_bytes"] > 0) == (row["messages_seconds"] > 0) == (shard != "none")
+        assert row["weights"] == ("kept" if shard == "none" else "read")
     # From one other rank half of all weights, forward and backward; ZeRO does not gather again what it will use next.
     weights = T5Shape(transformers.T5Config.from_pretrained(shape)).weight_bytes
-    assert rows["fsdp2", "packed"]["received_bytes"] == pytest.approx(weights, rel=0.15), "rows of this small vocabulary, too"
-    assert rows["deepspeed", "packed"]["received_bytes"] < 0.9 * weights
+    for shard in ("deepspeed", "fsdp2"):
+        assert 0.5 * weights < rows[shard, "packed"]["received_bytes"] < 0.9 * weights
     report["variants"][0]["gradient_difference"] = 0.1
-    assert wrong_variants(report) == ["wrong result: none stock: loss off by " + f"{rows['none', 'stock']['loss_difference']:.0e}, "
-                                      "gradient by 1e-01"]  # fmt: skip
+    loss = rows["none", "stock"]["loss_difference"]
+    assert wrong_variants(report) == [f"wrong result: none stock kept: loss off by {loss:.0e}, gradient by 1e-01"]
 
 
 def test_another_kind_of_sharding_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

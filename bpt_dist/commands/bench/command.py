@@ -295,7 +295,7 @@ def sharded(
         report["machine"] = machine()
     what = f"{name}, M = {particles}, six texts, {ranks} gloo processes; the slowest rank, median of {rounds} alternating rounds"
     say([what, *machine_text(report)])
-    print_list(HEADER, sharded_rows(report), right=tuple(range(2, len(HEADER))))
+    print_list(HEADER, sharded_rows(report), right=tuple(range(3, len(HEADER))))
     finish(report, file, wrong_variants(report))
 
 

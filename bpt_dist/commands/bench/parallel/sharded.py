@@ -1,11 +1,13 @@
 """`bench sharded`: the source step on gloo processes with the T5 whole or partitioned, by the stock modules and by our pass.
 
 All variants alternate in one job. A rank's work is what training would give it: with a partitioned T5 one pass, because each pass
-gathers the whole T5 twice. Peak memory is that of fresh processes that run one variant only.
+gathers the whole T5 twice. The ranks of a host read each other's weights from memory; our pass is also timed with weights that are
+sent, as between hosts. Peak memory is that of fresh processes that run one variant only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import statistics
@@ -31,23 +33,26 @@ from bpt_dist.distributed.traffic import Traffic
 from bpt_dist.training.microbatches import MicroBatchLimits, shared_microbatches
 from bpt_dist.training.sharding import placement
 from bpt_dist.training.sharding.gather import Exchange
+from bpt_dist.training.sharding.host_memory import HostMemory
 from bpt_dist.training.sharding.zero import import_deepspeed
 
-HEADER = ("T5", "pass", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole", "by CPU time",
-          "MB received a step", "these messages alone, s", "peak memory")  # fmt: skip
+HEADER = ("T5", "pass", "weights", "s/step", "CPU s/step", "x faster than stock, same T5", "by CPU time", "x of packed, whole",
+          "by CPU time", "MB received a step", "receiving alone, s", "peak memory")  # fmt: skip
 LIMIT_SECONDS = 900.0
 WARM_UP = 3  # rounds: ZeRO learns the order of the modules in two, and prefetches from then on
 UNDER_WAY = 8  # about the weights of a block
 COUNTED = " counted"  # behind the name of a variant: count what its collectives receive, which takes time
-MESSAGES = " messages"  # behind the name of a variant: send as many bytes as were counted, as often, and compute nothing
+MESSAGES = " messages"  # behind the name of a variant: receive as many bytes as were counted, as often, and compute nothing
 WHOLE, STOCK, PACKED = "none", "stock", "packed"
+KEPT, READ, SENT = "kept", "read", "sent"
 
 
 class Variant(NamedTuple):
-    """How the T5 is held, and who reads the texts."""
+    """How the T5 is held, who reads the texts, and how the weights of other ranks arrive."""
 
     shard: str
     forward: str
+    arrive: str
 
     @classmethod
     def of(cls, name: str) -> Variant:
@@ -55,11 +60,16 @@ class Variant(NamedTuple):
         return cls(*name.split(" "))
 
     def __str__(self) -> str:
-        """Write both with a blank."""
-        return f"{self.shard} {self.forward}"
+        """Write all with blanks between them."""
+        return " ".join(self)
 
 
-VARIANTS = [Variant(shard, forward) for shard in (WHOLE, "deepspeed", "fsdp2") for forward in (STOCK, PACKED)]
+BASE = Variant(WHOLE, PACKED, KEPT)
+VARIANTS = [
+    Variant(WHOLE, STOCK, KEPT),
+    BASE,
+    *(Variant(shard, *way) for shard in ("deepspeed", "fsdp2") for way in ((STOCK, READ), (PACKED, READ), (PACKED, SENT))),
+]
 
 
 class Step:
@@ -70,13 +80,13 @@ class Step:
         # A copy each: ZeRO prefetches in the order of the pass before.
         self.placed: dict[Variant, tuple[T5Backbone, PackedT5]] = {}
         self.reference: Gradients | None = None
-        self.messages: dict[Variant, list[int]] = {}
+        self.received: dict[Variant, tuple[list[int], list[int]]] = {}  # bytes of each message, and of each part that was read
 
     def __call__(self, world: World, name: str) -> dict[str, float]:
         """Run one step (collective: every rank) and return its seconds, its bytes and its distance from packed, whole."""
         torch.set_num_threads(1)
         if name.endswith(MESSAGES):
-            return self._send(self.messages[Variant.of(name.removesuffix(MESSAGES))], world)
+            return _receive(*self.received[Variant.of(name.removesuffix(MESSAGES))], world)
         variant, mesh = Variant.of(name.removesuffix(COUNTED)), world.mesh(len(self.work.prompts))
         backbone, ours = self._place(variant, world)
         traffic = Traffic()
@@ -88,40 +98,46 @@ class Step:
         with traffic if name.endswith(COUNTED) else nullcontext():
             found = sum_microbatches(backbone, ours if variant.forward == PACKED else None, own, passes)
         seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        if variant == Variant(WHOLE, PACKED):
+        if variant == BASE:
             self.reference = found
         loss, gradient = (0.0, 0.0) if self.reference is None else relative(found, self.reference)
         received = float(sum(traffic.bytes.values()))
         if name.endswith(COUNTED):
-            self.messages[variant] = traffic.messages
+            self.received[variant] = traffic.messages, traffic.reads
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {**seconds, "loss": loss, "gradient": gradient, "received": received, "peak": float(peak)}
-
-    def _send(self, messages: Sequence[int], world: World) -> dict[str, float]:
-        """Return the seconds of messages that bring this rank so many bytes each, a block of weights under way at a time."""
-        agreed = [messages]  # of rows of a table, other ranks may ask for other numbers
-        dist.broadcast_object_list(agreed, src=0)
-        parts = [torch.zeros(received) for number in agreed[0] if (received := number // torch.float32.itemsize)]
-        under_way: list[Exchange] = []
-        world.barrier()
-        cpu, wall = time.process_time(), time.perf_counter()
-        for part in parts:
-            arriving = dist.irecv(torch.empty_like(part), (world.rank - 1) % world.size)
-            under_way.append(Exchange([arriving, dist.isend(part, (world.rank + 1) % world.size)]))
-            if len(under_way) == UNDER_WAY:
-                under_way.pop(0).wait()
-        for rest in under_way:
-            rest.wait()
-        return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        read = float(sum(traffic.reads))
+        return {**seconds, "loss": loss, "gradient": gradient, "received": received, "read": read, "peak": float(peak)}
 
     def _place(self, variant: Variant, world: World) -> tuple[T5Backbone, PackedT5]:
         if variant not in self.placed:
             shard: Any = variant.shard
             backbone = self.whole if shard == WHOLE else in_dtype(self.whole, "fp32")
             use_attention(backbone, "sdpa")
-            placement.place(backbone, DistributionConfig(shard=shard), world)
+            hosts = tuple(f"host {rank}" for rank in range(world.size)) if variant.arrive == SENT else world.hosts
+            placement.place(backbone, DistributionConfig(shard=shard), dataclasses.replace(world, hosts=hosts))
             self.placed[variant] = backbone, our_pass(backbone)
         return self.placed[variant]
+
+
+def _receive(messages: Sequence[int], reads: Sequence[int], world: World) -> dict[str, float]:
+    """Return the seconds of messages that bring this rank so many bytes each, some under way at a time, and of such reads."""
+    agreed = [messages]  # of rows of a table, other ranks may ask for other numbers
+    dist.broadcast_object_list(agreed, src=0)
+    parts = [torch.zeros(received) for number in agreed[0] if (received := number // torch.float32.itemsize)]
+    memory = HostMemory([torch.zeros(max(reads, default=0) // torch.float32.itemsize)], None, world.hosts)
+    before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+    under_way: list[Exchange] = []
+    world.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for part in parts:
+        under_way.append(Exchange([dist.irecv(torch.empty_like(part), before), dist.isend(part, after)]))
+        if len(under_way) == UNDER_WAY:
+            under_way.pop(0).wait()
+    for rest in under_way:
+        rest.wait()
+    for number in reads:
+        memory.read(0, before, torch.empty(number // torch.float32.itemsize))
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
 
 def run_sharded(
@@ -134,14 +150,15 @@ def run_sharded(
     step = Step(whole, source_work(shape, num_particles))
     answers: dict[Variant, list[list[dict[str, float]]]] = {variant: [] for variant in variants}
     received: dict[Variant, float] = {}
+    read: dict[Variant, float] = {}
     messages: dict[Variant, list[float]] = {variant: [] for variant in variants}
     with Job(size, step, LIMIT_SECONDS) as job:
-        job.ask(str(Variant(WHOLE, PACKED)))  # what the others are compared with
+        job.ask(str(BASE))  # what the others are compared with
         for number in range(WARM_UP):
             for variant in variants:
                 tell(f"warm-up {number + 1} of {WARM_UP}: {variant}")
                 found = job.ask(str(variant) + (COUNTED if number == WARM_UP - 1 else ""))
-                received[variant] = max(rank["received"] for rank in found)
+                received[variant], read[variant] = (max(rank[key] for rank in found) for key in ("received", "read"))
         for number in range(1, rounds + 1):
             for variant in variants if number % 2 else variants[::-1]:
                 tell(f"round {number} of {rounds}: {variant}")
@@ -160,6 +177,8 @@ def run_sharded(
     ]
     cores = os.cpu_count() or 1
     notes = [f"{size} processes on {cores} cores: they share cores"] if size > cores else []
+    if any(variant.arrive == READ and not read[variant] for variant in variants):
+        notes.append("processes cannot read each other's memory here: all weights are sent")
     return {"particles": num_particles, "ranks": size, "rounds": rounds, "variants": rows, "notes": notes}
 
 
@@ -173,19 +192,21 @@ def _row(variant: Variant, answers: dict[Variant, list[list[dict[str, float]]]],
         return spread([theirs / ours for theirs, ours in zip(seconds(to, kind), seconds(variant, kind), strict=True)]).to_json()
 
     ranks = [rank for of_round in answers[variant] for rank in of_round]
+    stock = Variant(variant.shard, STOCK, KEPT if variant.shard == WHOLE else READ)
     return {
-        "shard": variant.shard, "forward": variant.forward, "received_bytes": received, "peak_bytes": peak,
+        "shard": variant.shard, "forward": variant.forward, "weights": variant.arrive,
+        "received_bytes": received, "peak_bytes": peak,
         "loss_difference": max(rank["loss"] for rank in ranks), "gradient_difference": max(rank["gradient"] for rank in ranks),
         **{f"{kind}_seconds": statistics.median(seconds(variant, kind)) for kind in ("wall", "cpu")},
-        **{f"to_stock_{kind}": ratio(Variant(variant.shard, STOCK), kind) for kind in ("wall", "cpu")},
-        **{f"to_whole_{kind}": ratio(Variant(WHOLE, PACKED), kind) for kind in ("wall", "cpu")},
+        **{f"to_stock_{kind}": ratio(stock, kind) for kind in ("wall", "cpu")},
+        **{f"to_whole_{kind}": ratio(BASE, kind) for kind in ("wall", "cpu")},
     }  # fmt: skip
 
 
 def wrong_variants(report: dict[str, Any]) -> list[str]:
     """Return the variants whose losses or gradients are not those of our pass through the whole T5."""
     return [
-        f"wrong result: {row['shard']} {row['forward']}: loss off by {row['loss_difference']:.0e}, "
+        f"wrong result: {row['shard']} {row['forward']} {row['weights']}: loss off by {row['loss_difference']:.0e}, "
         f"gradient by {row['gradient_difference']:.0e}"
         for row in report["variants"]
         if not (row["loss_difference"] <= LOSS_FLOOR and row["gradient_difference"] <= GRADIENT_FLOOR)
@@ -196,7 +217,7 @@ def sharded_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the lines of the table."""
     return [
         (
-            "whole" if row["shard"] == WHOLE else row["shard"], row["forward"],
+            "whole" if row["shard"] == WHOLE else row["shard"], row["forward"], row["weights"],
             f"{row['wall_seconds']:.3g}", f"{row['cpu_seconds']:.3g}",
             *(str(Spread(**row[name])) for name in ("to_stock_wall", "to_stock_cpu", "to_whole_wall", "to_whole_cpu")),
             f"{row['received_bytes'] / 1e6:,.0f}", f"{row['messages_seconds']:.3g}", f"{row['peak_bytes'] / 1e9:.2f} GB",
