@@ -19,7 +19,7 @@ from bpt_dist.config.processes import check_processes
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "sweep" not in path.parts)
-DECODERS = ("decoder/", "table/smollm2.yaml")  # the files of decoder-only backbones
+DECODERS = ("decoder/", "table/smollm2")  # the files of decoder-only backbones
 SIZES = (1, 2, 4, 8, 16)
 LARGE = Device("a large GPU", "cuda", 1e14, 80 << 30)
 
