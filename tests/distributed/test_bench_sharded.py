@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import ranks
 import transformers
 
 from bpt_dist.backbones.t5.shapes import T5Shape
-from bpt_dist.commands.bench.parallel.sharded import wrong_variants
+from bpt_dist.commands.bench.parallel.sharded import _receive, wrong_variants
 from bpt_dist.commands.main import main
+from bpt_dist.distributed.mesh import World
 
 
 @pytest.fixture
@@ -54,6 +56,15 @@ def test_variants_agree_and_the_bytes_of_the_partitioned_ones_are_counted(
     report["variants"][0]["gradient_difference"] = 0.1
     loss = rows["none", "stock"]["loss_difference"]
     assert wrong_variants(report) == [f"wrong result: none stock kept: loss off by {loss:.0e}, gradient by 1e-01"]
+
+
+def received(world: World) -> float:
+    """Ranks read parts of other lengths, and other numbers of them."""
+    return _receive([8, 16], [400, 4096, 8] if world.rank else [8000, 4], world)["wall"]
+
+
+def test_what_is_received_alone_may_differ_between_ranks() -> None:
+    assert min(ranks.run(received, 2)) > 0
 
 
 def test_another_kind_of_sharding_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -18,6 +19,8 @@ import ranks
 import tiny_t5
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bpt_dist.backbones.base import Backbone, local_shard
 from bpt_dist.backbones.loading import load
@@ -27,6 +30,7 @@ from bpt_dist.config import DistributionConfig
 from bpt_dist.distributed.mesh import World
 from bpt_dist.distributed.traffic import WEIGHTS, Traffic
 from bpt_dist.training.sharding import placement
+from bpt_dist.training.sharding.fsdp_gather import gather_modules_in_place
 from bpt_dist.training.sharding.gather import Parts, Place
 
 SHARDS = ("deepspeed", "fsdp2")
@@ -178,7 +182,7 @@ def refuse(number: int) -> Callable[..., Any]:
     return fail
 
 
-def with_trouble(world: World, trouble: str, rank: int) -> tuple[bool, float]:
+def with_trouble(world: World, trouble: str, rank: int, folder: Path) -> tuple[bool, float]:
     """Whether a weight is right, and the share of it that was read, where one rank cannot do what the other can."""
     really_open = os.open
     if world.rank == rank:
@@ -188,6 +192,9 @@ def with_trouble(world: World, trouble: str, rank: int) -> tuple[bool, float]:
             os.posix_fallocate = refuse(errno.ENOMEM)
         elif trouble == "not permitted":
             os.open = refuse(errno.EACCES)  # type: ignore[assignment]
+        elif trouble == "a pipe of another process":
+            os.mkfifo(pipe := f"{folder}/pipe")
+            os.open = lambda _path, flags: really_open(pipe, flags)  # type: ignore[assignment, misc]
         elif trouble == "of another process":
             os.open = lambda _path, flags: really_open("/dev/zero", flags)  # type: ignore[assignment, misc]
     expected = torch.arange(12.0 * world.size)
@@ -206,10 +213,36 @@ def with_trouble(world: World, trouble: str, rank: int) -> tuple[bool, float]:
         ("no room", [0, 1]),
         ("not permitted", [1, 0]),
         ("of another process", [1, 0]),
+        ("a pipe of another process", [1, 0]),
     ],
 )
-def test_what_cannot_be_read_is_sent(trouble: str, reads: list[float]) -> None:
-    assert ranks.run(with_trouble, 2, trouble, 1) == [(True, share) for share in reads]
+def test_what_cannot_be_read_is_sent(trouble: str, reads: list[float], tmp_path: Path) -> None:
+    assert ranks.run(with_trouble, 2, trouble, 1, tmp_path) == [(True, share) for share in reads]
+
+
+def of_two_types(world: World) -> list[bool]:
+    """A module of FSDP2 with weights of two types, through two passes."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5, bias=False).bfloat16(), nn.Linear(4, 3), nn.Linear(6, 7, bias=False).bfloat16()]
+    module = nn.Sequential(*layers).requires_grad_(requires_grad=False)
+    expected = [weight.clone() for weight in module.parameters()]
+    seen: list[list[Tensor]] = []
+    fully_shard(module, mesh=init_device_mesh("cpu", (world.size,)))
+    gather_modules_in_place([module], None, world.hosts, trained=False)
+    module.forward = lambda _: seen.append([weight.clone() for weight in module.parameters()])  # type: ignore[method-assign, assignment]
+    for _ in range(2):
+        module(None)
+        module.reshard()  # type: ignore[operator]
+    return [
+        weight.dtype == wanted.dtype and torch.equal(weight, wanted)
+        for run in seen
+        for weight, wanted in zip(run, expected, strict=True)
+    ]
+
+
+def test_weights_of_several_types_arrive() -> None:
+    for rank in ranks.run(of_two_types, 2):
+        assert rank == [True] * 8
 
 
 def placed_again(world: World, folder: str, shard: Any) -> list[int]:
@@ -250,3 +283,26 @@ def held_once(world: World, folder: str, shard: Any) -> bool:
 @pytest.mark.parametrize("shard", SHARDS)
 def test_there_is_no_second_copy_of_what_the_others_read(shard: str, folder: str) -> None:
     assert all(ranks.run(held_once, 2, folder, shard))
+
+
+def memory_of_process() -> int:
+    """In bytes, without files that are only mapped."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in status if line.startswith(("RssAnon", "RssShmem")))
+
+
+def taken_by(world: World, folder: str, shard: Any) -> float:
+    """The memory that this process takes for a backbone in parts, as a share of the whole backbone."""
+    ctypes.CDLL(None).malloc_trim(0)  # free memory of the tests before
+    before = memory_of_process()
+    backbone = load(folder)
+    whole = sum(weight.nbytes for weight in backbone.core.parameters())
+    placement.place(backbone, DistributionConfig(shard=shard), world)
+    return (memory_of_process() - before) / whole
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_the_process_keeps_one_share(shard: str, tmp_path: Path) -> None:
+    """Also of what was loaded and copied on the way nothing is left."""
+    folder = str(tiny_t5.make(tmp_path / "t5", width=768))
+    assert max(ranks.run(taken_by, 2, folder, shard)) < 0.6

@@ -58,6 +58,20 @@ class InPlaceGroup(FSDPParamGroup):
             self._to_unsharded()
             self._all_gather_result = None
 
+    def finalize_backward(self) -> None:
+        """Free also what was gathered for a backward pass that did not need it: no tensor before it asked for a gradient."""
+        super().finalize_backward()
+        self._free_unused()
+
+    def _reset_iter_state(self) -> None:
+        super()._reset_iter_state()
+        self._free_unused()
+
+    def _free_unused(self) -> None:
+        if self.is_sharded:
+            for memory in self.memory:
+                memory.untyped_storage().resize_(0)
+
     def lay_out(self, parts: Parts, first: int) -> None:
         """Reserve the place of each weight; FSDP2 frees the memory by resizing it, and the graph refers to the same tensors.
 

@@ -84,7 +84,7 @@ class HostMemory:
         file, key = -1, secrets.token_bytes(KEY_BYTES)
         try:
             file = os.memfd_create("bpt_dist weights")  # closed when a program is started
-            os.posix_fallocate(file, 0, size)  # an error now, not a signal when a page is written
+            os.posix_fallocate(file, 0, size)  # no room is an error now, not a signal when a page is written
             mapped = mmap.mmap(file, size)
         except (AttributeError, OSError):
             _close([file])
@@ -107,7 +107,8 @@ def _open(offer: Offer | None, host: str) -> int | None:
     if offer is None or offer.host != host:
         return None
     try:
-        file = os.open(f"/proc/{offer.process}/fd/{offer.file}", os.O_RDONLY | os.O_CLOEXEC)
+        # It may be anything, in another container: a pipe that nobody writes to, a terminal.
+        file = os.open(f"/proc/{offer.process}/fd/{offer.file}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
     with suppress(OSError):

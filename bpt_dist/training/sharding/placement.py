@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +76,8 @@ def place(backbone: Backbone, distribution: DistributionConfig, world: World, *,
         from bpt_dist.training.sharding.zero import partition_with_deepspeed
 
         partition_with_deepspeed(backbone, distribution, world, group, trained=trained)
+    if world.device.type == "cpu":
+        _return_pages()
     # Asked of the largest host: generation is kept in step over all ranks, so all must agree on whether it is.
     backbone.synced = largest > 1
     backbone.any_rank = functools.partial(_any_rank, backbone.device) if backbone.synced else bool
@@ -131,6 +134,12 @@ def keep_pages() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD)))
+
+
+def _return_pages() -> None:
+    """Give free memory back to the system once: what held the parts that have moved, and the loaded weights of the other ranks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_backbone(config: RunConfig, world: World, attention: str | None = None) -> Backbone:

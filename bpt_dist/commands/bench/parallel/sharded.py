@@ -8,16 +8,19 @@ sent, as between hosts. Peak memory is that of fresh processes that run one vari
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import resource
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bpt_dist.backbones.t5.model import T5Backbone
 from bpt_dist.backbones.t5.packed import PackedT5
@@ -120,13 +123,19 @@ class Step:
 
 
 def _receive(messages: Sequence[int], reads: Sequence[int], world: World) -> dict[str, float]:
-    """Return the seconds of messages that bring this rank so many bytes each, some under way at a time, and of such reads."""
-    agreed = [messages]  # of rows of a table, other ranks may ask for other numbers
-    dist.broadcast_object_list(agreed, src=0)
-    parts = [torch.zeros(received) for number in agreed[0] if (received := number // torch.float32.itemsize)]
-    memory = HostMemory([torch.zeros(max(reads, default=0) // torch.float32.itemsize)], None, world.hosts)
+    """Return the seconds of messages that bring this rank so many bytes each, some under way at a time, and of such reads.
+
+    Each read is of another place, as the weights of a step are.
+    """
+    of_ranks: list[tuple[Sequence[int], Sequence[int]]] = [((), ())] * world.size
+    dist.all_gather_object(of_ranks, (messages, reads))
+    # Of rows of a table, other ranks may ask for other numbers.
+    parts = [torch.zeros(received) for number in of_ranks[0][0] if (received := number // torch.float32.itemsize)]
+    longest = [max(numbers) for numbers in itertools.zip_longest(*(reads for _, reads in of_ranks), fillvalue=0)]
+    memory = HostMemory([torch.zeros(number // torch.float32.itemsize) for number in longest], None, world.hosts)
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
     under_way: list[Exchange] = []
+    kept: deque[Tensor] = deque(maxlen=2 * UNDER_WAY)  # about what is gathered at one time
     world.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
     for part in parts:
@@ -135,8 +144,9 @@ def _receive(messages: Sequence[int], reads: Sequence[int], world: World) -> dic
             under_way.pop(0).wait()
     for rest in under_way:
         rest.wait()
-    for number in reads:
-        memory.read(0, before, torch.empty(number // torch.float32.itemsize))
+    for number, length in enumerate(reads):
+        kept.append(torch.empty(length // torch.float32.itemsize))
+        memory.read(number, before, kept[-1])
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
 
