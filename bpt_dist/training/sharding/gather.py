@@ -59,8 +59,8 @@ class Parts:
         What this rank holds has moved to `self.held` then. `hosts` are those of all ranks of the job.
         """
         self.ranks, self.rank, self.size = ranks, dist.get_rank(ranks), dist.get_world_size(ranks)
-        self._memory = None if trained else HostMemory(held, ranks, hosts)
-        self.held = list(held) if self._memory is None else self._memory.parts
+        self._memory = HostMemory(held, ranks, hosts, offered=not trained)
+        self.held = self._memory.parts
 
     def gather(self, places: Iterable[Place]) -> Exchange:
         """Start to fill places (collective: every rank, the same weights)."""
@@ -68,17 +68,17 @@ class Parts:
         for place in places:
             for distance in range(1, self.size):
                 source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-                if place.parts[source].numel() and not (self._memory is not None and self._memory.may_read(source)):
+                if place.parts[source].numel() and not self._memory.may_read(source):
                     messages.append(dist.irecv(place.parts[source], group=self.ranks, group_src=source, tag=TAG))
                 own = place.held[: len(place.parts[self.rank])]  # without padding
-                if own.numel() and not (self._memory is not None and self._memory.is_read_by(target)):
+                if own.numel() and not self._memory.is_read_by(target):
                     messages.append(dist.isend(own, group=self.ranks, group_dst=target, tag=TAG))
         # While the messages travel.
         for place in places:
             for source, part in enumerate(place.parts):
                 if source == self.rank:
                     part.copy_(place.held[: len(part)])
-                elif part.numel() and self._memory is not None and self._memory.may_read(source):
+                elif part.numel() and self._memory.may_read(source):
                     self._memory.read(place.number, source, part)
         return Exchange(messages)
 

@@ -33,14 +33,14 @@ class Offer(NamedTuple):
 
 
 class HostMemory:
-    """This rank's parts, which must not change, and the files with those of the other ranks of its host.
+    """This rank's parts, which must not change if they are offered, and the files with those of the other ranks of its host.
 
     Nothing has to be waited for: what a rank offers is complete before anyone hears of it. The memory lives as long as a rank that
     has opened it, also when the rank that held it is killed.
     """
 
-    def __init__(self, parts: Sequence[Float[Tensor, " n"]], ranks: Any, hosts: Sequence[str]) -> None:
-        """Copy the parts into a file, and open the others' (collective: every rank of `ranks`).
+    def __init__(self, parts: Sequence[Float[Tensor, " n"]], ranks: Any, hosts: Sequence[str], *, offered: bool = True) -> None:
+        """Copy the parts into a file if they are `offered`, and open the others' (collective: every rank of `ranks`).
 
         `parts` have the same lengths on every rank. `hosts` are those of all ranks of the job.
         """
@@ -50,7 +50,7 @@ class HostMemory:
         self.offsets = ends[:-1]
         self.parts = list(parts)
         shares_host = sum(hosts[member] == host for member in members) > 1
-        offer = self._write(ends[-1], host) if shares_host else None
+        offer = self._write(ends[-1], host) if offered and shares_host else None
         offers: list[Offer | None] = [None] * len(members)
         dist.all_gather_object(offers, offer, group=ranks)
         self._files = [None if number == rank else _open(found, host) for number, found in enumerate(offers)]
