@@ -174,11 +174,14 @@ def test_parts_give_the_answers_of_the_whole(shard: str, recomputed: bool, folde
             assert each["gathered"][1] == 0, each
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("shard", SHARDS)
-def test_four_ranks_and_targets_longer_than_a_head_is_wide(shard: str, folders: dict[str, str]) -> None:
-    for rank in ranks.run(cases, 4, [folders["1.1"]], shard, False, WIDTH // 4 + 3):
+def test_four_ranks_and_targets_longer_than_a_head_is_wide(shard: str, recomputed: bool, folders: dict[str, str]) -> None:
+    for rank in ranks.run(cases, 4, [*folders.values()], shard, recomputed, WIDTH // 4 + 3):
+        assert len(rank) == len(FAMILIES)
         for each in rank:
             assert max(each["errors"].values()) <= 2e-6, each
+            assert each["kept"] == [], each
             assert each["gathered"][1] == 0, each
 
 

@@ -1,8 +1,8 @@
 """`bench sharded`: the source step on gloo processes with the T5 whole or partitioned, by the stock modules and by our pass.
 
 All variants alternate in one job. A rank's work is what training would give it: with a partitioned T5 one pass, because each pass
-gathers the whole T5 twice. The ranks of a host read each other's weights from memory; our pass is also timed with weights that are
-sent, as between hosts. Peak memory is that of fresh processes that run one variant only.
+gathers nearly all of the T5 twice. The ranks of a host read each other's weights from memory; our pass is also timed with weights
+that are sent, as between hosts. Peak memory is that of fresh processes that run one variant only.
 """
 
 from __future__ import annotations
