@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +25,11 @@ def seen(link: str, folder: Path, name: str, until: str, size: str = "1700,2000"
     kept.mkdir(parents=True, exist_ok=True)
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={size}"]
     options += [f"--user-data-dir={folder / 'profile'}", "--remote-debugging-port=0", "about:blank"]
-    browser = subprocess.Popen([str(BROWSER), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A killed browser leaves its socket behind, whose path must be short.
+    own = tempfile.mkdtemp(prefix="browser")
+    browser = subprocess.Popen(
+        [str(BROWSER), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": own}
+    )
     try:
         assert browser.stderr is not None
         port = next(found[1] for line in browser.stderr if (found := re.search(r"DevTools listening on ws://[^:]+:(\d+)/", line)))
@@ -32,6 +37,7 @@ def seen(link: str, folder: Path, name: str, until: str, size: str = "1700,2000"
     finally:
         browser.kill()
         browser.communicate()
+        shutil.rmtree(own, ignore_errors=True)
     (kept / f"{name}.png").write_bytes(picture)
     return text
 
